@@ -1,0 +1,294 @@
+"""The shape of a gpt-oss model, read once from its configuration and never guessed.
+
+Two forms are known: Hugging Face's `config.json` (with `rope_scaling` + `rope_theta`, or transformers 5's
+`rope_parameters`) and OpenAI's own `original/config.json`. A missing or contradictory field is a
+ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_gptoss.errors import ConfigError
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN's stretch of RoPE (Peng et al. 2023). `truncate` rounds the ramp's ends; gpt-oss does not."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position: int
+    truncate: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the graph needs to know. Sizes are counts of channels, heads, tokens or experts."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    experts_per_token: int
+    head_dim: int
+    num_attention_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    rms_norm_eps: float
+    rope_theta: float
+    rope: YarnConfig
+    swiglu_limit: float
+    max_position: int
+
+    def __post_init__(self) -> None:
+        _check_shape(self)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read Hugging Face's keys. Raises ConfigError naming the field at fault."""
+        model_type = raw.get("model_type")
+        if model_type != "gpt_oss":
+            raise ConfigError(
+                f"config.json: model_type is {model_type!r}: expected 'gpt_oss'. "
+                "This package runs gpt-oss models and their fine-tunes only"
+            )
+        get = _Reader(raw, "config.json")
+        layers = get.whole("num_hidden_layers")
+        rope, theta = _read_hf_rope(raw, get)
+        experts_per_token = get.whole("num_experts_per_tok", "experts_per_token")
+        for flag, expected in (("tie_word_embeddings", False), ("attention_bias", True)):
+            if raw.get(flag, expected) is not expected:
+                raise ConfigError(f"config.json: {flag} is {raw[flag]!r}: gpt-oss models have {expected}")
+        return cls(
+            num_layers=layers,
+            hidden_size=get.whole("hidden_size"),
+            intermediate_size=get.whole("intermediate_size"),
+            num_experts=get.whole("num_local_experts", "num_experts"),
+            experts_per_token=experts_per_token,
+            head_dim=get.whole("head_dim"),
+            num_attention_heads=get.whole("num_attention_heads"),
+            num_kv_heads=get.whole("num_key_value_heads"),
+            vocab_size=get.whole("vocab_size"),
+            sliding_window=get.whole("sliding_window"),
+            layer_types=_layer_types(raw.get("layer_types"), layers),
+            rms_norm_eps=get.number("rms_norm_eps"),
+            rope_theta=theta,
+            rope=rope,
+            swiglu_limit=get.number("swiglu_limit", default=7.0),
+            max_position=get.whole("max_position_embeddings"),
+        )
+
+    @classmethod
+    def from_original(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read OpenAI's keys (`original/config.json`). Raises ConfigError naming the field at fault."""
+        get = _Reader(raw, "original/config.json")
+        layers = get.whole("num_hidden_layers")
+        factor = get.number("rope_scaling_factor")
+        initial = get.whole("initial_context_length")
+        return cls(
+            num_layers=layers,
+            hidden_size=get.whole("hidden_size"),
+            intermediate_size=get.whole("intermediate_size"),
+            num_experts=get.whole("num_experts"),
+            experts_per_token=get.whole("experts_per_token"),
+            head_dim=get.whole("head_dim"),
+            num_attention_heads=get.whole("num_attention_heads"),
+            num_kv_heads=get.whole("num_key_value_heads"),
+            vocab_size=get.whole("vocab_size"),
+            sliding_window=get.whole("sliding_window"),
+            layer_types=_layer_types(None, layers),
+            rms_norm_eps=1e-5,  # fixed in the published reference, and absent from its config
+            rope_theta=get.number("rope_theta"),
+            # The reference names YaRN's betas after the NTK paper's: alpha is the slow end, beta the fast one,
+            # and it never rounds the ramp.
+            rope=YarnConfig(
+                factor=factor,
+                beta_fast=get.number("rope_ntk_beta"),
+                beta_slow=get.number("rope_ntk_alpha"),
+                original_max_position=initial,
+                truncate=False,
+            ),
+            swiglu_limit=get.number("swiglu_limit", default=7.0),
+            max_position=round(initial * factor),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same shape in Hugging Face's keys, as openai/gpt-oss-20b writes them."""
+        return {
+            "architectures": ["GptOssForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "experts_per_token": self.experts_per_token,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initial_context_length": self.rope.original_max_position,
+            "intermediate_size": self.intermediate_size,
+            "layer_types": list(self.layer_types),
+            "max_position_embeddings": self.max_position,
+            "model_type": "gpt_oss",
+            "num_attention_heads": self.num_attention_heads,
+            "num_experts_per_tok": self.experts_per_token,
+            "num_hidden_layers": self.num_layers,
+            "num_key_value_heads": self.num_kv_heads,
+            "num_local_experts": self.num_experts,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": {
+                "beta_fast": self.rope.beta_fast,
+                "beta_slow": self.rope.beta_slow,
+                "factor": self.rope.factor,
+                "original_max_position_embeddings": self.rope.original_max_position,
+                "rope_type": "yarn",
+                "truncate": self.rope.truncate,
+            },
+            "rope_theta": self.rope_theta,
+            "sliding_window": self.sliding_window,
+            "swiglu_limit": self.swiglu_limit,
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration of the checkpoint in `folder`, and its raw JSON. Raises ConfigError."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no config.json: expected the folder of a gpt-oss checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}): download the file again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}: expected a JSON object")
+    if "model_type" not in raw and "num_experts" in raw and "rope_ntk_alpha" in raw:
+        return ModelConfig.from_original(raw), raw
+    return ModelConfig.from_hf(raw), raw
+
+
+class _Reader:
+    """Takes typed values out of a raw config; two names for one field must agree."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def _take(self, names: tuple[str, ...]) -> Any:
+        present = {n: self.raw[n] for n in names if self.raw.get(n) is not None}
+        if len(set(map(repr, present.values()))) > 1:
+            told = " and ".join(f"{n} = {v!r}" for n, v in present.items())
+            raise ConfigError(f"{self.where}: {told} contradict each other")
+        return next(iter(present.values()), None)
+
+    def whole(self, *names: str) -> int:
+        value = self._take(names)
+        if value is None:
+            raise ConfigError(f"{self.where}: {names[0]} is missing")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a whole number >= 1")
+        return value
+
+    def number(self, *names: str, default: float | None = None) -> float:
+        value = self._take(names)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"{self.where}: {names[0]} is missing")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0 or math.isinf(value):
+            raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a number above 0")
+        return float(value)
+
+
+def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, float]:
+    """YaRN's numbers and theta from `rope_scaling` + `rope_theta` or `rope_parameters`, or both if they agree."""
+    found: list[tuple[YarnConfig, float]] = []
+    for key in ("rope_parameters", "rope_scaling"):
+        block = raw.get(key)
+        if block is None:
+            continue
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"config.json: {key} is {block!r}: expected an object")
+        kind = block.get("rope_type", block.get("type"))
+        if kind != "yarn":
+            raise ConfigError(f"config.json: {key}.rope_type is {kind!r}: gpt-oss models have 'yarn'")
+        inner = _Reader(block, f"config.json: {key}")
+        theta = inner.number("rope_theta", default=raw.get("rope_theta"))
+        initial = block.get("original_max_position_embeddings", raw.get("initial_context_length"))
+        if initial is None:
+            raise ConfigError(f"config.json: {key}.original_max_position_embeddings is missing")
+        if "truncate" in block and not isinstance(block["truncate"], bool):
+            raise ConfigError(f"config.json: {key}.truncate is {block['truncate']!r}: expected true or false")
+        for ignored in ("attention_factor", "mscale", "mscale_all_dim"):
+            if block.get(ignored) is not None:
+                raise ConfigError(
+                    f"config.json: {key}.{ignored} is {block[ignored]!r}: gpt-oss models do not set it, "
+                    "and ignoring it would change every logit"
+                )
+        yarn = YarnConfig(
+            factor=inner.number("factor"),
+            beta_fast=inner.number("beta_fast", default=32.0),
+            beta_slow=inner.number("beta_slow", default=1.0),
+            original_max_position=_Reader({"n": initial}, f"config.json: {key}").whole("n"),
+            # transformers takes an absent `truncate` as true; gpt-oss's own configs always hold it.
+            truncate=block.get("truncate", True),
+        )
+        found.append((yarn, theta))
+    if not found:
+        raise ConfigError("config.json: rope_scaling (or rope_parameters) is missing")
+    if len(found) == 2 and found[0] != found[1]:
+        raise ConfigError("config.json: rope_parameters and rope_scaling contradict each other")
+    yarn, theta = found[0]
+    outer = raw.get("rope_theta")
+    if outer is not None and float(outer) != theta:
+        raise ConfigError(
+            f"config.json: rope_theta is {outer!r} and rope_parameters.rope_theta is {theta!r}: "
+            "they contradict each other"
+        )
+    return yarn, theta
+
+
+def _layer_types(raw: Any, layers: int) -> tuple[str, ...]:
+    """Which attention each layer has; absent, the published alternation: even layers slide."""
+    if raw is None:
+        return tuple(SLIDING if i % 2 == 0 else FULL for i in range(layers))
+    if not isinstance(raw, (list, tuple)) or any(t not in (SLIDING, FULL) for t in raw):
+        raise ConfigError(f"config.json: layer_types is {raw!r}: expected a list of {SLIDING!r} and {FULL!r}")
+    if len(raw) != layers:
+        raise ConfigError(
+            f"config.json: layer_types has {len(raw)} entries and num_hidden_layers is {layers}: "
+            "they contradict each other"
+        )
+    return tuple(raw)
+
+
+def _check_shape(c: ModelConfig) -> None:
+    """Relations between sizes that the graph depends on."""
+    if c.num_attention_heads % c.num_kv_heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads is {c.num_attention_heads}: expected a multiple of "
+            f"num_key_value_heads, {c.num_kv_heads}"
+        )
+    if c.experts_per_token > c.num_experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok is {c.experts_per_token}: expected at most "
+            f"num_local_experts, {c.num_experts}"
+        )
+    if c.head_dim % 2:
+        raise ConfigError(f"config.json: head_dim is {c.head_dim}: RoPE needs an even number")
+    if c.rope.beta_fast <= c.rope.beta_slow:
+        raise ConfigError(
+            f"config.json: rope beta_fast is {c.rope.beta_fast}: expected more than beta_slow, {c.rope.beta_slow}"
+        )

@@ -1,0 +1,97 @@
+"""The tree of errors: every failure a user can cause has a type, and one line that tells the cure.
+
+GptOssError
+ ├ ModelNotFoundError      no such folder or Hub id, or not cached while offline
+ ├ ConfigError             config.json is missing, contradictory, or not of a gpt-oss model
+ ├ CheckpointError         tensors missing, extra or misshapen; files corrupt or truncated
+ ├ TokenizerError          text is needed and the folder has no usable tokenizer
+ ├ RequestError            a value in a request is wrong; `.field` names it
+ │  ├ ContextLengthError   more tokens than the context holds
+ │  ├ SchemaError          a JSON schema, regex or grammar that cannot be used
+ │  └ ToolError            a tool declared twice or without a name, a result for an unknown call
+ ├ MemoryLimitError        it does not fit in memory; `.needed` and `.available` in bytes
+ ├ BusyError               the queue is full; `.retry_after` in seconds
+ ├ ConversionError         a conversion's source or target cannot be used
+ │  └ VerificationError    a converted folder differs from its manifest or its source
+ └ HubError                a download or an upload failed
+"""
+
+from __future__ import annotations
+
+
+class GptOssError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ModelNotFoundError(GptOssError):
+    """No such folder or Hub repository, or it is not cached and the network may not be used."""
+
+
+class ConfigError(GptOssError):
+    """The model's configuration is missing, contradictory, or does not describe a gpt-oss model."""
+
+
+class CheckpointError(GptOssError):
+    """The weights are missing, extra, misshapen, truncated or corrupt."""
+
+
+class TokenizerError(GptOssError):
+    """Text was asked for, and the model's folder holds no usable tokenizer."""
+
+
+class RequestError(GptOssError):
+    """A value in a request is wrong. `field` names it, as the caller wrote it."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ContextLengthError(RequestError):
+    """The prompt (with what is to be generated) is longer than the context. Counts are tokens."""
+
+    def __init__(self, prompt_tokens: int, max_context: int, field: str | None = "messages") -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens:,} tokens and the context holds {max_context:,}: "
+            "shorten the prompt, or load the model with a larger max_context",
+            field,
+        )
+        self.prompt_tokens = prompt_tokens
+        self.max_context = max_context
+
+
+class SchemaError(RequestError):
+    """A JSON schema, regular expression or grammar that cannot be used; names the part at fault."""
+
+
+class ToolError(RequestError):
+    """A tool is declared wrongly, or a result belongs to no call."""
+
+
+class MemoryLimitError(GptOssError):
+    """It does not fit in memory. `needed` and `available` are bytes."""
+
+    def __init__(self, message: str, needed: int | None = None, available: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+
+class BusyError(GptOssError):
+    """The queue is full. `retry_after` is a suggestion in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ConversionError(GptOssError):
+    """A conversion's source or target cannot be used."""
+
+
+class VerificationError(ConversionError):
+    """A converted folder differs from its manifest or from its source."""
+
+
+class HubError(GptOssError):
+    """A download from, or an upload to, the Hub failed."""
