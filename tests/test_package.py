@@ -1,0 +1,66 @@
+"""The package's surface: public names, what importing it costs, and what an installation contains."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mlx_gptoss
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PUBLIC = [
+    "Done",
+    "Engine",
+    "GptOssError",
+    "ReasoningDelta",
+    "Reply",
+    "SamplingParams",
+    "Session",
+    "TextDelta",
+    "ToolCall",
+    "ToolCallDelta",
+    "load",
+]
+
+HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "fastapi", "uvicorn", "rich", "numpy", "tokenizers", "llguidance")
+
+
+def test_public_names_are_pinned():
+    assert mlx_gptoss.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(mlx_gptoss))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_resolves_to_something_documented(name):
+    assert getattr(mlx_gptoss, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mlx_gptoss.nonsense
+
+
+@pytest.mark.parametrize("module", ["mlx_gptoss", "mlx_gptoss.cli"])
+def test_importing_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(HEAVY) & set(out)
+
+
+def test_every_package_folder_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(f.parent.relative_to(ROOT).parts)
+        for top in ("mlx_gptoss", "convert")
+        for f in (ROOT / top).rglob("__init__.py")
+    }
+    assert listed == {p.replace("convert", "mlx_gptoss.convert", 1) if p.startswith("convert") else p for p in found}
+
+
+def test_the_version_is_said_once_and_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["version"] == mlx_gptoss.__version__
