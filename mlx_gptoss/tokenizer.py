@@ -1,0 +1,159 @@
+"""Text to token ids and back, straight from `tokenizer.json` through the `tokenizers` package.
+
+This module holds the one table of special tokens. Their ids are looked up by name, because models that
+share the architecture need not share the vocabulary. Ordinary text never becomes a special token, whatever
+it spells: special tokens are put into a sequence by id only.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mlx_gptoss.errors import RequestError, TokenizerError
+
+# Field of Special -> its text in the vocabulary. All but the two edge markers are needed by harmony.
+SPECIAL_TOKENS = {
+    "startoftext": "<|startoftext|>",
+    "endoftext": "<|endoftext|>",
+    "return_": "<|return|>",
+    "constrain": "<|constrain|>",
+    "channel": "<|channel|>",
+    "start": "<|start|>",
+    "end": "<|end|>",
+    "message": "<|message|>",
+    "call": "<|call|>",
+}
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids of the special tokens that harmony uses."""
+
+    startoftext: int
+    endoftext: int
+    return_: int
+    constrain: int
+    channel: int
+    start: int
+    end: int
+    message: int
+    call: int
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary with harmony's special tokens.
+
+    Raises TokenizerError when the file is missing, unreadable, not byte-level, or lacks a special token.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        if not path.is_file():
+            raise TokenizerError(
+                f"{path.parent}: no tokenizer.json: text needs one; download it beside the weights, "
+                "or work on token ids"
+            )
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the Rust core raises plain Exception for every malformed file
+            raise TokenizerError(f"{path}: not a usable tokenizer.json ({error}): download it again") from None
+        # Text that spells a special token is ordinary text.
+        self._backend.encode_special_tokens = True
+        self.path = path
+        missing = [t for t in SPECIAL_TOKENS.values() if self._backend.token_to_id(t) is None]
+        if missing:
+            raise TokenizerError(
+                f"{path}: lacks the special tokens {', '.join(missing)}: this is not a gpt-oss tokenizer"
+            )
+        self.special = Special(**{k: self._backend.token_to_id(t) for k, t in SPECIAL_TOKENS.items()})
+        self._added = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items()}
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> Tokenizer:
+        """The tokenizer of the checkpoint in `folder`."""
+        return cls(Path(folder) / "tokenizer.json")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id; the model's own vocabulary may be padded beyond it."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a generation: <|return|>, <|call|> and <|endoftext|>. <|end|> only ends a message."""
+        return frozenset((self.special.return_, self.special.call, self.special.endoftext))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ordinary text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, encoded in parallel."""
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def is_special(self, token_id: int) -> bool:
+        """True for tokens that no text produces: markup and reserved ids."""
+        return token_id in self._added
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; a special token's own name. b"" for an id without a token.
+
+        Raises RequestError for a negative id.
+        """
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if token_id < 0:
+            raise RequestError(f"token id {token_id}: expected a number >= 0", "token_ids")
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHAR[c] for c in piece)
+        except KeyError:
+            raise TokenizerError(
+                f"{self.path}: token {token_id} is {piece!r}, which is not byte-level BPE: "
+                "this is not a gpt-oss tokenizer"
+            ) from None
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of the tokens, special ones spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+
+    def detokenizer(self) -> StreamDetokenizer:
+        """A new incremental decoder."""
+        return StreamDetokenizer(self)
+
+
+class StreamDetokenizer:
+    """Decodes a stream of tokens; a character is shown once all its bytes are there. O(1) a token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, possibly empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD where a character was cut, else nothing. Starts afresh."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's map of bytes to printable characters, inverted: byte-level BPE vocabularies are written in it."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    chars = {chr(b): b for b in printable}
+    others = [b for b in range(256) if b not in set(printable)]
+    chars.update({chr(256 + i): b for i, b in enumerate(others)})
+    return chars
+
+
+_BYTE_OF_CHAR = _byte_characters()
