@@ -1,7 +1,7 @@
 """From what a person typed to a local folder: "demo", a folder, or the id of a repository on the Hub.
 
-Downloads go through ``huggingface_hub`` (its cache, its token, its progress bar), and only of the files that this
-runtime reads: never the ``metal/`` and ``original/`` copies that triple the download.
+Downloads go through ``huggingface_hub`` (its cache, its token, its progress bar), and only of the files that
+this runtime reads: never the ``metal/`` and ``original/`` copies that triple the download.
 """
 
 import errno
@@ -35,7 +35,7 @@ WANTED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Top-level files that loading reads; the same names under ``original/`` where a repository has nothing else."""
+"""Top-level files that loading reads; the same under ``original/`` where a repository has nothing else."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIMEOUT = 10.0  # seconds for the one question that precedes a download
@@ -45,11 +45,11 @@ def resolve(model: str | Path, *, revision: str | None = None, offline: bool = F
     """The local folder that holds `model`, downloaded first when it is a Hub id that isn't in the cache.
 
     model: "demo" (the model shipped in this package), an existing folder, or NAMESPACE/NAME on the Hub.
-    revision: branch, tag or commit of a Hub id. offline: never touch the network (``HF_HUB_OFFLINE`` does the same).
+    revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
     A folder that holds nothing but ``original/`` resolves to that.
 
-    Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline), and
-    HubError when the Hub refuses, can't be reached, or the disk is full.
+    Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline),
+    and HubError when the Hub refuses, can't be reached, or the disk is full.
     """
     text = str(model)
     if text == DEMO:
@@ -96,7 +96,8 @@ def explain(
     if isinstance(error, RepositoryNotFoundError):
         near = _nearby_folder(repo)
         return ModelNotFoundError(
-            f"no model {repo!r} on the Hub{near}; check the spelling, or log in with `hf auth login` if it is private"
+            f"no model {repo!r} on the Hub{near}; check the spelling, "
+            "or log in with `hf auth login` if it is private"
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFoundError(
@@ -118,7 +119,8 @@ def explain(
         return HubError(f"cannot {doing} {repo!r}: the Hub answered {status}; {cure}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HubError(
-            f"cannot {doing} {repo!r}: the disk is full; free some space or move HF_HOME, then run the same command again"
+            f"cannot {doing} {repo!r}: the disk is full; free some space or set HF_HOME to another disk, "
+            "then run the same command again"
         )
     if isinstance(error, PermissionError):
         return HubError(
@@ -186,7 +188,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
 
 
 def _select(repo: str, siblings: Sequence["RepoSibling"], commit: str | None) -> _Selection:
-    """The files of `repo` that loading needs. Raises ModelNotFoundError when there are no weights among them."""
+    """The files of `repo` that loading needs; ModelNotFoundError when there are no weights among them."""
     from huggingface_hub import try_to_load_from_cache
 
     for prefix in ("", "original/"):
@@ -242,16 +244,16 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # No pattern matches nothing: the library then checks no file list, which differs by layout. Done below.
-        folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+        # An empty list of patterns: the library checks no files, since which are needed differs by layout.
+        snapshot = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
     except LocalEntryNotFoundError:
         return None
-    folder = _layout_folder(Path(folder))
+    folder = _layout_folder(Path(snapshot))
     return folder if _is_whole(folder) else None
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether config.json and every shard that the index names are there (an interrupted download lacks some)."""
+    """Whether config.json and every shard of the index are there (an interrupted download lacks some)."""
     if not (folder / "config.json").exists():
         return False
     indexes = list(folder.glob("*.safetensors.index.json"))

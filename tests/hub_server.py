@@ -1,5 +1,5 @@
-"""A local stand-in of the Hub's HTTP API, on loopback: enough for huggingface_hub to list, download, create, upload
-and commit models, with connections that break on demand.
+"""A local stand-in of the Hub's HTTP API, on loopback: enough for huggingface_hub to list, download, create,
+upload and commit models, with connections that break on demand.
 
     with HubServer() as hub:
         hub.add_repo("someone/model", {"config.json": b"{}"})

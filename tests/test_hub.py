@@ -1,4 +1,4 @@
-"""Resolving a model: demo, folder or Hub id; downloads from a stand-in of the Hub, whole, broken and offline."""
+"""Resolving a model: demo, folder or Hub id; downloads from a stand-in of the Hub, whole, broken, offline."""
 
 import errno
 import shutil
