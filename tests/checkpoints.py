@@ -358,7 +358,7 @@ def _write_shards(folder: Path, tensors: list[Tensor], shards: int, layout: str)
     total, done = sum(t.nbytes for t in tensors), 0
     parts: list[list[Tensor]] = [[] for _ in range(shards)]
     for t in tensors:
-        parts[min(shards - 1, done * shards // total)].append(t)
+        parts[(2 * done + t.nbytes) * shards // (2 * total)].append(t)  # by where its middle falls
         done += t.nbytes
     # OpenAI counts its shards from 0 and names the last index as if it were the number of files.
     first, last = (0, shards - 1) if layout == "hf" else (1, shards)
