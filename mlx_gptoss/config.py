@@ -207,7 +207,12 @@ class _Reader:
             value = default
         if value is None:
             raise ConfigError(f"{self.where}: {names[0]} is missing")
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0 or math.isinf(value):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not value > 0
+            or math.isinf(value)
+        ):
             raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a number above 0")
         return float(value)
 

@@ -108,9 +108,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """True when the draw depends on the tokens that came before."""
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ class Sampler:
         for token in params.logit_bias:
             if token >= vocab_size:
                 raise RequestError(
-                    f"logit_bias names token {token}: the vocabulary has ids 0 to {vocab_size - 1}", "logit_bias"
+                    f"logit_bias names token {token}: the vocabulary has ids 0 to {vocab_size - 1}",
+                    "logit_bias",
                 )
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise RequestError(

@@ -61,7 +61,9 @@ class Tokenizer:
         try:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust core raises plain Exception for every malformed file
-            raise TokenizerError(f"{path}: not a usable tokenizer.json ({error}): download it again") from None
+            raise TokenizerError(
+                f"{path}: not a usable tokenizer.json ({error}): download it again"
+            ) from None
         # Text that spells a special token is ordinary text.
         self._backend.encode_special_tokens = True
         self.path = path

@@ -1,0 +1,195 @@
+"""Matrices as checkpoints hold them: dense or quantised, applied to rows of activations.
+
+Every matrix is [outputs, inputs] (an expert stack is [experts, outputs, inputs]) and is never repacked:
+MXFP4 blocks are the checkpoint's own bytes, viewed as uint32 [.., outputs, inputs / 8] with scales
+uint8 [.., outputs, inputs / 32]; affine weights are MLX's packing with scales and biases
+[.., outputs, inputs / group_size].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a quantised matrix is packed: MLX's mode ("affine" or "mxfp4"), bits a value, values a group."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+
+MXFP4 = Quantization("mxfp4", 4, 32)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight: [.., outputs, inputs], dense when `quantization` is None."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[-2])
+
+    @property
+    def inputs(self) -> int:
+        columns = int(self.weight.shape[-1])
+        return columns if self.quantization is None else columns * 32 // self.quantization.bits
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.weight, self.scales, self.biases) if a is not None]
+
+    def rows(self, start: int, end: int) -> Matrix:
+        """Outputs [start, end): a view, for one or for a stack of matrices."""
+        parts = [None if a is None else a[..., start:end, :] for a in (self.weight, self.scales, self.biases)]
+        assert parts[0] is not None
+        return Matrix(parts[0], parts[1], parts[2], self.quantization)
+
+    def dense(self, dtype: mx.Dtype) -> mx.array:
+        """The values, [.., outputs, inputs]."""
+        if self.quantization is None:
+            return self.weight.astype(dtype)
+        q = self.quantization
+        assert self.scales is not None
+        return mx.dequantize(
+            self.weight,
+            self.scales,
+            self.biases,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+            dtype=dtype,
+        )
+
+    def apply(self, x: mx.array, *, stream: mx.Stream | None = None) -> mx.array:
+        """x [T, inputs] -> x @ W.T, [T, outputs]."""
+        if self.quantization is None:
+            return mx.matmul(x, self.weight.T, stream=stream)
+        q = self.quantization
+        assert self.scales is not None
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+            stream=stream,
+        )
+
+    def gather(
+        self,
+        x: mx.array,
+        experts: mx.array,
+        rows: mx.array | None,
+        *,
+        in_order: bool = False,
+        stream: mx.Stream | None = None,
+    ) -> mx.array:
+        """One expert of a stack for each row: x [N, 1, inputs], experts and rows of one shape S -> [*S, 1, outputs].
+
+        `rows` says which row of x each entry takes (None: its own); `in_order`: experts never decrease.
+        """
+        if self.quantization is None:
+            return mx.gather_mm(
+                x,
+                self.weight.swapaxes(-1, -2),
+                lhs_indices=rows,
+                rhs_indices=experts,
+                sorted_indices=in_order,
+                stream=stream,
+            )
+        q = self.quantization
+        assert self.scales is not None
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            lhs_indices=rows,
+            rhs_indices=experts,
+            transpose=True,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+            sorted_indices=in_order,
+            stream=stream,
+        )
+
+
+def stack_rows(parts: list[Matrix]) -> Matrix | None:
+    """The matrices one above the other, as one; None when they are packed differently."""
+    first = parts[0]
+    if any(p.quantization != first.quantization for p in parts):
+        return None
+    if len(parts) == 1:
+        return first
+    columns = zip(*((p.weight, p.scales, p.biases) for p in parts), strict=True)
+    joined = [None if c[0] is None else mx.concatenate(list(c), axis=-2) for c in columns]
+    assert joined[0] is not None
+    return Matrix(joined[0], joined[1], joined[2], first.quantization)
+
+
+class Projection(Protocol):
+    """A linear map of rows: x [T, inputs] -> [T, outputs], without a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array: ...
+
+    def arrays(self) -> list[mx.array]: ...
+
+
+class Dense:
+    """One matrix on the default device."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.matrix.apply(x)
+
+    def arrays(self) -> list[mx.array]:
+        return self.matrix.arrays()
+
+
+class Stacked:
+    """Matrices that are packed differently, applied to the same rows; outputs side by side."""
+
+    def __init__(self, parts: list[Projection]) -> None:
+        self.parts = parts
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([p(x) for p in self.parts], axis=-1)
+
+    def arrays(self) -> list[mx.array]:
+        return [a for p in self.parts for a in p.arrays()]
+
+
+class Embedding:
+    """Rows of a table [vocab, hidden], cast to the compute dtype after the lookup."""
+
+    def __init__(self, table: Matrix, dtype: mx.Dtype) -> None:
+        self.table = table
+        self.dtype = dtype
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """tokens int [T] -> [T, hidden]."""
+        picked = [None if a is None else mx.take(a, tokens, axis=0) for a in _columns(self.table)]
+        assert picked[0] is not None
+        return Matrix(picked[0], picked[1], picked[2], self.table.quantization).dense(self.dtype)
+
+    def arrays(self) -> list[mx.array]:
+        return self.table.arrays()
+
+
+def _columns(m: Matrix) -> tuple[mx.array | None, ...]:
+    return m.weight, m.scales, m.biases

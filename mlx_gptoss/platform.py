@@ -1,0 +1,104 @@
+"""What differs between machines, in one place: device, default dtype, memory, and what the backend can do.
+
+macOS on Apple Silicon (Metal) is the target; MLX's CUDA and CPU backends on Linux run the same graph.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as _platform
+import resource
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from mlx_gptoss.errors import RequestError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+@cache
+def on_gpu() -> bool:
+    """True when MLX's default device is a GPU (Metal or CUDA)."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def default_dtype() -> mx.Dtype:
+    """bfloat16 on a GPU; float32 on the CPU backend, whose quantised kernels are 10 times faster with it."""
+    return mx.bfloat16 if on_gpu() else mx.float32
+
+
+def parse_dtype(name: str | mx.Dtype | None) -> mx.Dtype:
+    """A dtype from its name; None gives the device's default. Raises RequestError."""
+    if name is None:
+        return default_dtype()
+    if isinstance(name, mx.Dtype):
+        name = str(name).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise RequestError(f"dtype is {name!r}: expected one of {', '.join(DTYPES)}", "dtype")
+    return DTYPES[name]
+
+
+def fuse(function: F) -> F:
+    """Compile a small elementwise function into one kernel on a GPU.
+
+    Decided at the first call. The CPU backend would start a C++ compiler, which a machine need not have.
+    """
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs) if on_gpu() else function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@cache
+def total_memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory() -> int:
+    """Bytes that can be taken now without swapping: on a Mac with Metal, what the GPU may keep resident."""
+    if on_gpu():
+        working_set = mx.device_info().get("max_recommended_working_set_size")
+        if working_set:
+            return max(0, int(working_set) - mx.get_active_memory())
+    if sys.platform.startswith("linux"):
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return total_memory()
+
+
+def peak_rss() -> int:
+    """The largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory() -> int:
+    """The larger of the process's peak resident set and MLX's peak allocation, bytes."""
+    return max(peak_rss(), mx.get_peak_memory())
+
+
+def describe() -> dict[str, str]:
+    """Machine and versions, for benchmarks and reports."""
+    from importlib.metadata import version
+
+    return {
+        "machine": _platform.machine(),
+        "system": f"{_platform.system()} {_platform.release()}",
+        "cores": str(os.cpu_count()),
+        "memory_gb": f"{total_memory() / 1e9:.1f}",
+        "device": "gpu" if on_gpu() else "cpu",
+        "python": _platform.python_version(),
+        "mlx": version("mlx"),
+    }
