@@ -68,13 +68,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `manifest.json`.  `recipe` is the recipe's table row as resolved, overrides included."""
+    """The whole of `manifest.json`.  `recipe` is the recipe's table row as resolved, overrides included.
+
+    `quality` is what `verify --quality` measured against the source, None before that.
+    """
 
     tool_version: str
     source: SourceEntry
     recipe: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
+    quality: Mapping[str, Any] | None = None
     tool: str = "mlx_gptoss"
 
     def to_json(self) -> str:
@@ -196,6 +200,7 @@ class _Check:
             recipe=self.value(content, "manifest", "recipe", dict, "an object"),
             tensors={name: self.tensor(entry, f"tensors[{name!r}]") for name, entry in tensors.items()},
             files=self.files(content, "manifest"),
+            quality=self.value(content, "manifest", "quality", (dict, type(None)), "an object or null"),
         )
 
 
