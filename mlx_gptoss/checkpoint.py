@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.config import ModelConfig, read_config
+from mlx_gptoss.config import read_config
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.linear import MXFP4, Dense, Embedding, Matrix, Projection, Quantization, Stacked, stack_rows
 from mlx_gptoss.model import Attention, Experts, Layer, MixtureOfExperts, Model, Router
@@ -102,8 +102,8 @@ def detect_layout(names: set[str] | dict[str, TensorInfo], where: Path) -> str:
         return "bf16"
     shown = ", ".join(sorted(names)[:3]) or "none"
     raise CheckpointError(
-        f"{where}: no known gpt-oss layout (tensors: {shown} ..): expected Hugging Face's names with MXFP4 or bf16 "
-        "experts, OpenAI's original names, or an mlx-lm conversion"
+        f"{where}: no known gpt-oss layout (tensors: {shown} ..): expected Hugging Face's names with "
+        "MXFP4 or bf16 experts, OpenAI's original names, or an mlx-lm conversion"
     )
 
 
@@ -152,8 +152,8 @@ class Checkpoint:
         chosen = by_path.get(path, default)
         if chosen is None:
             raise ConfigError(
-                f"{self.folder}: {path}.scales is there and config.json's `quantization` does not say how {path} "
-                "is packed: the two contradict each other"
+                f"{self.folder}: {path}.scales is there and config.json's `quantization` does not say how "
+                f"{path} is packed: the two contradict each other"
             )
         return chosen
 
@@ -201,7 +201,8 @@ class Checkpoint:
             gate_up = stack_rows(halves)
             if gate_up is None:
                 raise CheckpointError(
-                    f"{self.folder}: {name['moe.gate']} and {name['moe.up']} are packed differently: expected one way"
+                    f"{self.folder}: {name['moe.gate']} and {name['moe.up']} "
+                    "are packed differently: expected one way"
                 )
             biases = [self._vector(name[p] + ".bias") for p in ("moe.gate", "moe.up", "moe.down")]
             bias = mx.concatenate(biases, axis=-1)
@@ -291,7 +292,7 @@ def _projection(parts: list[Matrix]) -> Projection:
 
 def _checked_scales(scales: mx.array, name: str) -> mx.array:
     """MXFP4 scale bytes; 255 stands for NaN and would poison every logit without a word."""
-    largest = int(mx.max(scales).item()) if on_gpu() else int(np.asarray(scales).max())
+    largest = int(np.asarray(mx.max(scales))) if on_gpu() else int(np.asarray(scales).max())
     if largest == 255:
         raise CheckpointError(
             f"{name}: holds the scale byte 255 (NaN): the file is corrupt, download it again"
@@ -308,8 +309,8 @@ def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[s
             method = (block or {}).get("quant_method", "mxfp4")
             if method != "mxfp4":
                 raise ConfigError(
-                    f"config.json: quantization_config.quant_method is {method!r}: expected 'mxfp4', which is how "
-                    "gpt-oss is published; convert the model from an MXFP4 or bf16 checkpoint"
+                    f"config.json: quantization_config.quant_method is {method!r}: expected 'mxfp4', "
+                    "which is how gpt-oss is published; convert the model from an MXFP4 or bf16 checkpoint"
                 )
             return None, {}
     if not isinstance(block, dict):
@@ -323,8 +324,9 @@ def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[s
         )
         if not fits:
             raise ConfigError(
-                f"config.json: {where} is mode {mode!r}, bits {bits!r}, group_size {group!r}: expected affine with "
-                "2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128, or mxfp4 with 4 bits and groups of 32"
+                f"config.json: {where} is mode {mode!r}, bits {bits!r}, group_size {group!r}: expected "
+                "affine with 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128, or mxfp4 with 4 bits and "
+                "groups of 32"
             )
         assert isinstance(bits, int) and isinstance(group, int)
         return Quantization(mode, bits, group)

@@ -111,8 +111,8 @@ class ModelConfig:
             layer_types=_layer_types(None, layers),
             rms_norm_eps=1e-5,  # fixed in the published reference, and absent from its config
             rope_theta=get.number("rope_theta"),
-            # The reference names YaRN's betas after the NTK paper's: alpha is the slow end, beta the fast one,
-            # and it never rounds the ramp.
+            # The reference names YaRN's betas after the NTK paper's: alpha is the slow end, beta the
+            # fast one, and it never rounds the ramp.
             rope=YarnConfig(
                 factor=factor,
                 beta_fast=get.number("rope_ntk_beta"),
@@ -218,7 +218,7 @@ class _Reader:
 
 
 def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, float]:
-    """YaRN's numbers and theta from `rope_scaling` + `rope_theta` or `rope_parameters`, or both if they agree."""
+    """YaRN's numbers and theta from `rope_scaling` + `rope_theta`, `rope_parameters`, or both if they agree."""
     found: list[tuple[YarnConfig, float]] = []
     for key in ("rope_parameters", "rope_scaling"):
         block = raw.get(key)
@@ -295,5 +295,6 @@ def _check_shape(c: ModelConfig) -> None:
         raise ConfigError(f"config.json: head_dim is {c.head_dim}: RoPE needs an even number")
     if c.rope.beta_fast <= c.rope.beta_slow:
         raise ConfigError(
-            f"config.json: rope beta_fast is {c.rope.beta_fast}: expected more than beta_slow, {c.rope.beta_slow}"
+            f"config.json: rope beta_fast is {c.rope.beta_fast}: expected more than "
+            f"beta_slow, {c.rope.beta_slow}"
         )

@@ -96,9 +96,9 @@ class Matrix:
         in_order: bool = False,
         stream: mx.Stream | None = None,
     ) -> mx.array:
-        """One expert of a stack for each row: x [N, 1, inputs], experts and rows of one shape S -> [*S, 1, outputs].
+        """One expert of a stack for each row: x [N, 1, inputs], experts [*S] -> [*S, 1, outputs].
 
-        `rows` says which row of x each entry takes (None: its own); `in_order`: experts never decrease.
+        `rows` [*S] says which row of x each entry takes (None: its own); `in_order`: experts never decrease.
         """
         if self.quantization is None:
             return mx.gather_mm(

@@ -129,8 +129,8 @@ class Router:
 class Experts:
     """The stacked experts' two matrices and biases.
 
-    gate_up is [E, 2F, D] with rows gate, up, gate, up .. when `interleaved` (as published), else all gates and
-    then all ups; down is [E, D, F]. `bias` is [E, 2F + D]: the gate_up bias and the down bias side by side,
+    gate_up is [E, 2F, D] with rows gate, up, gate, up .. when `interleaved` (as published), else all gates
+    and then all ups; down is [E, D, F]. `bias` is [E, 2F + D]: the gate_up bias and the down bias side by side,
     so that one gather fetches both.
     """
 
@@ -154,7 +154,7 @@ class Experts:
         return y + bias[..., self.width :]
 
     def _sorted(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The same with the (token, expert) pairs in the experts' order, so that a GPU reads each expert once."""
+        """The same with the (token, expert) pairs in the experts' order: a GPU reads each expert once."""
         flat = chosen.flatten()
         order = mx.argsort(flat)
         experts = flat[order]

@@ -126,7 +126,7 @@ class TokenConstraint(Protocol):
     """What may be sampled next, for one request. Stateful, used by one thread."""
 
     def allowed(self) -> np.ndarray | None:
-        """None when every token may follow, else uint32 [ceil(vocab / 32)], bit i%32 of word i//32 set if i may."""
+        """None when every token may follow, else uint32 [ceil(vocab / 32)]: bit i%32 of word i//32 is token i."""
         ...
 
     def accept(self, token_id: int) -> None:
@@ -251,4 +251,4 @@ def read_logprobs(arrays: tuple[mx.array, mx.array, mx.array]) -> TokenLogprobs:
     """The evaluated arrays of `logprob_arrays` as numbers."""
     chosen, ids, values = arrays
     pairs = zip(np.array(ids).tolist(), np.array(values).tolist(), strict=True)
-    return TokenLogprobs(float(chosen.item()), tuple((int(i), float(v)) for i, v in pairs))
+    return TokenLogprobs(float(np.asarray(chosen)[0]), tuple((int(i), float(v)) for i, v in pairs))

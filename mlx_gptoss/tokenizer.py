@@ -67,12 +67,13 @@ class Tokenizer:
         # Text that spells a special token is ordinary text.
         self._backend.encode_special_tokens = True
         self.path = path
-        missing = [t for t in SPECIAL_TOKENS.values() if self._backend.token_to_id(t) is None]
+        ids = {k: self._backend.token_to_id(t) for k, t in SPECIAL_TOKENS.items()}
+        missing = [SPECIAL_TOKENS[k] for k, i in ids.items() if i is None]
         if missing:
             raise TokenizerError(
                 f"{path}: lacks the special tokens {', '.join(missing)}: this is not a gpt-oss tokenizer"
             )
-        self.special = Special(**{k: self._backend.token_to_id(t) for k, t in SPECIAL_TOKENS.items()})
+        self.special = Special(**{k: i for k, i in ids.items() if i is not None})
         self._added = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items()}
 
     @classmethod
@@ -87,7 +88,7 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a generation: <|return|>, <|call|> and <|endoftext|>. <|end|> only ends a message."""
+        """What ends a generation: <|return|>, <|call|>, <|endoftext|>. <|end|> only ends a message."""
         return frozenset((self.special.return_, self.special.call, self.special.endoftext))
 
     def encode(self, text: str) -> list[int]:
@@ -150,7 +151,7 @@ class StreamDetokenizer:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's map of bytes to printable characters, inverted: byte-level BPE vocabularies are written in it."""
+    """GPT-2's map of bytes to printable characters, inverted; byte-level BPE vocabularies use it."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     chars = {chr(b): b for b in printable}
     others = [b for b in range(256) if b not in set(printable)]
