@@ -1,0 +1,266 @@
+"""Is a converted folder what its manifest says, and what its source says?
+
+`verify` reads every file once, in chunks: file hashes and tensor hashes come out of the same pass. With the
+source at hand it also hashes the source's tensors behind every verbatim copy, and measures the error of every
+quantised tensor anew instead of believing the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
+from mlx_gptoss.safetensors_file import TensorInfo, read_folder, read_header
+
+CHUNK = 4 << 20  # bytes read at a time
+EXACT = ("copy", "relayout")
+NOT_OURS = (
+    "README.md",
+    ".gitattributes",
+    ".cache",
+)  # what a download or a share adds beside the manifest's files
+
+Progress = Callable[[int], None]
+"""Called with a number of bytes just read."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that differs: `name` is the file or tensor, `detail` what was found and expected."""
+
+    name: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of the model (attention, experts ..): its tensors, bytes, actions and relative errors.
+
+    `recorded` is the manifest's error, `measured` the one found against the source (None: no source given);
+    each the root of the mean square over the part's quantised tensors, weighted by their elements.
+    """
+
+    part: str
+    tensors: int
+    bytes: int
+    actions: tuple[str, ...]
+    recorded: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `copies` counts tensors found bit-identical to the source (None: no source)."""
+
+    folder: Path
+    manifest: Manifest
+    files: int
+    bytes: int
+    parts: tuple[PartReport, ...]
+    problems: tuple[Problem, ...]
+    extra: tuple[str, ...] = ()
+    missing_optional: tuple[str, ...] = ()
+    source: Path | None = None
+    copies: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def check(self) -> None:
+        """Raise VerificationError naming the first ten problems, if there are any."""
+        if self.problems:
+            shown = "; ".join(str(p) for p in self.problems[:10])
+            more = f"; and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""
+            raise VerificationError(
+                f"{self.folder} does not verify: {shown}{more}; convert or download it again"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "folder": str(self.folder),
+            "ok": self.ok,
+            "source": None if self.source is None else str(self.source),
+            "files": self.files,
+            "bytes": self.bytes,
+            "tensors": len(self.manifest.tensors),
+            "identical_to_source": self.copies,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+            "problems": [dataclasses.asdict(problem) for problem in self.problems],
+            "extra_files": list(self.extra),
+        }
+
+
+def verify(
+    folder: str | Path, source: str | Path | None = None, *, progress: Progress | None = None
+) -> Verification:
+    """Compare a converted folder with its manifest, and with `source` (a local folder) when one is given.
+
+    File hashes that the manifest does not hold yet are written into it once everything else agrees. Raises
+    ConversionError when there is no usable manifest; every other finding is in the result.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ConversionError(f"{root}: no such folder, expected one written by `mlx-gptoss convert`")
+    manifest = read_manifest(root)
+    problems: list[Problem] = []
+    tick = progress or (lambda _: None)
+    hashed = dict(_check_files(root, manifest, problems, tick))
+    _check_names(root, manifest, problems)
+    extra = _extra_files(root, manifest, problems)
+    if not problems and any(entry.sha256 is None for entry in manifest.files.values()):
+        manifest = dataclasses.replace(manifest, files=hashed)
+        manifest.write(root)
+    return Verification(
+        folder=root,
+        manifest=manifest,
+        files=len(hashed),
+        bytes=sum(entry.size for entry in hashed.values()),
+        parts=_parts(manifest.tensors, {}),
+        problems=tuple(problems),
+        extra=tuple(extra),
+    )
+
+
+def bytes_to_read(folder: str | Path, manifest: Manifest) -> int:
+    """How many bytes `verify` is about to read, for a progress bar."""
+    return sum(entry.size for entry in manifest.files.values())
+
+
+def _check_files(
+    root: Path, manifest: Manifest, problems: list[Problem], tick: Progress
+) -> Iterator[tuple[str, FileEntry]]:
+    """Size and hash of every file in the manifest, and the hashes of the tensors inside."""
+    for name, expected in sorted(manifest.files.items()):
+        path = root / name
+        if not path.is_file():
+            problems.append(Problem(name, "missing"))
+            continue
+        size = path.stat().st_size
+        if size != expected.size:
+            problems.append(Problem(name, f"{size:,} bytes, expected {expected.size:,}"))
+        tensors: list[TensorInfo] = []
+        if name.endswith(".safetensors"):
+            try:
+                tensors = list(read_header(path).values())
+            except CheckpointError as error:
+                problems.append(Problem(name, str(error)))
+        digest, tensor_digests = hash_file(path, tensors, tick)
+        yield name, FileEntry(size, digest)
+        if expected.sha256 is not None and digest != expected.sha256 and size == expected.size:
+            problems.append(Problem(name, f"sha256 is {digest[:12]}.., expected {expected.sha256[:12]}.."))
+        for info in tensors:
+            entry = manifest.tensors.get(info.name)
+            if entry is not None and tensor_digests[info.name] != entry.sha256:
+                problems.append(Problem(info.name, "its bytes differ from the manifest's hash"))
+
+
+def hash_file(path: Path, tensors: list[TensorInfo], tick: Progress) -> tuple[str, dict[str, str]]:
+    """SHA-256 (hex) of a file and of each of its tensors' data, in one pass over it.
+
+    `tensors` are in the order of their data. The two kinds of hash run side by side: hashing is the
+    slower half, and lets other threads run.
+    """
+    whole = hashlib.sha256()
+    digests = {info.name: hashlib.sha256() for info in tensors}
+
+    def feed_tensors(chunk: memoryview, start: int) -> None:
+        for info in tensors:
+            first, last = max(info.start, start), min(info.end, start + len(chunk))
+            if first < last:
+                digests[info.name].update(chunk[first - start : last - start])
+
+    buffers = [bytearray(CHUNK), bytearray(CHUNK)]
+    position = 0
+    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(2) as pool:
+        pending: list[Any] = []
+        while True:
+            buffer = buffers[0]
+            count = stream.readinto(buffer)
+            for task in pending:
+                task.result()
+            if not count:
+                break
+            chunk = memoryview(buffer)[:count]
+            pending = [pool.submit(whole.update, chunk)]
+            if tensors:
+                pending.append(pool.submit(feed_tensors, chunk, position))
+            position += count
+            tick(count)
+            buffers.reverse()
+    return whole.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _check_names(root: Path, manifest: Manifest, problems: list[Problem]) -> None:
+    """Names, dtypes and shapes of the tensors, as the folder's index and headers give them."""
+    try:
+        found = read_folder(root)
+    except CheckpointError as error:
+        problems.append(Problem("weights", str(error)))
+        return
+    for name in sorted(manifest.tensors.keys() - found.keys()):
+        problems.append(Problem(name, "missing from the weights"))
+    for name in sorted(found.keys() - manifest.tensors.keys()):
+        problems.append(Problem(name, "not in the manifest"))
+    for name in sorted(found.keys() & manifest.tensors.keys()):
+        info, entry = found[name], manifest.tensors[name]
+        if (info.dtype, info.shape, info.nbytes) != (entry.dtype, entry.shape, entry.bytes):
+            problems.append(
+                Problem(name, f"{info.dtype} {list(info.shape)}, expected {entry.dtype} {list(entry.shape)}")
+            )
+
+
+def _extra_files(root: Path, manifest: Manifest, problems: list[Problem]) -> list[str]:
+    """Files beside the manifest's. Weights among them are a problem: a loader may take them."""
+    extra = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_dir() or name in manifest.files or name == MANIFEST_NAME or name.startswith(NOT_OURS):
+            continue
+        extra.append(name)
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            problems.append(Problem(name, "weights that the manifest does not know; remove them"))
+    return extra
+
+
+def _parts(tensors: Mapping[str, TensorEntry], measured: Mapping[str, float]) -> tuple[PartReport, ...]:
+    """The report by part; `measured` holds relative errors found against the source, by tensor."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, entry in tensors.items():
+        groups[entry.part].append(name)
+    reports = []
+    for part, names in sorted(groups.items()):
+        entries = [tensors[name] for name in names]
+        recorded = _mean_error([(e.relative_error, math.prod(e.shape)) for e in entries])
+        found = _mean_error([(measured.get(n), math.prod(tensors[n].shape)) for n in names])
+        reports.append(
+            PartReport(
+                part=part,
+                tensors=len(entries),
+                bytes=sum(e.bytes for e in entries),
+                actions=tuple(sorted({e.action for e in entries})),
+                recorded=recorded or 0.0,
+                measured=found,
+            )
+        )
+    return tuple(reports)
+
+
+def _mean_error(pairs: list[tuple[float | None, int]]) -> float | None:
+    """Root of the mean square of the errors that are known, weighted."""
+    known = [(error, weight) for error, weight in pairs if error is not None]
+    total = sum(weight for _, weight in known)
+    return math.sqrt(sum(e * e * w for e, w in known) / total) if total else None
