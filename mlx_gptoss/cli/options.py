@@ -100,7 +100,7 @@ def _bundle(command: Command, name: str, kind: type[Any], options: Sequence[Call
     wrapped: Any = gathered
     for option in reversed(options):
         wrapped = option(wrapped)
-    return wrapped  # type: ignore[no-any-return]
+    return wrapped
 
 
 model_argument = click.argument("model", metavar="MODEL")
