@@ -95,7 +95,7 @@ class MemoryPlan:
         return self.weights + max(running, self.transient) + RUNTIME_BYTES
 
     def require(self, available: int | None = None) -> None:
-        """Raise MemoryLimitError when the weights do not fit into `available` bytes (default: the free ones)."""
+        """Raise MemoryLimitError when the weights do not fit into `available` (default: free) bytes."""
         room = available_memory() if available is None else available
         if self.total() > room:
             raise MemoryLimitError(
@@ -167,7 +167,7 @@ def _format(tensor: TensorInfo, checkpoint: Checkpoint) -> str:
     quantization = checkpoint.quantization_of(_path(tensor.name))
     if quantization is not None and not tensor.name.endswith(".bias"):
         if quantization.mode == "affine":
-            return f"affine {quantization.bits}-bit, groups of {quantization.group_size}"
+            return f"affine {quantization.bits}-bit / {quantization.group_size}"
         return quantization.mode
     return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(tensor.dtype, tensor.dtype)
 

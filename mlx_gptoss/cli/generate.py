@@ -1,0 +1,209 @@
+"""`mlx-gptoss generate`: raw completion of a text (or of token ids), streaming to stdout.
+
+The text is only the text: what was measured goes to stderr as one last line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_gptoss.cli.options import ModelSource, SamplingOptions, model_options, sampling_options
+from mlx_gptoss.errors import RequestError
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.request import TokenStream
+    from mlx_gptoss.sampling import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@click.command()
+@model_options
+@click.option("-p", "--prompt", help="Text to continue.  [default: standard input]")
+@click.option(
+    "--tokens", metavar="IDS", help="Token ids to continue, e.g. '1 2 3'; prints ids and needs no tokenizer."
+)
+@sampling_options(max_tokens=DEFAULT_MAX_TOKENS)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
+def generate(
+    source: ModelSource, prompt: str | None, tokens: str | None, sampling: SamplingOptions, as_json: bool
+) -> None:
+    """Continue a text with MODEL, raw: no chat format is applied."""
+    if prompt is not None and tokens is not None:
+        raise click.UsageError("give --prompt or --tokens, not both")
+    params = sampling.params()
+    ids = parse_tokens(tokens) if tokens is not None else None
+    text = _read_prompt(prompt) if ids is None else None
+    # Resolved before loading, so that a missing tokenizer is told before gigabytes of weights are read.
+    source = replace(source, model=str(source.folder()))
+    if text is not None:
+        _require_tokenizer(Path(source.model))
+    with source.load() as llm:
+        if ids is None:
+            assert text is not None
+            ids = llm.tokenizer.encode(text)
+        run_raw(llm, ids, params, as_ids=tokens is not None, as_json=as_json)
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Token ids out of '1 2 3' or '1,2,3'. Raises RequestError."""
+    words = re.split(r"[\s,]+", text.strip())
+    for word in words:
+        if not re.fullmatch(r"\d{1,9}", word):
+            raise RequestError(f"--tokens has {word!r}: expected whole numbers, such as '1 2 3'", "tokens")
+    return [int(word) for word in words]
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: give one with -p, or on standard input")
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise RequestError("the prompt is empty: give at least one character", "prompt")
+    return prompt
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        from mlx_gptoss.tokenizer import Tokenizer
+
+        Tokenizer.from_folder(folder)
+
+
+def run_raw(llm: Engine, ids: list[int], params: SamplingParams, *, as_ids: bool, as_json: bool) -> None:
+    """Generate after `ids`, show the output as it comes (or one JSON object), then the measured line."""
+    produced: list[int] = []
+    text: list[str] = []
+    stream = llm.submit(ids, params)
+    try:
+        for piece in _pieces(llm, stream, produced, params.stop, as_ids=as_ids):
+            text.append(piece)
+            if not as_json:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    except BaseException:
+        stream.cancel()
+        if not as_json and text:
+            click.echo()
+        raise
+    speed = Speed.of(stream)
+    if as_json:
+        click.echo(json.dumps(_report(stream, produced, None if as_ids else "".join(text), speed)))
+    else:
+        click.echo()
+        click.echo(speed.line(), err=True)
+
+
+def _pieces(
+    llm: Engine, stream: TokenStream, produced: list[int], stops: tuple[str, ...], *, as_ids: bool
+) -> Iterator[str]:
+    """The output as it may be shown; every token id is appended to `produced`."""
+    if as_ids:
+        for output in stream:
+            produced.append(output.token_id)
+            yield f"{' ' if len(produced) > 1 else ''}{output.token_id}"
+        return
+    detokenizer, shown, special = llm.tokenizer.detokenizer(), UntilStop(stops), llm.tokenizer.stop_ids
+    for output in stream:
+        produced.append(output.token_id)
+        if output.token_id not in special:
+            yield shown.push(detokenizer.push(output.token_id))
+    yield shown.push(detokenizer.finish())
+    yield shown.finish()
+
+
+class UntilStop:
+    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self._over = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far is safe to show now."""
+        if self._over:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self._over = True
+            return self._held[: min(found)]
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back and turned out to be ordinary text."""
+        return "" if self._over else self._held
+
+    def _overlap(self, stop: str) -> int:
+        """The longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a finished stream took. Rates are tokens a second, None where there was nothing to measure."""
+
+    prompt_tokens: int
+    prompt_rate: float | None
+    completion_tokens: int
+    decode_rate: float | None
+    first_token_seconds: float | None
+    peak_memory: int
+
+    @classmethod
+    def of(cls, stream: TokenStream) -> Speed:
+        from mlx_gptoss.platform import peak_memory
+
+        first, rest = stream.time_to_first_token, stream.decode_seconds
+        computed, decoded = stream.prompt_tokens - stream.cached_tokens, stream.completion_tokens - 1
+        return cls(
+            prompt_tokens=stream.prompt_tokens,
+            prompt_rate=computed / first if first else None,
+            completion_tokens=stream.completion_tokens,
+            decode_rate=decoded / rest if rest and decoded > 0 else None,
+            first_token_seconds=first,
+            peak_memory=peak_memory(),
+        )
+
+    def line(self) -> str:
+        """One line for people."""
+
+        def rate(value: float | None) -> str:
+            return "" if value is None else f" at {value:.1f} tokens/s"
+
+        first = "" if self.first_token_seconds is None else f"first after {self.first_token_seconds:.2f} s, "
+        return (
+            f"prompt: {self.prompt_tokens} tokens{rate(self.prompt_rate)}; "
+            f"output: {self.completion_tokens} tokens{rate(self.decode_rate)}; "
+            f"{first}peak memory {self.peak_memory / 1e9:.2f} GB"
+        )
+
+
+def _report(stream: TokenStream, produced: list[int], text: str | None, speed: Speed) -> dict[str, Any]:
+    return {
+        "text": text,
+        "tokens": produced,
+        "finish_reason": stream.finish_reason,
+        "prompt_tokens": stream.prompt_tokens,
+        "cached_tokens": stream.cached_tokens,
+        "completion_tokens": stream.completion_tokens,
+        "prompt_tokens_per_second": speed.prompt_rate,
+        "decode_tokens_per_second": speed.decode_rate,
+        "time_to_first_token": speed.first_token_seconds,
+        "peak_memory": speed.peak_memory,
+    }

@@ -1,0 +1,110 @@
+"""`mlx-gptoss inspect`: what a checkpoint is and what it needs, read from its headers; loads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_gptoss.cli.options import ModelSource, dtype_option, model_argument, offline_option, revision_option
+
+if TYPE_CHECKING:
+    from mlx_gptoss.plan import MemoryPlan
+
+CONTEXTS = (4096, 32_768, 131_072)
+
+
+@click.command()
+@model_argument
+@dtype_option
+@revision_option
+@offline_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, as_json: bool) -> None:
+    """Show the architecture and layout of MODEL, its bytes by part, the bytes one decoded token reads, and
+    the memory it needs, without loading it."""
+    from mlx_gptoss.plan import plan
+
+    folder = ModelSource(model, dtype, revision, offline, None, None).folder()
+    report = describe(model, plan(folder, dtype))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print_tables(report)
+
+
+def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
+    """Everything `inspect` tells, as JSON-ready values; sizes in bytes."""
+    from mlx_gptoss import platform
+
+    config, free = made.config, platform.available_memory()
+    contexts = sorted({min(c, config.max_position) for c in CONTEXTS})
+    return {
+        "model": model,
+        "layout": made.layout,
+        "dtype": str(made.dtype).removeprefix("mlx.core."),
+        "architecture": asdict(config),
+        "parts": [asdict(p) for p in made.parts],
+        "bytes": {
+            "stored": made.stored,
+            "weights": made.weights,
+            "read_per_token": made.read_per_token,
+            "kv_per_token": made.kv_per_token,
+            "kv_window": made.kv_window,
+        },
+        "contexts": [
+            {"tokens": c, "kv": made.kv(c), "total": made.total(c), "fits": made.total(c) <= free}
+            for c in contexts
+        ],
+        "machine": {"memory": platform.total_memory(), "free": free},
+    }
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_gptoss.plan import gigabytes
+
+    console = Console()
+    a, sizes, machine = report["architecture"], report["bytes"], report["machine"]
+    sliding = sum(kind == "sliding_attention" for kind in a["layer_types"])
+    console.print(f"[bold]{report['model']}[/bold]: {report['layout']} layout, computed in {report['dtype']}")
+    console.print(
+        f"{a['num_layers']} layers ({sliding} with a window of {a['sliding_window']}), "
+        f"hidden {a['hidden_size']}, "
+        f"{a['num_experts']} experts of {a['intermediate_size']} (top {a['experts_per_token']}), "
+        f"{a['num_attention_heads']} heads over {a['num_kv_heads']} KV heads of {a['head_dim']}, "
+        f"vocabulary {a['vocab_size']:,}, context {a['max_position']:,}"
+    )
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    table.add_column("stored as", no_wrap=True)
+    for column in ("tensors", "on disk", "in memory", "read per token"):
+        table.add_column(column, justify="right")
+    for p in report["parts"]:
+        table.add_row(
+            p["name"], p["format"], f"{p['tensors']:,}",
+            gigabytes(p["stored"]), gigabytes(p["loaded"]), gigabytes(p["read"]),
+        )  # fmt: skip
+    table.add_section()
+    table.add_row(
+        "all", "", f"{sum(p['tensors'] for p in report['parts']):,}",
+        gigabytes(sizes["stored"]), gigabytes(sizes["weights"]), gigabytes(sizes["read_per_token"]),
+    )  # fmt: skip
+    console.print(table)
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("context", "KV cache", "memory in all", "fits now"):
+        table.add_column(column, justify="right")
+    for c in report["contexts"]:
+        fits = "[green]yes[/green]" if c["fits"] else "[red]no[/red]"
+        table.add_row(f"{c['tokens']:,}", gigabytes(c["kv"]), gigabytes(c["total"]), fits)
+    console.print(table)
+    console.print(
+        f"this machine: {gigabytes(machine['memory'])} of memory, {gigabytes(machine['free'])} free"
+    )
