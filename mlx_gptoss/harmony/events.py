@@ -1,0 +1,163 @@
+"""What comes out of a generation: typed events, and the reply they add up to.
+
+A stream is a series of these events and ends with `Done`. The text of one kind of delta, joined, is the text
+of the messages of that kind; nothing is repeated and nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlx_gptoss.harmony.types import Message
+
+if TYPE_CHECKING:
+    from mlx_gptoss.sampling import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """More of the reasoning (the analysis channel). Not meant for end users as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More of the answer. `logprobs`: its tokens with their log-probabilities, when they were asked for."""
+
+    text: str
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] | None = None
+
+
+@dataclass(frozen=True)
+class PreambleDelta:
+    """More of what the assistant tells the user before calling tools (commentary without a recipient)."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """More of a call's arguments. A call's first delta has arguments "". `index` counts the calls."""
+
+    index: int
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A complete call. `name` is without "functions."; `recipient` is the name as the model wrote it."""
+
+    index: int
+    call_id: str
+    name: str
+    arguments: str
+    recipient: str = ""
+
+
+@dataclass(frozen=True)
+class MessageDone:
+    """A message has ended. Assistant messages carry the tokens that were sampled."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Something the format does not allow, and what was made of it.
+
+    `kind` is one of `DIAGNOSTICS`; `detail` holds the text or markup concerned; `position` is the number of
+    tokens that came before it in the stream.
+    """
+
+    kind: str
+    detail: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens. `cached_tokens` are those of the prompt that needed no prefill."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a generation came to. `parsed` is the answer as data where a schema was given."""
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    messages: tuple[Message, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    diagnostics: tuple[Diagnostic, ...] = ()
+    parsed: Any = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a stream."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    reply: Reply
+
+
+Event = (
+    ReasoningDelta | TextDelta | PreambleDelta | ToolCallDelta | ToolCall | MessageDone | Diagnostic | Done
+)
+
+
+@dataclass
+class ReplyBuilder:
+    """Adds events up to a Reply. `text` and `reasoning` are the deltas joined in their order."""
+
+    _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+    _calls: list[ToolCall] = field(default_factory=list)
+    _messages: list[Message] = field(default_factory=list)
+    _diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Take in the events of one step."""
+        for event in events:
+            match event:
+                case TextDelta():
+                    self._text.append(event.text)
+                case ReasoningDelta():
+                    self._reasoning.append(event.text)
+                case ToolCall():
+                    self._calls.append(event)
+                case MessageDone():
+                    self._messages.append(event.message)
+                case Diagnostic():
+                    self._diagnostics.append(event)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The complete calls so far."""
+        return tuple(self._calls)
+
+    def build(self, finish_reason: FinishReason, usage: Usage, parsed: Any = None) -> Reply:
+        """The reply of all events so far."""
+        return Reply(
+            "".join(self._text),
+            "".join(self._reasoning),
+            tuple(self._calls),
+            tuple(self._messages),
+            finish_reason,
+            usage,
+            tuple(self._diagnostics),
+            parsed,
+        )
