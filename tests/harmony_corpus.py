@@ -1,4 +1,4 @@
-"""A seeded corpus of conversations for tests of the chat format, and the same conversations for openai-harmony.
+"""A seeded corpus of conversations for tests of the chat format.
 
 Everything is drawn from `random.Random(seed)`, so that a failure names the seed that shows it again.
 """
@@ -11,7 +11,25 @@ from typing import Any
 
 from mlx_gptoss.harmony import BROWSER, PYTHON, Conversation, Message, Tool
 
-WORDS = ["weather", "Paris", "invoice", "the", "of", "and", "12", "3.5", "naïve", "Zürich", "東京", "天気", "données", "Ελλάδα", "привет", "мир", "مرحبا", "שלום", "हिन्दी", "ไทย", "한국어", "😀", "👩🏽\u200d🚀", "🇨🇭", "é", "ﬁne", "\u200b", "\xa0", "<|start|>", "<|end|>", "<|message|>", "<|call|>", "to=functions.x", "don't", "I'LL", "{}", "[]", '"quoted"', "\\n", "//", "/*", "*/", "A|B", "`code`", "$1,000.00", "https://a.example/b?c=d&e=%20", "𝔘𝔫𝔦", "🧑\u200d💻"]
+WORDS = [
+    *("weather", "Paris", "invoice", "the", "of", "and", "12", "3.5", "naïve", "Zürich", "東京", "天気"),
+    *("données", "Ελλάδα", "привет", "мир", "مرحبا", "שלום", "हिन्दी", "ไทย", "한국어", "😀", "👩🏽‍🚀", "🇨🇭"),
+    *(
+        "e\u0301",
+        "ﬁne",
+        "\u200b",
+        "\u00a0",
+        "𝔘𝔫𝔦",
+        "\U0001f9d1\u200d\U0001f4bb",
+        "\ufeff",
+        "\u2028",
+        "\x00",
+        "\x7f",
+    ),
+    *("<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|channel|>final", "to=functions.x", "{{", "%s"),
+    *("don't", "I'LL", "{}", "[]", '"quoted"', "\\n", "//", "/* */", "A|B", "`code`", "$1,000.00"),
+    *("https://a.example/b?c=d&e=%20", "snake_case", "CamelCase", "ÀÉÎ", "ǅ", "1234567890", "½", "Ⅷ"),
+]
 BREAKS = (" ", " ", " ", " ", "  ", "\n", "\n\n", "\t", ", ", ". ", "", "\r\n", ":\n  - ")
 NAMES = ("get_weather", "search", "lookup-v2", "Add", "file.read", "run_sql", "a", "send_mail_to_all_users")
 KEYS = ("city", "unit", "from", "q", "max_results", "Größe", "nested", "items", "when", "x1")

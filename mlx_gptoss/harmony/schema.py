@@ -253,9 +253,7 @@ class _Schema:
 
     def _one_of_types(self, kind: str, node: dict[str, Any], indent: str) -> str:
         # The library writes the bare names "object" and "array"; there is more to say when they have parts.
-        if kind == "object" and not {"properties", "additionalProperties", "patternProperties"} & node.keys():
-            return kind
-        if kind == "array" and not {"items", "prefixItems"} & node.keys():
+        if kind in ("object", "array") and kind not in _structures(node):
             return kind
         return self._simple(kind, {k: v for k, v in node.items() if k != "description"}, indent)
 
@@ -364,14 +362,22 @@ def _base_name(ref: str) -> str:
     return f"_{name}" if name[:1].isdigit() or not name else name
 
 
+def _structures(node: dict[str, Any]) -> set[str]:
+    """Which of "object" and "array" the schema describes the inside of."""
+    found = set()
+    extra = isinstance(node.get("additionalProperties"), dict)
+    if extra or {"properties", "patternProperties"} & node.keys():
+        found.add("object")
+    if {"items", "prefixItems"} & node.keys():
+        found.add("array")
+    return found
+
+
 def _kind(node: dict[str, Any]) -> Any:
-    if "type" in node:
-        return node["type"]
-    if {"properties", "patternProperties"} & node.keys() or isinstance(
-        node.get("additionalProperties"), dict
-    ):
-        return "object"
-    return "array" if {"items", "prefixItems"} & node.keys() else None
+    """The type, or what the other keywords imply where it is left out."""
+    structures = _structures(node)
+    implied = next((k for k in ("object", "array") if k in structures), None)
+    return node.get("type", implied)
 
 
 def _plain(node: Any) -> bool:
@@ -380,7 +386,7 @@ def _plain(node: Any) -> bool:
         return False
     if "enum" in node:
         return node.get("type") == "string"
-    return not isinstance(node.get("type"), list) or not (_SHAPE - {"type", "oneOf"}) & node.keys()
+    return not isinstance(node.get("type"), list) or not _structures(node) & set(node["type"])
 
 
 def _default(node: dict[str, Any], *, exact: bool = False) -> str:
