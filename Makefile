@@ -1,0 +1,48 @@
+# `make demo` and `make test` are all the set-up there is; CI runs `make test` and `make check`.
+# Each installs what it needs into .venv once; a stamp file makes the next run start at once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check docs golden clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mlx-gptoss demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	sh scripts/typecheck.sh $(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python scripts/make_cli_docs.py --check
+
+# Write docs/cli.md again from the commands' own help.
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/make_cli_docs.py
+
+# Compute tests/golden again; the only thing here that needs PyTorch.
+golden: $(VENV)/.installed-test
+	$(PIP) -e '.[train]'
+	$(BIN)/python -m tests.make_golden
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	sh scripts/make_venv.sh $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

@@ -1,0 +1,30 @@
+"""Fixtures that many tests share: small random checkpoints, written once a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.byte_tokenizer import write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
+from tests.random_weights import Shape
+
+# No test may reach the network or a person's own cache by accident.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+
+TINY = Shape(vocab=320)
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random checkpoint (shape TINY, seed 0) without a tokenizer. Do not change its files."""
+    return write_checkpoint(tmp_path_factory.mktemp("bare"), TINY)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with the byte tokenizer. Do not change its files."""
+    return write_byte_tokenizer(write_checkpoint(tmp_path_factory.mktemp("text"), TINY))
