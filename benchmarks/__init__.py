@@ -1,0 +1,1 @@
+"""Scripts that measure; each prints its figures. Run them as modules: `python -m benchmarks.<name>`."""

@@ -1,0 +1,131 @@
+"""Grammars as token masks: one llguidance tokenizer per vocabulary, compiled grammars kept, masks out.
+
+A mask is uint32 [ceil(vocab / 32)], bit i % 32 of word i // 32 set when token i may follow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.tokenizer import Tokenizer
+
+KEPT_GRAMMARS = 512  # compiled grammars kept per vocabulary: a request's tools and headers are used again
+
+
+class Vocabulary:
+    """A tokenizer as llguidance sees it, and the grammars compiled for it. Shared by threads.
+
+    llguidance lets its end-of-text token follow where a grammar is complete. It is told that this is
+    <|endoftext|>; `Matcher.mask` puts the end token that fits the channel in its place.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.special = tokenizer.special
+        self.size = tokenizer.vocab_size
+        text = tokenizer.path.read_text(encoding="utf-8")
+        self._ll = LLTokenizer(text, n_vocab=self.size, eos_token=tokenizer.special.endoftext)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        bits = np.ones(self.words * 32, bool)
+        bits[[i for i in range(bits.size) if i >= self.size or tokenizer.is_special(i)]] = False
+        self._text = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    @property
+    def words(self) -> int:
+        """Length of a mask."""
+        return (self.size + 31) // 32
+
+    def text_or(self, *token_ids: int) -> np.ndarray:
+        """The mask of all ordinary tokens and the given special ones."""
+        mask = self._text.copy()
+        for token_id in token_ids:
+            set_bit(mask, token_id)
+        mask.flags.writeable = False
+        return mask
+
+    def only(self, token_id: int) -> np.ndarray:
+        """The mask that forces one token."""
+        mask = np.zeros(self.words, np.uint32)
+        set_bit(mask, token_id)
+        mask.flags.writeable = False
+        return mask
+
+    def matcher(self, grammar: str) -> Matcher:
+        """A fresh matcher of a grammar (Lark, or what `LLMatcher.grammar_from_*` returned).
+
+        Raises ValueError with llguidance's words when the grammar cannot be used.
+        """
+        with self._lock:
+            prototype = self._compiled.get(grammar)
+            if prototype is not None:
+                self._compiled.move_to_end(grammar)
+                return Matcher(self, prototype.deep_copy())
+        prototype = LLMatcher(self._ll, grammar, log_level=0)
+        if prototype.is_error():
+            raise ValueError(prototype.get_error())
+        probe = prototype.deep_copy()
+        if not any(probe.compute_bitmask()) or probe.is_error():
+            raise ValueError("it matches no text at all")
+        with self._lock:
+            self._compiled[grammar] = prototype
+            while len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return Matcher(self, prototype.deep_copy())
+
+
+class Matcher:
+    """One walk through a grammar."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
+        self._vocabulary = vocabulary
+        self._matcher = matcher
+
+    def mask(self, end: int) -> np.ndarray:
+        """What may follow; `end` is allowed where the text so far is complete. A new array."""
+        mask = np.zeros(self._vocabulary.words, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+        if clear_bit(mask, self._vocabulary.special.endoftext):
+            set_bit(mask, end)
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one token. Raises SchemaError where the grammar does not allow it."""
+        if not self._matcher.consume_token(token_id):
+            self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            line = self._matcher.get_error().split("\n<state>")[0].splitlines()[0]
+            raise SchemaError(f"the grammar cannot go on ({line}): use a simpler schema or grammar")
+
+
+def set_bit(mask: np.ndarray, token_id: int) -> None:
+    mask[token_id >> 5] |= np.uint32(1 << (token_id & 31))
+
+
+def clear_bit(mask: np.ndarray, token_id: int) -> bool:
+    """Clear a bit; True if it was set."""
+    bit = np.uint32(1 << (token_id & 31))
+    was_set = bool(mask[token_id >> 5] & bit)
+    mask[token_id >> 5] &= ~bit
+    return was_set
+
+
+_vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
+_building = threading.Lock()
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """The tokenizer's Vocabulary; built at first use (a second or two for 200,000 tokens), then kept."""
+    with _building:
+        vocabulary = _vocabularies.get(tokenizer)
+        if vocabulary is None:
+            vocabulary = _vocabularies[tokenizer] = Vocabulary(tokenizer)
+        return vocabulary
