@@ -24,6 +24,7 @@ import numpy as np
 
 from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.checkpoint import Checkpoint
+from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.linear import Projection
 from mlx_gptoss.model import Batch, Segment
@@ -136,6 +137,11 @@ def compare(
         perplexity_source=perplexities[0],
         perplexity=perplexities[1],
     )
+
+
+def record(folder: str | Path, quality: Quality) -> None:
+    """Note the figures in the folder's manifest, from which the model card takes them."""
+    dataclasses.replace(read_manifest(folder), quality=quality.to_dict()).write(folder)
 
 
 def _check_same_model(source: Checkpoint, converted: Checkpoint) -> None:

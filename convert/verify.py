@@ -71,7 +71,6 @@ class Verification:
     parts: tuple[PartReport, ...]
     problems: tuple[Problem, ...]
     extra: tuple[str, ...] = ()
-    missing_optional: tuple[str, ...] = ()
     source: Path | None = None
     copies: int | None = None
 

@@ -1,0 +1,151 @@
+"""The model card (README.md) of a converted folder, written from its manifest alone.
+
+Nothing is claimed that was not recorded there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_gptoss.convert.manifest import Manifest
+from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.hub import is_repo_id
+
+OPENAI_LICENSE = "apache-2.0"  # both published checkpoints
+
+_PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
+_FORMATS = {
+    "copy": "the source's bytes, unchanged",
+    "relayout": "the source's values, reordered",
+    "cast": "rounded to bfloat16",
+    "affine": "affine groups",
+    "affine-search": "affine groups, scale and bias searched",
+    "mxfp4": "MXFP4",
+    "mxfp4-search": "MXFP4, scales searched",
+}
+
+
+def model_card(
+    manifest: Manifest, repo_id: str, *, license: str | None = None, base_model: str | None = None
+) -> str:
+    """README.md for `repo_id`: what it is, sizes, errors, quality, how to run it, license.
+
+    license: an identifier of the Hub; needed unless the base model is OpenAI's own. base_model: the Hub id it
+    was made from; by default the manifest's source where that is a Hub id. Raises ConversionError.
+    """
+    base = base_model or (manifest.source.id if is_repo_id(manifest.source.id) else None)
+    if base is not None and not is_repo_id(base):
+        raise ConversionError(f"the base model is {base!r}, expected a Hub id like 'openai/gpt-oss-20b'")
+    license = license or (OPENAI_LICENSE if base is not None and base.startswith("openai/") else None)
+    if license is None:
+        raise ConversionError(
+            f"the license of {base or _source_name(manifest)!r} is not known here; "
+            "give the Hub's name of it, e.g. --license apache-2.0"
+        )
+    sections = [
+        _front_matter(license, base),
+        f"# {repo_id.split('/')[-1]}\n",
+        _what_it_is(manifest, base),
+        "## What is in it\n\n" + _parts_table(manifest),
+        _quality_section(manifest.quality),
+        _how_to_run(repo_id),
+        _provenance(manifest, license),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _front_matter(license: str, base: str | None) -> str:
+    lines = ["---", f"license: {license}", "library_name: mlx", "pipeline_tag: text-generation"]
+    if base is not None:
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
+    return "\n".join([*lines, "tags:", "- mlx", "- gpt-oss", "---\n"])
+
+
+def _what_it_is(manifest: Manifest, base: str | None) -> str:
+    source = f"[{base}](https://huggingface.co/{base})" if base else _source_name(manifest)
+    if base == manifest.source.id and manifest.source.revision:
+        source += f" at revision `{manifest.source.revision}`"
+    total = sum(entry.bytes for entry in manifest.tensors.values())
+    recipe = manifest.recipe.get("name", "custom")
+    copied = {e.action for e in manifest.tensors.values() if e.part == "experts"} == {"copy"}
+    experts = " The experts are the source's own MXFP4 bytes, unchanged." if copied else ""
+    return (
+        f"{source} for [MLX](https://github.com/ml-explore/mlx) on Apple Silicon: recipe `{recipe}`, "
+        f"{total / 1e9:.2f} GB of weights.{experts}\n"
+    )
+
+
+def _source_name(manifest: Manifest) -> str:
+    """The source's name: its Hub id, or a local folder's last part (where it lay is nobody's business)."""
+    name = manifest.source.id
+    return name if is_repo_id(name) else Path(name).name
+
+
+def _parts_table(manifest: Manifest) -> str:
+    """One row a part: how it is stored, its size, its relative error against the source."""
+    parts = {entry.part for entry in manifest.tensors.values()}
+    ordered = [p for p in _PARTS if p in parts] + sorted(parts - set(_PARTS))
+    rows = [("part", "stored as", "GB", "relative error")]
+    for part in ordered:
+        entries = [e for e in manifest.tensors.values() if e.part == part]
+        formats = ", ".join(_FORMATS[a] for a in sorted({e.action for e in entries}))
+        known = [(e.relative_error, math.prod(e.shape)) for e in entries if e.relative_error is not None]
+        weight = sum(w for _, w in known)
+        error = math.sqrt(sum(e * e * w for e, w in known) / weight) if weight else 0.0
+        size = sum(e.bytes for e in entries) / 1e9
+        rows.append((part, formats, f"{size:.3f}", "exact" if error == 0 else f"{error:.2%}"))
+    return _table(rows) + (
+        "\nThe relative error is that of the weights: root of the squared error over the squared norm.\n"
+    )
+
+
+def _quality_section(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return ""
+    rows = [
+        ("measure", "value"),
+        ("KL divergence, mean", f"{quality['kl']:.4f} nats"),
+        ("KL divergence, 99th percentile", f"{quality['kl_p99']:.4f} nats"),
+        ("same likeliest token", f"{quality['top1']:.1%}"),
+        ("perplexity, source", f"{quality['perplexity_source']:.3f}"),
+        ("perplexity, this model", f"{quality['perplexity']:.3f}"),
+    ]
+    return (
+        f"## Quality\n\nAgainst the source's own weights, in float32, over {quality['tokens']:,} tokens of "
+        f"{quality['text']}:\n\n{_table(rows)}"
+    )
+
+
+def _how_to_run(repo_id: str) -> str:
+    return f"""## Run it
+
+```
+pip install mlx-gptoss
+mlx-gptoss chat {repo_id}
+```
+
+```python
+import mlx_gptoss
+
+llm = mlx_gptoss.load("{repo_id}")
+print(llm.respond("Why is the sky blue?", reasoning_effort="low").text)
+```
+
+It also loads in mlx-lm, unchanged: `mlx_lm.generate --model {repo_id} --prompt "Why is the sky blue?"`
+"""
+
+
+def _provenance(manifest: Manifest, license: str) -> str:
+    return (
+        f"## Check it\n\nConverted with {manifest.tool} {manifest.tool_version}. `manifest.json` holds the "
+        "SHA-256 of every file and tensor; `mlx-gptoss verify FOLDER` compares them, with `--source` the "
+        f"source's bytes too.\n\nLicense: {license}, that of the base model.\n"
+    )
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *body]) + "\n"

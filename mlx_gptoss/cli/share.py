@@ -1,0 +1,77 @@
+"""`mlx-gptoss share`: publish a converted folder on the Hub."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.progress import byte_bar
+
+if TYPE_CHECKING:
+    from mlx_gptoss.convert.share import SharePlan
+
+
+@click.command()
+@click.argument("folder", type=click.Path(), metavar="FOLDER")
+@click.argument("repository", metavar="NAMESPACE/NAME")
+@click.option("--public", is_flag=True, help="Let everyone read it.  [default: private]")
+@click.option("--dry-run", is_flag=True, help="Print exactly what would be sent; send nothing.")
+@click.option("--license", metavar="ID", help="The base model's license.  [default: apache-2.0 for openai/*]")
+@click.option(
+    "--base-model", metavar="ID", help="Hub id of the base model.  [default: the manifest's source]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def share(
+    folder: str,
+    repository: str,
+    public: bool,
+    dry_run: bool,
+    license: str | None,
+    base_model: str | None,
+    as_json: bool,
+) -> None:
+    """Upload FOLDER, written by `convert`, to the repository NAMESPACE/NAME.
+
+    Sent are the files of its manifest, the manifest, and a model card made from it; nothing else. A folder
+    that does not verify is refused. Run the same command again to go on after an interruption.
+    """
+    from mlx_gptoss.convert.manifest import read_manifest
+    from mlx_gptoss.convert.share import plan, upload
+    from mlx_gptoss.convert.verify import bytes_to_read
+
+    with byte_bar("checking", bytes_to_read(folder, read_manifest(folder)), quiet=as_json) as tick:
+        made = plan(folder, repository, public=public, license=license, base_model=base_model, progress=tick)
+    if not as_json:
+        _print_plan(made)
+    address = None if dry_run else upload(made)
+    if as_json:
+        click.echo(json.dumps(made.to_dict() | {"commit": address}, indent=2))
+    elif address is None:
+        click.echo(f"\n{made.card}\ndry run: nothing was sent")
+    else:
+        click.echo(f"sent: {address}")
+
+
+def _print_plan(made: SharePlan) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    kind = "public" if made.public else "private"
+    console.print(
+        f"[bold]{made.folder}[/bold] -> {made.repo_id} ({kind}): {len(made.files)} files, "
+        f"{made.bytes / 1e9:.2f} GB",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("SHA-256")
+    for name, entry in sorted(made.files.items()):
+        table.add_row(name, f"{entry.size:,}", (entry.sha256 or "")[:16])
+    console.print(table)
+    for name in made.not_sent:
+        console.print(f"stays here, not in the manifest: {name}", highlight=False)

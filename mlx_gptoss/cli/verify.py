@@ -1,0 +1,117 @@
+"""`mlx-gptoss verify`: compare a converted folder with its manifest, its source and what the source predicts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.options import offline_option
+from mlx_gptoss.cli.progress import byte_bar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlx_gptoss.convert.quality import Quality
+    from mlx_gptoss.convert.verify import Verification
+
+
+@click.command()
+@click.argument("folder", metavar="FOLDER")
+@click.option("--source", metavar="SRC", help="Folder or Hub id it was converted from; compares the weights.")
+@click.option("--source-revision", help="Branch, tag or commit of SRC.  [default: the manifest's]")
+@click.option(
+    "--quality", is_flag=True, help="Compare predictions on a text as well, and record it (needs --source)."
+)
+@click.option("--text", type=click.Path(), help="UTF-8 text for --quality.  [default: one that is built in]")
+@offline_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    folder: str,
+    source: str | None,
+    source_revision: str | None,
+    quality: bool,
+    text: str | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Check every file and tensor of FOLDER against its manifest.json.
+
+    With --source, verbatim tensors must be the source's own bytes, and the errors of the others are measured.
+    FOLDER may also be a Hub id or `demo`. The exit status is 1 when anything differs.
+    """
+    from mlx_gptoss.convert.manifest import read_manifest
+    from mlx_gptoss.convert.verify import bytes_to_read
+    from mlx_gptoss.convert.verify import verify as check
+    from mlx_gptoss.hub import resolve
+
+    if (quality or text) and source is None:
+        raise click.UsageError("--quality compares with the source: add --source SRC")
+    root = resolve(folder, offline=offline)
+    manifest = read_manifest(root)
+    revision = source_revision or (manifest.source.revision if source == manifest.source.id else None)
+    origin = None if source is None else resolve(source, revision=revision, offline=offline)
+    with byte_bar("checking", bytes_to_read(root, manifest, origin), quiet=as_json) as tick:
+        found = check(root, origin, progress=tick)
+    measured = None
+    if origin is not None and (quality or text) and found.ok:
+        measured = _measure(root, origin, text, as_json)
+    if as_json:
+        click.echo(json.dumps(found.to_dict() | {"quality": measured and measured.to_dict()}, indent=2))
+        ctx.exit(0 if found.ok else 1)
+    _print_tables(found, measured)
+    found.check()
+
+
+def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality:
+    """Run both models over the text, and note the result in the manifest."""
+    from mlx_gptoss.convert.quality import compare_on_text, record
+
+    def tell(done: int, total: int) -> None:
+        if not quiet:
+            click.echo(f"\rreading the text: layer {done} of {total}", nl=done == total, err=True)
+
+    measured = compare_on_text(root, origin, text, progress=tell)
+    record(root, measured)
+    return measured
+
+
+def _print_tables(found: Verification, measured: Quality | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    source = "" if found.source is None else f", {found.copies:,} tensors bit-identical to {found.source}"
+    console.print(
+        f"[bold]{found.folder}[/bold]: {found.files} files, {found.bytes / 1e9:.2f} GB, "
+        f"{len(found.manifest.tensors):,} tensors{source}",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("part", "made by"):
+        table.add_column(column)
+    for column in ("tensors", "GB", "recorded error", "measured error"):
+        table.add_column(column, justify="right")
+    for part in found.parts:
+        errors = [
+            "" if e is None else "exact" if e == 0 else f"{e:.3%}" for e in (part.recorded, part.measured)
+        ]
+        table.add_row(
+            part.part, ", ".join(part.actions), f"{part.tensors:,}", f"{part.bytes / 1e9:.3f}", *errors
+        )
+    console.print(table)
+    if measured is not None:
+        console.print(
+            f"{measured.tokens:,} tokens of {measured.text}: KL divergence {measured.kl:.4f} nats "
+            f"(99th percentile {measured.kl_p99:.4f}), same likeliest token {measured.top1:.1%}, "
+            f"perplexity {measured.perplexity_source:.3f} -> {measured.perplexity:.3f}",
+            highlight=False,
+        )
+    for name in found.extra:
+        console.print(f"not in the manifest: {name}", highlight=False)
+    if found.ok:
+        console.print("[green]everything agrees[/green]")
