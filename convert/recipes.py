@@ -1,0 +1,95 @@
+"""Recipes: how many bits each part of the model gets. A recipe is a row of data; nothing else knows its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_gptoss.convert.affine import BITS, GROUP_SIZES
+from mlx_gptoss.errors import ConversionError
+
+KEEP = None
+"""Bits of a part that stays as the source holds it (bfloat16 in a published checkpoint)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bits of the affine groups a part is quantised to, or KEEP. Experts are MXFP4 in every recipe.
+
+    `group_size` weights share a scale and a bias in bfloat16: 4 bits at 64 cost 4.5 bits a weight.
+    """
+
+    name: str
+    summary: str
+    embedding: int | None
+    attention: int | None
+    head: int | None
+    router: int | None = KEEP
+    group_size: int = 64
+
+    def bits(self, part: str) -> int | None:
+        """Bits of a part of the model: embedding, attention, head or router."""
+        return {
+            "embedding": self.embedding,
+            "attention": self.attention,
+            "head": self.head,
+            "router": self.router,
+        }[part]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"experts": "mxfp4", **dataclasses.asdict(self)}
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "mxfp4-q4",
+            "experts verbatim, attention, embedding and head in 4 bits: the smallest and the fastest",
+            embedding=4,
+            attention=4,
+            head=4,
+        ),
+        Recipe(
+            "mxfp4-q8",
+            "experts verbatim, attention, embedding and head in 8 bits: as good as bfloat16 by all measures",
+            embedding=8,
+            attention=8,
+            head=8,
+        ),
+        Recipe("mxfp4", "lossless: every value of the source", embedding=KEEP, attention=KEEP, head=KEEP),
+    )
+}
+DEFAULT_RECIPE = "mxfp4-q4"
+
+
+def make_recipe(
+    name: str = DEFAULT_RECIPE,
+    *,
+    embedding: int | None = None,
+    attention: int | None = None,
+    head: int | None = None,
+    group_size: int | None = None,
+) -> Recipe:
+    """A recipe of the table with some values replaced; 16 bits keeps a part as it is.
+
+    Raises ConversionError for a name, bits or group size that does not exist.
+    """
+    if name not in RECIPES:
+        raise ConversionError(f"recipe {name!r} does not exist, expected one of {', '.join(RECIPES)}")
+    changes: dict[str, Any] = {}
+    for part, bits in (("embedding", embedding), ("attention", attention), ("head", head)):
+        if bits is None:
+            continue
+        if bits not in (*BITS, 16):
+            choices = ", ".join(map(str, BITS))
+            raise ConversionError(f"{part} at {bits!r} bits is not possible, expected {choices} or 16")
+        changes[part] = KEEP if bits == 16 else bits
+    if group_size is not None:
+        if group_size not in GROUP_SIZES:
+            raise ConversionError(f"group size {group_size!r} is not possible, expected 32, 64 or 128")
+        changes["group_size"] = group_size
+    return dataclasses.replace(RECIPES[name], **changes)
