@@ -113,7 +113,7 @@ def _cpu_stream() -> Iterator[Any]:
 def dequantize(
     weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int
 ) -> np.ndarray:
-    """Packed codes, and scales and biases (bfloat16 bits as uint16, or float32) -> float32 [rows, columns]."""
+    """Packed codes, scales and biases (bfloat16 bits as uint16, or float32) -> float32 [rows, columns]."""
     rows = weight.shape[0]
     scale, bias = (v if v.dtype == np.float32 else bfloat16_to_float32(v) for v in (scales, biases))
     values = _unpack(weight, bits).reshape(rows, -1, group_size).astype(np.float32)

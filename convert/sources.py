@@ -1,7 +1,7 @@
 """What can be converted, seen in one way: named tensors under Hugging Face's names, each read row by row.
 
-A Source lists the model's tensors as the output will name them. Dense ones give float rows; MXFP4 experts give
-their bytes, as ranges of the source's files where the bytes are already in order, else row by row. Nothing is
+A Source lists the model's tensors as the output will name them. Dense ones give float rows; MXFP4 experts
+give their bytes, as ranges of the source's files where they are in order already, else row by row. Nothing is
 read before it is asked for, and no more than the rows asked for.
 """
 
@@ -79,7 +79,7 @@ class Source:
     tensors: dict[str, SourceTensor]
 
     def fingerprint(self) -> dict[str, list[Any]]:
-        """Per file: size, time of last change, SHA-256 of its first bytes (its header). Cheap to take again."""
+        """Per file: size, time of last change, SHA-256 of its first megabyte (its header). Cheap."""
         return {path.name: [*self._stat(path), _head_digest(path)] for path in self.files}
 
     def check_unchanged(self, fingerprint: dict[str, list[Any]]) -> None:
@@ -87,12 +87,12 @@ class Source:
         for path in self.files:
             if self._stat(path) != fingerprint[path.name][:2]:
                 raise ConversionError(
-                    f"{path}: changed while it was being converted; nothing was finished. Let it settle, delete "
-                    "the .partial folder and convert again"
+                    f"{path}: changed while it was being converted, nothing was finished; "
+                    "convert it again from the start (--restart)"
                 )
 
     def entry(self) -> SourceEntry:
-        """The manifest's description. Files of a Hub cache are named by their SHA-256, which is taken over."""
+        """The manifest's description. A Hub cache names files by their SHA-256, which is taken over."""
         files = {}
         for path in self.files:
             blob = path.resolve().name
@@ -208,7 +208,7 @@ def _experts(
 def _mlx_experts(
     checkpoint: Checkpoint, source: dict[str, str], target: dict[str, str]
 ) -> Iterator[SourceTensor]:
-    """gate and up apart, MXFP4 as uint32 words -> the interleaved blocks and scales of Hugging Face's layout."""
+    """gate and up apart, MXFP4 as uint32 words -> Hugging Face's interleaved blocks and scales."""
     tensors = checkpoint.tensors
     for part in ("moe.gate", "moe.up", "moe.down"):
         if (quantization := checkpoint.quantization_of(source[part])) is None:
@@ -278,20 +278,16 @@ def _matrix(checkpoint: Checkpoint, source: str, target: str) -> SourceTensor:
 
     def read(first: int, last: int) -> np.ndarray:
         parts = [st.read_rows(info, first, last) for info in (weight, scales, biases)]
-        bf16 = [affine.to_bfloat16(to_float32(_floats(p, scales.dtype))) for p in parts[1:]]
-        return affine.dequantize(parts[0], bf16[0], bf16[1], bits, group)
+        scale, bias = _floats(parts[1], scales.dtype), _floats(parts[2], biases.dtype)
+        return affine.dequantize(parts[0], scale, bias, bits, group)
 
     packed = {}
     if scales.dtype == biases.dtype == "BF16":
-        packed = {
-            s: _verbatim(i, f"{target}.{s}") for s, i in zip(_PACKED, (weight, scales, biases), strict=True)
-        }
+        for suffix, info in (("weight", weight), ("scales", scales), ("biases", biases)):
+            packed[suffix] = _verbatim(info, f"{target}.{suffix}")
     shape = (weight.shape[0], weight.shape[1] * 32 // bits)
     names = (weight.name, scales.name, biases.name)
     return SourceTensor(target + ".weight", "F32", shape, names, read, None, quantization, packed)
-
-
-_PACKED = ("weight", "scales", "biases")
 
 
 def _transposed(info: TensorInfo, name: str) -> SourceTensor:
@@ -305,7 +301,7 @@ def _transposed(info: TensorInfo, name: str) -> SourceTensor:
 
 
 def _interleaved(infos: Sequence[TensorInfo], name: str, *, block: bool = False) -> SourceTensor:
-    """Two tensors [E, F, ..] -> one [E, 2F, ..], rows alternating; `block` views uint32 words as MXFP4 blocks."""
+    """Two tensors [E, F, ..] -> one [E, 2F, ..], rows alternating; `block`: words as MXFP4 blocks."""
     first, second = infos
     if first.dtype != second.dtype or first.shape != second.shape:
         raise CheckpointError(f"{first.name} and {second.name} differ in dtype or shape, expected the same")
