@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.convert.against_source import Comparison, compare_with_source
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
 from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
 from mlx_gptoss.safetensors_file import TensorInfo, read_folder, read_header
 
 CHUNK = 4 << 20  # bytes read at a time
-EXACT = ("copy", "relayout")
 NOT_OURS = (
     "README.md",
     ".gitattributes",
@@ -49,14 +49,14 @@ class PartReport:
     """One part of the model (attention, experts ..): its tensors, bytes, actions and relative errors.
 
     `recorded` is the manifest's error, `measured` the one found against the source (None: no source given);
-    each the root of the mean square over the part's quantised tensors, weighted by their elements.
+    each the root of the mean square over the part's tensors, weighted by their bytes.
     """
 
     part: str
     tensors: int
     bytes: int
     actions: tuple[str, ...]
-    recorded: float
+    recorded: float | None
     measured: float | None = None
 
 
@@ -120,6 +120,10 @@ def verify(
     hashed = dict(_check_files(root, manifest, problems, tick))
     _check_names(root, manifest, problems)
     extra = _extra_files(root, manifest, problems)
+    against = None
+    if source is not None and not problems:  # a folder that is broken in itself is not worth comparing
+        against = compare_with_source(root, manifest, Path(source), tick)
+        problems += [Problem(name, detail) for name, detail in against.problems]
     if not problems and any(entry.sha256 is None for entry in manifest.files.values()):
         manifest = dataclasses.replace(manifest, files=hashed)
         manifest.write(root)
@@ -128,15 +132,21 @@ def verify(
         manifest=manifest,
         files=len(hashed),
         bytes=sum(entry.size for entry in hashed.values()),
-        parts=_parts(manifest.tensors, {}),
+        parts=_parts(manifest.tensors, against),
         problems=tuple(problems),
         extra=tuple(extra),
+        source=None if source is None else Path(source),
+        copies=None if against is None else len(against.identical),
     )
 
 
-def bytes_to_read(folder: str | Path, manifest: Manifest) -> int:
-    """How many bytes `verify` is about to read, for a progress bar."""
-    return sum(entry.size for entry in manifest.files.values())
+def bytes_to_read(manifest: Manifest, source: Path | None = None) -> int:
+    """About how many bytes `verify` will read, for a progress bar."""
+    size = sum(entry.size for entry in manifest.files.values())
+    if source is not None:
+        weights = [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.gguf")]
+        size += sum(path.stat().st_size for path in weights)
+    return size
 
 
 def _check_files(
@@ -235,31 +245,30 @@ def _extra_files(root: Path, manifest: Manifest, problems: list[Problem]) -> lis
     return extra
 
 
-def _parts(tensors: Mapping[str, TensorEntry], measured: Mapping[str, float]) -> tuple[PartReport, ...]:
-    """The report by part; `measured` holds relative errors found against the source, by tensor."""
+def _parts(tensors: Mapping[str, TensorEntry], against: Comparison | None) -> tuple[PartReport, ...]:
+    """The report by part, in the order of their names."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, entry in tensors.items():
         groups[entry.part].append(name)
+    errors = {} if against is None else dict.fromkeys(against.identical, 0.0) | against.errors
     reports = []
     for part, names in sorted(groups.items()):
         entries = [tensors[name] for name in names]
-        recorded = _mean_error([(e.relative_error, math.prod(e.shape)) for e in entries])
-        found = _mean_error([(measured.get(n), math.prod(tensors[n].shape)) for n in names])
         reports.append(
             PartReport(
                 part=part,
                 tensors=len(entries),
                 bytes=sum(e.bytes for e in entries),
                 actions=tuple(sorted({e.action for e in entries})),
-                recorded=recorded or 0.0,
-                measured=found,
+                recorded=_mean_error([(e.relative_error, e) for e in entries]),
+                measured=_mean_error([(errors.get(name), tensors[name]) for name in names]),
             )
         )
     return tuple(reports)
 
 
-def _mean_error(pairs: list[tuple[float | None, int]]) -> float | None:
-    """Root of the mean square of the errors that are known, weighted."""
-    known = [(error, weight) for error, weight in pairs if error is not None]
+def _mean_error(pairs: list[tuple[float | None, TensorEntry]]) -> float | None:
+    """Root of the mean square of the errors that are known, weighted by the tensors' bytes."""
+    known = [(error, entry.bytes) for error, entry in pairs if error is not None]
     total = sum(weight for _, weight in known)
     return math.sqrt(sum(e * e * w for e, w in known) / total) if total else None

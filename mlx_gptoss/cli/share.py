@@ -41,7 +41,7 @@ def share(
     from mlx_gptoss.convert.share import plan, upload
     from mlx_gptoss.convert.verify import bytes_to_read
 
-    with byte_bar("checking", bytes_to_read(folder, read_manifest(folder)), quiet=as_json) as tick:
+    with byte_bar("checking", bytes_to_read(read_manifest(folder)), quiet=as_json) as tick:
         made = plan(folder, repository, public=public, license=license, base_model=base_model, progress=tick)
     if not as_json:
         _print_plan(made)

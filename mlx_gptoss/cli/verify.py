@@ -1,4 +1,4 @@
-"""`mlx-gptoss verify`: compare a converted folder with its manifest, its source and what the source predicts."""
+"""`mlx-gptoss verify`: compare a converted folder with its manifest, its source, the source's predictions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def verify(
     manifest = read_manifest(root)
     revision = source_revision or (manifest.source.revision if source == manifest.source.id else None)
     origin = None if source is None else resolve(source, revision=revision, offline=offline)
-    with byte_bar("checking", bytes_to_read(root, manifest, origin), quiet=as_json) as tick:
+    with byte_bar("checking", bytes_to_read(manifest, origin), quiet=as_json) as tick:
         found = check(root, origin, progress=tick)
     measured = None
     if origin is not None and (quality or text) and found.ok:

@@ -1,0 +1,305 @@
+"""Verifying a converted folder: against its manifest, its source, and its source's predictions."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_gptoss import cli
+from mlx_gptoss.convert.manifest import MANIFEST_NAME, read_manifest
+from mlx_gptoss.convert.quality import compare, compare_on_text, default_text
+from mlx_gptoss.convert.verify import CHUNK, hash_file, verify
+from mlx_gptoss.errors import ConversionError, VerificationError
+from mlx_gptoss.safetensors_file import read_folder, read_header
+from mlx_gptoss.tokenizer import Tokenizer
+from tests.byte_tokenizer import write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
+from tests.converted import sha256, without_file_hashes, write_converted
+from tests.random_weights import MlxRecipe, Shape
+
+LAST = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    write_converted(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+def flip(path: Path, position: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def problems(folder: Path, source: Path | None = None) -> list[str]:
+    return [str(problem) for problem in verify(folder, source).problems]
+
+
+# ---- against the manifest
+
+
+def test_an_untouched_folder_verifies(pristine: Path) -> None:
+    found = verify(pristine)
+    found.check()
+    assert found.ok and found.problems == () and found.extra == ()
+    assert found.files == len(read_manifest(pristine).files)
+    assert {part.part for part in found.parts} == {
+        "attention",
+        "embedding",
+        "experts",
+        "head",
+        "norms",
+        "router",
+    }
+    assert sum(part.bytes for part in found.parts) == sum(i.nbytes for i in read_folder(pristine).values())
+
+
+def test_every_flipped_byte_of_a_shard_is_found_and_the_tensor_named(folder: Path) -> None:
+    pristine = (folder / LAST).read_bytes()
+    for name, info in read_header(folder / LAST).items():
+        for position in (info.start, info.end - 1):
+            flip(folder / LAST, position)
+            told = problems(folder)
+            assert any(text.startswith(f"{name}: its bytes differ") for text in told), (name, told)
+            assert any(text.startswith(f"{LAST}: sha256 is") for text in told)
+            (folder / LAST).write_bytes(pristine)
+
+
+def test_a_changed_tokenizer_is_found(folder: Path) -> None:
+    flip(folder / "tokenizer.json", 5)
+    assert len(problems(folder)) == 1 and problems(folder)[0].startswith("tokenizer.json: sha256")
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "config.json: missing" in problems(folder)
+
+
+def test_a_truncated_shard_is_named_with_its_sizes(folder: Path) -> None:
+    data = (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(data[:-1])
+    assert any(text.startswith(f"{LAST}: {len(data) - 1:,} bytes, expected") for text in problems(folder))
+
+
+def test_a_broken_header_is_a_problem_and_no_crash(folder: Path) -> None:
+    flip(folder / LAST, 9)
+    assert any(text.startswith(LAST) for text in problems(folder))
+
+
+@pytest.mark.parametrize("field", ["dtype", "shape", "bytes"])
+def test_a_tensor_that_is_not_what_the_manifest_says_is_named(folder: Path, field: str) -> None:
+    manifest = read_manifest(folder)
+    value = {"dtype": "F16", "shape": (1, 2, 3), "bytes": 7}[field]
+    wrong = replace(manifest.tensors["lm_head.weight"], **{field: value})
+    replace(manifest, tensors={**manifest.tensors, "lm_head.weight": wrong}).write(folder)
+    assert [text for text in problems(folder) if text.startswith("lm_head.weight: BF16 [512, 192], expected")]
+
+
+def test_missing_and_unknown_tensors_are_named(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    tensors = {("x" if name == "lm_head.weight" else name): entry for name, entry in manifest.tensors.items()}
+    replace(manifest, tensors=tensors).write(folder)
+    assert {"x: missing from the weights", "lm_head.weight: not in the manifest"} <= set(problems(folder))
+
+
+def test_files_that_are_not_in_the_manifest_are_listed_and_weights_among_them_refused(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    (folder / "README.md").touch()
+    assert verify(folder).extra == ("notes.txt",) and verify(folder).ok
+    shutil.copy(folder / LAST, folder / "more.safetensors")
+    assert any("remove them" in text for text in problems(folder))
+
+
+def test_file_hashes_that_the_converter_left_open_are_filled_in_when_all_is_well(folder: Path) -> None:
+    whole = (folder / MANIFEST_NAME).read_text()
+    without_file_hashes(read_manifest(folder)).write(folder)
+    assert verify(folder).ok
+    assert (folder / MANIFEST_NAME).read_text() == whole
+    without_file_hashes(read_manifest(folder)).write(folder)
+    flip(folder / LAST)
+    assert not verify(folder).ok
+    assert all(entry.sha256 is None for entry in read_manifest(folder).files.values())
+
+
+def test_the_error_lists_at_most_ten_problems_with_the_count(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    replace(manifest, tensors={}).write(folder)
+    with pytest.raises(VerificationError, match=rf"and {len(manifest.tensors) - 10} more") as caught:
+        verify(folder).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 17])
+def test_a_files_hash_does_not_depend_on_how_it_falls_into_chunks(tmp_path: Path, size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    seen: list[int] = []
+    assert hash_file(path, [], seen.append)[0] == sha256(data)
+    assert sum(seen) == size
+
+
+def test_a_tensors_hash_does_not_depend_on_how_it_falls_into_chunks(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Shape(vocab=20_000), shards=1)
+    path = tmp_path / "model.safetensors"
+    assert path.stat().st_size > 2 * CHUNK
+    data, header = path.read_bytes(), read_header(path)
+    _, found = hash_file(path, list(header.values()), lambda _: None)
+    assert found == {name: sha256(data[info.start : info.end]) for name, info in header.items()}
+
+
+def test_a_folder_without_a_manifest_and_no_folder_at_all_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="no manifest.json"):
+        verify(tmp_path)
+    with pytest.raises(ConversionError, match="no such folder"):
+        verify(tmp_path / "nothing")
+
+
+# ---- against the source
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_copies_are_bit_identical_to_the_source_in_every_layout(
+    folder: Path, tmp_path: Path, layout: str
+) -> None:
+    source = write_checkpoint(tmp_path / "source", layout=layout)
+    found = verify(folder, source)
+    assert found.ok and found.copies == len(found.manifest.tensors)
+    assert all(part.measured == 0.0 for part in found.parts)
+
+
+def test_another_source_is_told_apart_tensor_by_tensor(folder: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", seed=1)
+    told = problems(folder, source)
+    assert "lm_head.weight: its bytes are not the source's" in told
+    assert any("experts.gate_up_proj_blocks: its bytes are not" in text for text in told)
+
+
+def test_a_single_changed_expert_byte_in_the_source_is_found(folder: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shards=1)
+    name = "model.layers.1.mlp.experts.down_proj_blocks"
+    flip(source / "model.safetensors", read_header(source / "model.safetensors")[name].start + 100)
+    assert problems(folder, source) == [f"{name}: its bytes are not the source's"]
+
+
+# ---- against the source's predictions
+
+
+def tokens(count: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, 512, count).tolist()
+
+
+def test_the_same_weights_in_another_layout_predict_the_same(folder: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", layout="original")
+    found = compare(folder, source, tokens(130))
+    assert found.kl < 1e-9 and found.top1 == 1.0
+    assert found.perplexity == pytest.approx(found.perplexity_source, rel=1e-6)
+
+
+def test_fewer_bits_are_further_from_the_source(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for bits in (8, 4):
+        other = write_checkpoint(tmp_path / str(bits), layout="mlx", recipe=MlxRecipe(dense_bits=bits))
+        found.append(compare(other, folder, tokens(100)))
+    assert 0 < found[0].kl < found[1].kl and found[0].top1 > found[1].top1
+    assert found[0].kl <= found[0].kl_p99
+
+
+def test_quality_agrees_with_whole_forwards_of_both_models(folder: Path, tmp_path: Path) -> None:
+    """The layer-by-layer pass against the everyday path: load both models, take logits, do it in numpy."""
+    import mlx.core as mx
+
+    from mlx_gptoss.checkpoint import load_model
+    from mlx_gptoss.model import Segment
+
+    other = write_checkpoint(tmp_path / "other", layout="mlx", recipe=MlxRecipe(dense_bits=4))
+    ids = tokens(65)
+    logs = []
+    for path in (folder, other):
+        model = load_model(path, mx.float32)
+        logits = model(mx.array(ids), [Segment(len(ids), model.make_cache())])
+        assert logits is not None
+        values = np.array(logits, dtype=np.float64)
+        logs.append(values - np.log(np.exp(values - values.max(-1, keepdims=True)).sum(-1, keepdims=True)))
+        logs[-1] -= values.max(-1, keepdims=True)
+    divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+    losses = [-log[np.arange(64), ids[1:]].mean() for log in logs]
+    found = compare(other, folder, ids)
+    assert found.tokens == 65
+    assert found.kl == pytest.approx(divergence.mean(), rel=1e-3)
+    assert found.kl_p99 == pytest.approx(np.quantile(divergence, 0.99), rel=1e-3)
+    assert found.top1 == (logs[0].argmax(-1) == logs[1].argmax(-1)).mean()
+    assert found.perplexity_source == pytest.approx(np.exp(losses[0]), rel=1e-4)
+    assert found.perplexity == pytest.approx(np.exp(losses[1]), rel=1e-4)
+
+
+def test_a_long_text_is_read_in_windows(folder: Path) -> None:
+    found = compare(folder, folder, tokens(101), window=32)
+    assert found.tokens == 101 and found.kl == 0.0
+    assert compare(folder, folder, tokens(97), window=32).tokens == 96  # a window of one predicts nothing
+
+
+def test_different_models_and_empty_texts_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", Shape(layers=1))
+    with pytest.raises(ConversionError, match="num_layers 2"):
+        compare(folder, other, tokens(10))
+    with pytest.raises(ConversionError, match="at least 2"):
+        compare(folder, folder, [1])
+    with pytest.raises(ConversionError, match="cannot be read as UTF-8"):
+        compare_on_text(folder, folder, tmp_path / "none.txt")
+
+
+def test_the_built_in_text_is_a_page_of_alice() -> None:
+    words = default_text().split()
+    assert 600 < len(words) < 1000
+    assert "Alice was beginning to get very tired of sitting by her sister" in default_text()
+
+
+# ---- the command
+
+
+def test_the_command_prints_tables_and_exits_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "everything agrees" in out and "experts" in out
+
+
+def test_the_command_reports_a_problem_and_exits_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(folder / LAST)
+    assert cli.run(["verify", str(folder)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert cli.run(["verify", str(folder), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False and told["problems"]
+
+
+def test_the_command_measures_quality_and_records_it_for_the_card(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    write_byte_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.")
+    arguments = ["verify", str(folder), "--source", str(source), "--quality", "--text", str(text), "--json"]
+    assert cli.run(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["identical_to_source"] == told["tensors"]
+    assert told["quality"]["text"] == "text.txt"
+    assert told["quality"]["tokens"] == len(Tokenizer.from_folder(folder).encode(text.read_text()))
+    assert read_manifest(folder).quality == told["quality"]
+    assert verify(folder).ok
+
+
+def test_quality_without_a_source_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["verify", str(folder), "--quality"]) == 2
+    assert "--source" in capsys.readouterr().err
