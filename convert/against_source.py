@@ -21,6 +21,10 @@ from mlx_gptoss.errors import CheckpointError
 
 CHUNK_VALUES = 4 << 20  # values of a tensor in memory at a time, or one row where that is more
 
+# How far a recorded error may be from the true one, relatively: without the search the converter measures
+# only one chunk in several.
+_TOLERANCE = {"affine": 0.25}
+
 
 @dataclass
 class Comparison:
@@ -51,7 +55,9 @@ def compare_with_source(
                 result.problems.append((name, "the source has no such tensor"))
             else:
                 result.errors[name] = found
-                if not math.isclose(found, entry.relative_error, rel_tol=1e-3, abs_tol=1e-6):
+                if not math.isclose(
+                    found, entry.relative_error, rel_tol=_TOLERANCE.get(entry.action, 1e-3), abs_tol=1e-6
+                ):
                     said = f"the manifest says {entry.relative_error:.3%}"
                     result.problems.append((name, f"its error against the source is {found:.3%}, {said}"))
     return result
