@@ -85,7 +85,7 @@ CASES = {
         20,
     ),
     "long_context": Case(
-        Shape(layers=4, hidden=64, intermediate=96, heads=4, kv_heads=2, window=128, vocab=96),
+        Shape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, window=128, vocab=96),
         2992,
         8,
         kept=40,
