@@ -20,11 +20,13 @@ from mlx_gptoss.harmony.events import (
     Usage,
 )
 from mlx_gptoss.harmony.namespaces import BROWSER, PYTHON
+from mlx_gptoss.harmony.parser import DIAGNOSTICS, StreamParser
 from mlx_gptoss.harmony.render import render, render_for_training, render_message, render_text
 from mlx_gptoss.harmony.types import Conversation, Message, Role, Tool, ToolNamespace
 
 __all__ = [
     "BROWSER",
+    "DIAGNOSTICS",
     "PYTHON",
     "Conversation",
     "Diagnostic",
@@ -38,6 +40,7 @@ __all__ = [
     "Reply",
     "ReplyBuilder",
     "Role",
+    "StreamParser",
     "TextDelta",
     "Tool",
     "ToolCall",
