@@ -1,0 +1,75 @@
+"""`mlx-gptoss serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from mlx_gptoss.cli.options import ModelSource, model_options
+
+
+@click.command()
+@model_options
+@click.option("--name", help="What clients are told the model is called.  [default: MODEL's last part]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--api-key",
+    envvar="GPTOSS_API_KEY",
+    show_envvar=True,
+    help="Key that callers must send. The variable keeps it out of the list of processes.",
+)
+@click.option("--no-auth", is_flag=True, help="Allow an address that others can reach without a key.")
+@click.option(
+    "--allowed-host", multiple=True, metavar="NAME", help="Another name of this server. May be repeated."
+)
+@click.option(
+    "--cors-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web origin that may call this server, e.g. http://localhost:3000; '*' for all. May be repeated.",
+)
+@click.option("--max-active", type=int, default=64, show_default=True, help="Requests running or waiting.")
+@click.option(
+    "--request-timeout", type=float, default=3600, show_default=True, help="Seconds a request may take."
+)
+@click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
+def serve(
+    source: ModelSource,
+    name: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    no_auth: bool,
+    allowed_host: tuple[str, ...],
+    cors_origin: tuple[str, ...],
+    max_active: int,
+    request_timeout: float,
+    log_prompts: bool,
+) -> None:
+    """Serve MODEL to OpenAI's and Anthropic's clients, with a chat page at /.
+
+    The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
+    """
+    from mlx_gptoss.server.run import serve as run_server
+    from mlx_gptoss.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        model_name=name or Path(source.model).name,
+        host=host,
+        port=port,
+        api_key=api_key,
+        no_auth=no_auth,
+        allowed_hosts=allowed_host,
+        cors_origins=cors_origin,
+        max_active=max_active,
+        request_timeout=request_timeout,
+        log_prompts=log_prompts,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Downloaded, or found missing, before the port opens.
+    source = replace(source, model=str(source.folder()))
+    run_server(source.load, settings, lambda url: click.echo(f"listening on {url}", err=True))

@@ -1,0 +1,46 @@
+"""The ASGI application: routes of every API behind the gate, over one Engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from mlx_gptoss import __version__
+from mlx_gptoss.server import chat_completions, completions, messages, models, page, responses
+from mlx_gptoss.server.errors import install_handlers
+from mlx_gptoss.server.gate import Gate
+from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.state import ServerState
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+
+
+def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> FastAPI:
+    """The application for an engine. Without one it answers 503 until `app.state.server.engine` is set.
+
+    The caller keeps the engine: it is not closed here.
+    """
+    state = ServerState(settings or ServerSettings())
+    app = FastAPI(
+        title="mlx_gptoss",
+        version=__version__,
+        description="OpenAI's and Anthropic's APIs over a local gpt-oss model.",
+        docs_url=None,  # FastAPI's pages load scripts from other sites
+        redoc_url=None,
+    )
+    app.state.server = state
+    install_handlers(app)
+    for routes in (
+        chat_completions.router(state),
+        responses.router(state),
+        completions.router(state),
+        messages.router(state),
+        models.router(state),
+        page.router(),
+    ):
+        app.include_router(routes)
+    app.add_middleware(Gate, state=state, paths=["/", "/openapi.json", *app.openapi()["paths"]])
+    state.attach(engine)
+    return app

@@ -1,0 +1,180 @@
+"""Errors as HTTP: each GptOssError's status, and bodies in the shape that the callers' SDKs read.
+
+The body is OpenAI's `{"error": {"message", "type", "param", "code"}}`; under /v1/messages it also carries
+Anthropic's outer `"type": "error"` and its names of error types, so that either SDK can read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mlx_gptoss.errors import (
+    BusyError,
+    ContextLengthError,
+    GptOssError,
+    MemoryLimitError,
+    RequestError,
+    SchemaError,
+    TokenizerError,
+    ToolError,
+)
+
+logger = logging.getLogger("mlx_gptoss.server")
+
+
+class ApiError(Exception):
+    """A request that is answered with an HTTP error. `param` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+
+# The first class that matches decides: (error class, status, code).
+STATUS_OF: tuple[tuple[type[GptOssError], int, str | None], ...] = (
+    (ContextLengthError, 400, "context_length_exceeded"),
+    (SchemaError, 400, "invalid_schema"),
+    (ToolError, 400, "invalid_tool"),
+    (RequestError, 400, "invalid_value"),
+    (BusyError, 429, "rate_limit_exceeded"),
+    (MemoryLimitError, 503, "insufficient_memory"),
+    (TokenizerError, 503, "no_tokenizer"),
+    (GptOssError, 500, "engine_error"),
+)
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """The HTTP form of any exception. What was not raised on purpose says nothing about its cause."""
+    if isinstance(error, ApiError):
+        return error
+    for cls, status, code in STATUS_OF:
+        if isinstance(error, cls):
+            headers = {}
+            if isinstance(error, BusyError):
+                headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
+            return ApiError(
+                status, str(error), code=code, param=getattr(error, "field", None), headers=headers
+            )
+    return ApiError(
+        500, "The server failed to answer this request; its log has the cause.", code="internal_error"
+    )
+
+
+def error_type(status: int) -> str:
+    """OpenAI's name for the kind of error."""
+    if status >= 500:
+        return "server_error"
+    return _OPENAI_TYPES.get(status, "invalid_request_error")
+
+
+def error_body(error: ApiError, path: str = "") -> dict[str, Any]:
+    """The JSON body of an error for a request of `path`."""
+    detail: dict[str, Any] = {
+        "message": error.message,
+        "type": error_type(error.status),
+        "param": error.param,
+        "code": error.code,
+    }
+    if not path.startswith("/v1/messages"):
+        return {"error": detail}
+    detail["type"] = _ANTHROPIC_TYPES.get(
+        error.status, "api_error" if error.status >= 500 else "invalid_request_error"
+    )
+    return {"type": "error", "error": detail}
+
+
+def error_response(error: BaseException, path: str = "") -> JSONResponse:
+    """Any exception as a response."""
+    api = as_api_error(error)
+    return JSONResponse(error_body(api, path), api.status, headers=api.headers)
+
+
+_UNION_TAG = re.compile(r"^(str|int|float|bool|none|dict|list|function-.*|.*\[.*|[A-Z]\w*)$")
+
+
+def field_path(loc: tuple[int | str, ...]) -> str | None:
+    """("body", "messages", 2, "content", "str") -> "messages[2].content"."""
+    path = ""
+    for part in loc[1:] if loc and loc[0] in ("body", "query", "path", "header") else loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not _UNION_TAG.match(part):
+            path += f".{part}" if path else part
+    return path or None
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The problem found deepest in the body: of a union's members, the one that fits best."""
+    problems = error.errors()
+    worst = max(problems, key=lambda p: len(p["loc"]))
+    if worst["type"] == "json_invalid":
+        reason = worst.get("ctx", {}).get("error", "not JSON")
+        return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
+    param = field_path(worst["loc"])
+    if param is None:
+        return ApiError(400, "The body must be a JSON object, sent as application/json.", code="invalid_type")
+    code = "missing_required_parameter" if worst["type"] == "missing" else "invalid_value"
+    return ApiError(400, f"{param}: {worst['msg']}.", code=code, param=param)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every exception of a route in the shape of its API."""
+
+    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(_validation_error(error), request.url.path)
+
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {
+            404: f"There is no {request.url.path} here.",
+            405: f"{request.method} is not allowed here.",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        api = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        if error.status_code == 400 and "parsing the body" in str(error.detail):
+            api = ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
+        return error_response(api, request.url.path)
+
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request.url.path)
+
+    app.add_exception_handler(RequestValidationError, validation)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(GptOssError, ours)

@@ -1,0 +1,58 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_gptoss.server.errors import ApiError
+from mlx_gptoss.server.jobs import Jobs
+from mlx_gptoss.server.metrics import Metrics
+from mlx_gptoss.server.response_store import ResponseStore
+from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.turn_memory import TurnMemory
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+
+
+@dataclass
+class ServerState:
+    """One server: its engine (None while the model is loading), its jobs, and what it remembers.
+
+    `model_name` is what clients are told: the setting, or the engine's name (a folder's without its path).
+    """
+
+    settings: ServerSettings
+    engine: Engine | None = field(default=None, init=False)
+    model_name: str = field(default="", init=False)
+    metrics: Metrics = field(default_factory=Metrics)
+    jobs: Jobs = field(init=False)
+    turns: TurnMemory = field(init=False)
+    responses: ResponseStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(self.settings, self.metrics)
+        self.turns = TurnMemory(self.settings.max_turns)
+        self.responses = ResponseStore(self.settings.max_stored_responses)
+
+    def attach(self, engine: Engine | None) -> None:
+        """Give the server its engine."""
+        self.engine = engine
+        if engine is not None:
+            self.model_name = self.settings.model_name or Path(engine.name).name
+
+    def ready(self) -> Engine:
+        """The engine, or ApiError 503 while it is loading."""
+        if self.engine is None:
+            raise ApiError(
+                503, "The model is still loading.", code="model_loading", headers={"Retry-After": "5"}
+            )
+        return self.engine
+
+    @staticmethod
+    def today() -> str:
+        """The date for the system message; local time, which is the user's."""
+        return datetime.date.today().isoformat()
