@@ -270,8 +270,8 @@ def _matrix(checkpoint: Checkpoint, source: str, target: str) -> SourceTensor:
         return _float(checkpoint, source + ".weight", target + ".weight")
     if quantization.mode != "affine":
         raise ConversionError(
-            f"{checkpoint.folder}: {source} is stored in {quantization.mode}; expected bf16 or affine, convert "
-            "the checkpoint it was made from instead"
+            f"{checkpoint.folder}: {source} is stored in {quantization.mode}, expected bf16 or affine; "
+            "convert the checkpoint it was made from instead"
         )
     weight, scales, biases = (checkpoint.tensors[f"{source}.{s}"] for s in ("weight", "scales", "biases"))
     bits, group = quantization.bits, quantization.group_size

@@ -1,0 +1,381 @@
+"""Convert a checkpoint: plan, write in place with a journal, and give the result its name when it is whole.
+
+Work happens in TARGET.partial: `journal.jsonl` beside `output/`, which is renamed to TARGET at the end. So
+TARGET either does not exist or is complete, and a run that was stopped is taken up by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
+from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from mlx_gptoss.convert.plan import Chunk, Job, Plan, make_config, make_plan
+from mlx_gptoss.convert.recipes import Recipe, make_recipe
+from mlx_gptoss.convert.sidecars import Sidecar, find_sidecars
+from mlx_gptoss.convert.sources import Source, open_source
+from mlx_gptoss.convert.writer import (
+    Layout,
+    ShardWriter,
+    lay_out,
+    sync_folder,
+    write_error,
+    write_index,
+    write_text,
+)
+from mlx_gptoss.errors import ConversionError
+
+SHARD_SIZE = 5_000_000_000
+SPARE_BYTES = 16 << 20  # free space wanted beside the weights, for the tokenizer and the like
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a conversion stands: bytes of the result written or found done, of how many; the step."""
+
+    done: int
+    total: int
+    step: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion. `resumed` counts bytes that an earlier run had written already."""
+
+    folder: Path
+    manifest: Manifest
+    notes: tuple[str, ...]
+    resumed: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.size for entry in self.manifest.files.values())
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    fast: bool = False,
+    mxfp4_search: bool = False,
+    shard_size: int = SHARD_SIZE,
+    tokenizer: str | Path | None = None,
+    need_tokenizer: bool = True,
+    restart: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Converted:
+    """Convert `source` (a folder, a GGUF file or a Hub id) into the new folder `target`.
+
+    recipe: from `make_recipe` (default mxfp4-q4). fast: MLX's own affine quantiser, errors measured on one
+    chunk in eight, and no file hashes (`verify` adds them). mxfp4_search: search the exponents of experts
+    that are not MXFP4 yet. tokenizer: folder of tokenizer files, where the source has none;
+    need_tokenizer=False goes without. restart: throw away an unfinished conversion instead of going on with
+    it. progress is called from worker threads, one at a time.
+
+    Raises ConversionError, ConfigError, CheckpointError, ModelNotFoundError or HubError; `target` does not
+    exist then, and what was done is in TARGET.partial for the next run.
+    """
+    recipe = recipe or make_recipe()
+    if shard_size < 1:
+        raise ConversionError(f"shard size {shard_size} is not possible, expected a number of bytes")
+    opened = _open(source, revision, offline)
+    sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
+    plan = make_plan(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
+    layout = lay_out(plan.outputs, shard_size)
+    options = {
+        "recipe": recipe.to_dict(),
+        "fast": fast,
+        "mxfp4_search": mxfp4_search,
+        "shard_size": shard_size,
+    }
+    identity = {
+        "source": opened.fingerprint(),
+        "tool version": version("mlx-gptoss"),
+        "recipe": recipe.to_dict(),
+        "options": options,
+        "tokenizer": {s.name: hashlib.sha256(s.content()).hexdigest() for s in sidecars},
+    }
+    work = _Workplace(Path(target).expanduser())
+    if (finished := work.prepare(identity, restart=restart)) is not None:
+        return Converted(work.target, finished, tuple(plan.notes))
+    with Journal(work.partial, identity) as journal:
+        work.check_space(layout)
+        run = _Run(opened, plan, layout, journal, progress, hash_files=not fast)
+        with ShardWriter(work.output, layout, run.check_stop) as writer:
+            run.all_jobs(writer, workers or min(os.cpu_count() or 1, MAX_WORKERS))
+            opened.check_unchanged(identity["source"])
+            writer.sync()
+            files = run.shard_entries(writer)
+        manifest = _finish(work, run, recipe, sidecars, files)
+        work.publish()
+    return Converted(work.target, manifest, tuple(plan.notes), run.resumed)
+
+
+def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return open_source(path)
+    from mlx_gptoss.hub import is_repo_id, resolve
+
+    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        return open_source(path)
+    folder = resolve(source, revision=revision, offline=offline)
+    hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None
+    return open_source(folder, id=hub_id)
+
+
+def _finish(
+    work: _Workplace, run: _Run, recipe: Recipe, sidecars: list[Sidecar], files: dict[str, FileEntry]
+) -> Manifest:
+    """Write everything that is not weights, the manifest last."""
+    import json
+
+    write_index(work.output, run.layout)
+    config = make_config(run.source, run.plan)
+    write_text(work.output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for sidecar in sidecars:
+        try:
+            (work.output / sidecar.name).write_bytes(sidecar.content())
+        except OSError as error:
+            raise write_error(work.output / sidecar.name, error) from error
+    for path in sorted(work.output.iterdir()):
+        if path.name not in files and path.name != MANIFEST_NAME:
+            data = path.read_bytes()
+            files[path.name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    manifest = Manifest(
+        tool_version=version("mlx-gptoss"),
+        source=run.source.entry(),
+        recipe=recipe.to_dict(),
+        tensors=dict(run.tensor_entries()),
+        files=files,
+    )
+    manifest.write(work.output)
+    return manifest
+
+
+class _Workplace:
+    """TARGET, and TARGET.partial where it comes into being."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.partial = target.with_name(target.name + ".partial")
+        self.output = self.partial / "output"
+
+    def prepare(self, identity: dict[str, Any], *, restart: bool) -> Manifest | None:
+        """Make the folders. The manifest, if an earlier run was stopped between its last two steps."""
+        if self.target.name in ("", "..") or self.target.is_mount():
+            raise ConversionError(f"{self.target}: cannot be replaced; choose a new folder inside it")
+        if restart and self.partial.exists():
+            shutil.rmtree(self.partial)
+        occupied = self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir()))
+        if occupied:
+            journal = self.partial / JOURNAL_NAME
+            if journal.exists() and not self.output.exists() and (self.target / MANIFEST_NAME).exists():
+                with Journal(self.partial, identity):
+                    manifest = read_manifest(self.target)
+                shutil.rmtree(self.partial)
+                return manifest
+            raise ConversionError(
+                f"{self.target}: is not an empty folder; choose a new one, nothing was written"
+            )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.partial, error) from error
+        return None
+
+    def check_space(self, layout: Layout) -> None:
+        """Refuse before the first byte when the disk cannot hold what is still to be written."""
+        there = 0
+        for shard in layout.shards:
+            with suppress(FileNotFoundError):
+                there += os.stat(self.output / shard.name).st_blocks * 512
+        needed = layout.nbytes - there + SPARE_BYTES
+        free = shutil.disk_usage(self.output).free
+        if needed > free:
+            raise ConversionError(
+                f"{self.target}: needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; "
+                "free some space or choose a target on another disk"
+            )
+
+    def publish(self) -> None:
+        """Give the finished folder its name, then forget the journal."""
+        sync_folder(self.output)
+        try:
+            if self.target.exists():
+                self.target.rmdir()
+            os.rename(self.output, self.target)
+        except OSError as error:
+            raise write_error(self.target, error) from error
+        sync_folder(self.target.parent)
+        shutil.rmtree(self.partial)
+
+
+class _Stopped(Exception):
+    """Another worker has failed, or Ctrl-C was pressed: leave quietly."""
+
+
+class _Pending:
+    """A job whose chunks are being made: how many are left, and the sums so far, by chunk."""
+
+    def __init__(self, chunks: int) -> None:
+        self.left = chunks
+        self.sums: dict[int, tuple[float, float]] = {}
+        self.lock = threading.Lock()
+
+    def finish(self, first: int, chunk: Chunk) -> bool:
+        """Note a chunk; whether it was the last."""
+        with self.lock:
+            self.sums[first] = (chunk.squared_error, chunk.squared_norm)
+            self.left -= 1
+            return self.left == 0
+
+    def totals(self) -> tuple[float, float]:
+        """Summed in the order of the rows, so that the result does not depend on the threads."""
+        ordered = [self.sums[first] for first in sorted(self.sums)]
+        return sum(e for e, _ in ordered), sum(n for _, n in ordered)
+
+
+class _Run:
+    """The work itself: jobs over a pool of threads, progress, the journal."""
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        layout: Layout,
+        journal: Journal,
+        progress: Callable[[Progress], None] | None,
+        *,
+        hash_files: bool,
+    ) -> None:
+        self.source, self.plan, self.layout, self.journal = source, plan, layout, journal
+        self.resumed = 0
+        self._progress = progress or (lambda _: None)
+        self._hash_files = hash_files
+        self._total = sum(job.nbytes for job in plan.jobs)
+        self._done = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def check_stop(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def all_jobs(self, writer: ShardWriter, workers: int) -> None:
+        """Every job that the journal does not already hold."""
+        tasks = (task for job in self.plan.jobs for task in self._tasks(writer, job))
+        with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+            self._in_pool(pool, tasks)
+
+    def shard_entries(self, writer: ShardWriter) -> dict[str, FileEntry]:
+        """Size and hash of the shards."""
+        if not self._hash_files:
+            return {shard.name: FileEntry(shard.size) for shard in self.layout.shards}
+        self._tell(0, "hashing files")
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            futures = {shard: pool.submit(writer.shard_digest, shard) for shard in self.layout.shards}
+        return {shard.name: FileEntry(shard.size, future.result()) for shard, future in futures.items()}
+
+    def tensor_entries(self) -> Iterator[tuple[str, TensorEntry]]:
+        """The manifest's tensors, out of the plan and the journal."""
+        for job in self.plan.jobs:
+            record = self.journal.records[job.name]
+            action = "relayout" if job.action == "cast" and record.squared_error == 0 else job.action
+            exact = action in ("copy", "relayout")
+            for index, output in enumerate(job.outputs):
+                error = 0.0 if exact else record.relative_error
+                yield (
+                    output.name,
+                    TensorEntry(
+                        action=action,
+                        part=job.part,
+                        sources=job.sources,
+                        dtype=output.dtype,
+                        shape=output.shape,
+                        bytes=output.nbytes,
+                        sha256=record.digests[output.name],
+                        relative_error=error if index == 0 else None,
+                    ),
+                )
+
+    def _in_pool(self, pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> None:
+        futures: list[Future[None]] = [pool.submit(task) for task in tasks]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            self._stop.set()
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        self._stop.clear()
+        failures = [f.exception() for f in futures if not f.cancelled()]
+        for failure in failures:
+            if failure is not None and not isinstance(failure, _Stopped):
+                raise failure
+
+    def _tasks(self, writer: ShardWriter, job: Job) -> Iterator[Callable[[], None]]:
+        if job.name in self.journal.records:
+            yield lambda: self._check_done(writer, job)
+        elif job.extents is not None:
+            yield lambda: self._copy(writer, job)
+        else:
+            starts = range(0, job.rows, job.chunk_rows)
+            pending = _Pending(len(starts))
+            for first in starts:
+                yield lambda first=first: self._chunk(writer, job, pending, first)  # type: ignore[misc]
+
+    def _check_done(self, writer: ShardWriter, job: Job) -> None:
+        """A job the journal calls finished: believe it only if its bytes still have their hashes."""
+        self.check_stop()
+        if all(writer.digest(o.name) == self.journal.records[job.name].digests[o.name] for o in job.outputs):
+            with self._lock:
+                self.resumed += job.nbytes
+            self._tell(job.nbytes, job.name)
+        elif job.extents is not None:
+            self._copy(writer, job)
+        else:
+            pending = _Pending(len(range(0, job.rows, job.chunk_rows)))
+            for first in range(0, job.rows, job.chunk_rows):
+                self._chunk(writer, job, pending, first)
+
+    def _copy(self, writer: ShardWriter, job: Job) -> None:
+        self.check_stop()
+        assert job.extents is not None
+        writer.copy(job.name, job.extents, lambda count: self._tell(count, job.name))
+        self._note(writer, job, 0.0, 0.0)
+
+    def _chunk(self, writer: ShardWriter, job: Job, pending: _Pending, first: int) -> None:
+        self.check_stop()
+        assert job.compute is not None
+        chunk = job.compute(first, min(first + job.chunk_rows, job.rows))
+        for output, rows in zip(job.outputs, chunk.arrays, strict=True):
+            writer.write_rows(output.name, first, rows)
+        self._tell(sum(rows.nbytes for rows in chunk.arrays), job.name)
+        if pending.finish(first, chunk):
+            self._note(writer, job, *pending.totals())
+
+    def _note(self, writer: ShardWriter, job: Job, squared_error: float, squared_norm: float) -> None:
+        digests = {output.name: writer.digest(output.name) for output in job.outputs}
+        with self._lock:
+            self.journal.add(job.name, Record(digests, squared_error, squared_norm))
+
+    def _tell(self, count: int, step: str) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(Progress(self._done, self._total, step))

@@ -1,0 +1,303 @@
+"""From a source and a recipe to a list of jobs, all decided before the first byte is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_gptoss.convert import affine, mxfp4
+from mlx_gptoss.convert.recipes import Recipe
+from mlx_gptoss.convert.sources import Extent, Source, SourceTensor, to_float32
+from mlx_gptoss.errors import CheckpointError, ConversionError
+from mlx_gptoss.linear import MXFP4, Quantization
+from mlx_gptoss.safetensors_file import DTYPES
+
+CHUNK_VALUES = 1 << 21  # values of a matrix in memory at a time, in each worker
+EXPERT_ROWS = 512  # rows of an unquantised expert made float32 at a time
+SAMPLED = 8  # without the search, the error is measured on one chunk in so many
+
+_PARTS = (  # first match decides
+    ("model.embed_tokens", "embedding"),
+    ("lm_head", "head"),
+    (".self_attn.", "attention"),
+    (".mlp.router", "router"),
+    (".mlp.experts", "experts"),
+    ("norm", "norms"),
+)
+
+# What Hugging Face's config says of a checkpoint whose experts alone are quantised.
+_MXFP4_CONFIG = {
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the result."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+
+class Chunk(NamedTuple):
+    """Rows of a job's outputs, and sums of squares over what was measured: of the error, of the source."""
+
+    arrays: tuple[np.ndarray, ...]
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Makes one or several tensors that share their rows, from the same rows of the source.
+
+    `extents`: the bytes of the only output, copied as they are. Else `compute(first, last)` makes the rows
+    [first, last) of every output, `chunk_rows` at a time, in any order and from any thread.
+    """
+
+    part: str
+    action: str
+    sources: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    extents: tuple[Extent, ...] | None = None
+    compute: Callable[[int, int], Chunk] | None = None
+    chunk_rows: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.outputs[0].name
+
+    @property
+    def rows(self) -> int:
+        return self.outputs[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass
+class Plan:
+    """All jobs in the output's order, the packing of every matrix (path -> format), remarks for the user."""
+
+    jobs: list[Job] = field(default_factory=list)
+    quantizations: dict[str, Quantization] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [output for job in self.jobs for output in job.outputs]
+
+
+def make_plan(source: Source, recipe: Recipe, *, search: bool = True, mxfp4_search: bool = False) -> Plan:
+    """Decide what is made of every tensor. Raises ConversionError for what cannot be done."""
+    plan = Plan()
+    for tensor in source.tensors.values():
+        part = part_of(tensor.name)
+        if part == "experts" and tensor.name.endswith("_proj"):
+            plan.jobs.append(_expert_job(tensor, search=mxfp4_search))
+        elif part in ("embedding", "head", "attention", "router") and tensor.name.endswith(".weight"):
+            plan.jobs.extend(_matrix_jobs(plan, tensor, part, recipe, search))
+        else:
+            plan.jobs.append(_plain_job(tensor, part))
+    return plan
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a tensor belongs to."""
+    return next(part for key, part in _PARTS if key in name)
+
+
+def make_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """The result's config.json: every key of Hugging Face's form, and how the matrices are packed.
+
+    With dense parts quantised, `quantization` holds what mlx-lm reads: a default, and an entry per path that
+    differs from it. Without any, the result is a Hugging Face checkpoint, and says so in their words.
+    """
+    given = {key: value for key, value in source.raw_config.items() if value is not None}
+    config = {**source.config.to_hf(), **given}
+    if not plan.quantizations:
+        return {**config, "quantization_config": _MXFP4_CONFIG}
+    default = Counter(plan.quantizations.values()).most_common(1)[0][0]
+    quantization: dict[str, Any] = _entry(default)
+    for path, chosen in plan.quantizations.items():
+        if chosen != default:
+            quantization[path] = _entry(chosen)
+    for layer in range(source.config.num_layers):
+        prefix = f"model.layers.{layer}.mlp."
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            quantization[f"{prefix}experts.{name}"] = _entry(MXFP4)
+        if f"{prefix}router" not in plan.quantizations:
+            quantization[f"{prefix}router"] = False
+    return {**config, "quantization": quantization}
+
+
+def _entry(q: Quantization) -> dict[str, Any]:
+    return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+
+
+# --- one tensor
+
+
+def _plain_job(tensor: SourceTensor, part: str) -> Job:
+    """Bytes copied where they lie in order; else read row by row; floats stored as bfloat16."""
+    dtype = "BF16" if tensor.dtype == "F32" else tensor.dtype
+    output = Output(tensor.name, dtype, tensor.shape)
+    if tensor.extents is not None:
+        return Job(part, "copy", tensor.sources, (output,), tensor.extents)
+    if tensor.dtype != "F32":
+
+        def compute(first: int, last: int) -> Chunk:
+            return Chunk((np.ascontiguousarray(tensor.read(first, last)),))
+
+        action = "relayout"
+    else:
+        compute, action = partial(_cast, tensor), "cast"
+    return Job(part, action, tensor.sources, (output,), None, compute, _chunk_rows(tensor))
+
+
+def _cast(tensor: SourceTensor, first: int, last: int) -> Chunk:
+    values = to_float32(tensor.read(first, last))
+    norm = _square_sum(tensor, values)
+    bits = affine.to_bfloat16(values)
+    values -= to_float32(bits)
+    return Chunk((bits,), _square_sum(tensor, values), norm)
+
+
+def _matrix_jobs(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe, search: bool) -> Iterator[Job]:
+    path = tensor.name.removesuffix(".weight")
+    wanted = _wanted(plan, tensor, part, recipe)
+    kept = tensor.quantization if wanted is None else wanted
+    if kept is None:
+        yield _plain_job(tensor, part)
+        return
+    plan.quantizations[path] = kept
+    if kept == tensor.quantization and tensor.packed:
+        yield from (_plain_job(packed, part) for packed in tensor.packed.values())
+        return
+    if tensor.quantization is not None and kept.bits >= tensor.quantization.bits:
+        plan.notes.append(
+            f"{path} was quantised to {tensor.quantization.bits} bits before: {kept.bits} bits cannot bring "
+            "back what was lost; convert from the original checkpoint where you can"
+        )
+    rows, columns = tensor.shape
+    outputs = (
+        Output(f"{path}.weight", "U32", (rows, columns * kept.bits // 32)),
+        Output(f"{path}.scales", "BF16", (rows, columns // kept.group_size)),
+        Output(f"{path}.biases", "BF16", (rows, columns // kept.group_size)),
+    )
+    # MLX's quantiser takes bfloat16: what is not stored so is searched, which takes float32.
+    fast = not search and tensor.dtype == "BF16"
+    compute = partial(_fast_rows if fast else _searched_rows, tensor, kept, _chunk_rows(tensor))
+    action = "affine" if fast else "affine-search"
+    yield Job(part, action, tensor.sources, outputs, None, compute, _chunk_rows(tensor))
+
+
+def _wanted(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe) -> Quantization | None:
+    """The format the recipe asks for, with a smaller group where the rows do not divide by its own."""
+    bits = recipe.bits(part)
+    if bits is None:
+        return None
+    columns = tensor.shape[1]
+    for group in (recipe.group_size, *(g for g in (64, 32) if g < recipe.group_size)):
+        if columns % group == 0:
+            break
+    else:
+        plan.notes.append(
+            f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16"
+        )
+        return None
+    if group != recipe.group_size:
+        plan.notes.append(
+            f"{part}: {columns} columns do not divide into groups of {recipe.group_size}, "
+            f"quantised in groups of {group}"
+        )
+    return Quantization("affine", bits, group)
+
+
+def _searched_rows(tensor: SourceTensor, q: Quantization, chunk_rows: int, first: int, last: int) -> Chunk:
+    values = to_float32(tensor.read(first, last))
+    norm = _square_sum(tensor, values)
+    result = affine.search(values, q.bits, q.group_size)
+    assert result.squared_error is not None
+    return Chunk(result[:3], result.squared_error, norm)
+
+
+def _fast_rows(tensor: SourceTensor, q: Quantization, chunk_rows: int, first: int, last: int) -> Chunk:
+    values = tensor.read(first, last)
+    measure = first // chunk_rows % SAMPLED == 0
+    if measure:
+        norm = _square_sum(tensor, to_float32(values))
+    elif ((values & 0x7F80) == 0x7F80).any():
+        raise _not_finite(tensor)
+    result = affine.quantize(values, q.bits, q.group_size, measure=measure)
+    return Chunk(result[:3], result.squared_error or 0.0, norm if measure else 0.0)
+
+
+def _expert_job(tensor: SourceTensor, *, search: bool) -> Job:
+    """Unquantised experts [E, rows, columns] -> MXFP4 blocks and scales, an expert at a time."""
+    experts, rows, columns = tensor.shape
+    if columns % mxfp4.GROUP:
+        raise ConversionError(f"{tensor.name} has {columns} inputs, MXFP4 needs a multiple of {mxfp4.GROUP}")
+    groups = columns // mxfp4.GROUP
+    outputs = (
+        Output(f"{tensor.name}_blocks", "U8", (experts, rows, groups, mxfp4.GROUP // 2)),
+        Output(f"{tensor.name}_scales", "U8", (experts, rows, groups)),
+    )
+    action = "mxfp4-search" if search else "mxfp4"
+    return Job("experts", action, tensor.sources, outputs, None, partial(_expert_rows, tensor, search), 1)
+
+
+def _expert_rows(tensor: SourceTensor, search: bool, first: int, last: int) -> Chunk:
+    _, rows, columns = tensor.shape
+    blocks = np.empty((last - first, rows, columns // mxfp4.GROUP, mxfp4.GROUP // 2), np.uint8)
+    scales = np.empty(blocks.shape[:-1], np.uint8)
+    error = norm = 0.0
+    for index, expert in enumerate(tensor.read(first, last)):
+        for start in range(0, rows, EXPERT_ROWS):
+            part = slice(start, start + EXPERT_ROWS)
+            values = to_float32(expert[part])
+            norm += _square_sum(tensor, values)
+            blocks[index, part], scales[index, part], part_error = mxfp4.quantize(values, search=search)
+            error += part_error
+    return Chunk((blocks, scales), error, norm)
+
+
+def _chunk_rows(tensor: SourceTensor) -> int:
+    return max(1, CHUNK_VALUES * tensor.rows // max(1, prod(tensor.shape)))
+
+
+def _square_sum(tensor: SourceTensor, values: np.ndarray) -> float:
+    """Sum of squares, which tells values that are not finite as well."""
+    flat = values.reshape(-1)
+    total = float(np.einsum("i,i->", flat, flat))
+    if not np.isfinite(total) and not np.isfinite(flat).all():
+        raise _not_finite(tensor)
+    return total
+
+
+def _not_finite(tensor: SourceTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.sources[0]}: holds NaN or infinity; the checkpoint is broken, download it again"
+    )

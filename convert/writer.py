@@ -1,0 +1,264 @@
+"""Safetensors shards written in place: headers first, then every tensor at its own offset, in any order."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_gptoss.convert.plan import Output
+from mlx_gptoss.convert.sources import Extent
+from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.safetensors_file import INDEX_NAME
+
+COPY_BYTES = 16 << 20  # copied between two looks at whether to stop
+HASH_BYTES = 1 << 20  # read and hashed at a time: stays in a core's cache
+
+_HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")  # Linux; elsewhere bytes go through memory
+_CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor goes: a shard, and the absolute offset of its first byte."""
+
+    shard: str
+    start: int
+    nbytes: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the result: its header with the length in front, and its size in bytes."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensor lies where in which file."""
+
+    shards: tuple[Shard, ...]
+    placements: dict[str, Placement]
+    index: dict[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def lay_out(outputs: Sequence[Output], shard_size: int) -> Layout:
+    """Fill shards of at most `shard_size` bytes of data in order; a larger tensor gets a shard to itself."""
+    groups: list[list[Output]] = [[]]
+    filled = 0
+    for output in outputs:
+        if groups[-1] and filled + output.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(output)
+        filled += output.nbytes
+    shards: list[Shard] = []
+    placements: dict[str, Placement] = {}
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors"
+        if len(groups) > 1:
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        header = _header(group)
+        position = len(header)
+        for output in group:
+            placements[output.name] = Placement(name, position, output.nbytes, output.row_bytes)
+            position += output.nbytes
+        shards.append(Shard(name, header, position))
+    index = None
+    if len(groups) > 1:
+        total = sum(output.nbytes for output in outputs)
+        weight_map = {name: placement.shard for name, placement in sorted(placements.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return Layout(tuple(shards), placements, index)
+
+
+def _header(outputs: Sequence[Output]) -> bytes:
+    """The header's length and the header, padded so that the data starts at a multiple of 64 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for output in outputs:
+        entries[output.name] = {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "data_offsets": [position, position + output.nbytes],
+        }
+        position += output.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """The open shards of a layout, in a folder of unfinished work. Safe to use from several threads.
+
+    `stop` is asked between pieces of a long copy; it raises to end it. Every method raises ConversionError
+    when the disk is full or refuses, and leaves what is written for a later run.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, stop: Callable[[], None]) -> None:
+        self._folder, self._layout, self._stop = folder, layout, stop
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> ShardWriter:
+        for shard in self._layout.shards:
+            path = self._folder / shard.name
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+                self._files[shard.name] = descriptor
+                os.ftruncate(descriptor, shard.size)
+                _write_at(descriptor, memoryview(shard.header), 0)
+            except OSError as error:
+                self.close()
+                raise write_error(path, error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Rows of a tensor from row `first`."""
+        place = self._layout.placements[name]
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        try:
+            _write_at(self._files[place.shard], data.data, place.start + first * place.row_bytes)
+        except OSError as error:
+            raise write_error(self._folder / place.shard, error) from error
+
+    def copy(self, name: str, extents: Sequence[Extent], copied: Callable[[int], None]) -> None:
+        """Fill a tensor with runs of bytes of other files; `copied` is told of every piece."""
+        place = self._layout.placements[name]
+        offset = place.start
+        for extent in extents:
+            with open(extent.path, "rb", buffering=0) as source:
+                done = 0
+                while done < extent.length:
+                    self._stop()
+                    piece = min(COPY_BYTES, extent.length - done)
+                    got = self._copy_piece(source.fileno(), extent, done, place.shard, offset, piece)
+                    if got == 0:
+                        raise ConversionError(f"{extent.path}: became shorter while it was being converted")
+                    done += got
+                    offset += got
+                    copied(got)
+
+    def _copy_piece(self, source: int, extent: Extent, done: int, shard: str, offset: int, count: int) -> int:
+        target = self._files[shard]
+        if _HAS_COPY_FILE_RANGE:
+            try:
+                return os.copy_file_range(source, target, count, extent.start + done, offset)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise write_error(self._folder / shard, error) from error
+        data = os.pread(source, count, extent.start + done)
+        try:
+            _write_at(target, memoryview(data), offset)
+        except OSError as error:
+            raise write_error(self._folder / shard, error) from error
+        return len(data)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes as they are in the file now."""
+        place = self._layout.placements[name]
+        return self._digest(place.shard, place.start, place.nbytes)
+
+    def shard_digest(self, shard: Shard) -> str:
+        """SHA-256 of a whole shard."""
+        return self._digest(shard.name, 0, shard.size)
+
+    def _digest(self, shard: str, start: int, nbytes: int) -> str:
+        digest, buffer = hashlib.sha256(), bytearray(min(HASH_BYTES, nbytes))
+        done = 0
+        while done < nbytes:
+            if done % COPY_BYTES == 0:
+                self._stop()
+            view = memoryview(buffer)[: min(HASH_BYTES, nbytes - done)]
+            got = _read_at(self._files[shard], view, start + done)
+            if got == 0:
+                raise ConversionError(f"{self._folder / shard}: became shorter while it was being written")
+            digest.update(view[:got])
+            done += got
+        return digest.hexdigest()
+
+    def sync(self) -> None:
+        """Wait until every shard is on the disk."""
+        for name, descriptor in self._files.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise write_error(self._folder / name, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, on the disk when this returns."""
+    try:
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """The index of the shards, where there are several."""
+    if layout.index is not None:
+        write_text(folder / INDEX_NAME, json.dumps(layout.index, indent=1) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise write_error(folder, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: Path, error: OSError) -> ConversionError:
+    """The one line for a disk that does not take what is written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space and run the same command again, it goes on where it stopped"
+        return ConversionError(f"{path}: the disk is full; {cure}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ConversionError(f"{path}: cannot be written ({error.strerror}); choose another target")
+    return ConversionError(
+        f"{path}: cannot be written ({error.strerror}); what is done is kept, run the same command again"
+    )
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
+    """Read into `view`; the number of bytes got."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    data = os.pread(descriptor, len(view), offset)
+    view[: len(data)] = data
+    return len(data)
