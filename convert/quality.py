@@ -101,6 +101,8 @@ def compare(
         raise ConversionError(
             f"the text has {len(tokens)} tokens, expected at least 2 to predict one from another"
         )
+    if not (Path(source) / "config.json").exists():
+        raise ConversionError(f"{source}: predictions need a source in safetensors with its config.json")
     sides = [Checkpoint(Path(source), mx.float32), Checkpoint(Path(folder), mx.float32)]
     _check_same_model(*sides)
     windows = [np.array(tokens[i : i + window], dtype=np.int32) for i in range(0, len(tokens), window)]

@@ -34,18 +34,24 @@ WANTED = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "USAGE_POLICY",
 )
-"""Top-level files that loading reads; the same under ``original/`` where a repository has nothing else."""
+"""Top-level files that loading reads, and the terms; the same under ``original/`` if that is all there is."""
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIMEOUT = 10.0  # seconds for the one question that precedes a download
 
 
-def resolve(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+def resolve(
+    model: str | Path, *, revision: str | None = None, offline: bool = False, gguf: bool = False
+) -> Path:
     """The local folder that holds `model`, downloaded first when it is a Hub id that isn't in the cache.
 
     model: "demo" (the model shipped in this package), an existing folder, or NAMESPACE/NAME on the Hub.
     revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
+    gguf: a repository of GGUF will do where it has no safetensors and exactly one such file (for `convert`).
     A folder that holds nothing but ``original/`` resolves to that.
 
     Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline),
@@ -67,7 +73,7 @@ def resolve(model: str | Path, *, revision: str | None = None, offline: bool = F
         raise ModelNotFoundError(
             f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', or 'demo'"
         )
-    return _from_hub(text, revision, offline)
+    return _from_hub(text, revision, offline, gguf)
 
 
 def is_repo_id(text: str) -> bool:
@@ -162,11 +168,11 @@ class _Selection:
     size: int
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
+def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Path:
     from huggingface_hub import HfApi, constants
 
     if offline or constants.is_offline_mode():
-        cached = _cached(repo, revision)
+        cached = _cached(repo, revision, gguf)
         if cached is None:
             at = f" at revision {revision!r}" if revision else ""
             raise ModelNotFoundError(
@@ -178,39 +184,45 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except Exception as error:
         # No connection, the Hub is down, a token has run out: what is in the cache is good enough.
-        cached = _cached(repo, revision)
+        cached = _cached(repo, revision, gguf)
         if cached is not None:
             return cached
         raise explain(error, repo, revision=revision) from error
-    selection = _select(repo, info.siblings or [], info.sha)
+    selection = _select(repo, info.siblings or [], info.sha, gguf)
     _check_space(repo, selection.size, Path(constants.HF_HUB_CACHE))
     return _layout_folder(_download(repo, revision, selection.names))
 
 
-def _select(repo: str, siblings: Sequence["RepoSibling"], commit: str | None) -> _Selection:
+def _select(repo: str, siblings: Sequence["RepoSibling"], commit: str | None, gguf: bool) -> _Selection:
     """The files of `repo` that loading needs; ModelNotFoundError when there are no weights among them."""
     from huggingface_hub import try_to_load_from_cache
 
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings}
+    chosen = _choose(repo, list(sizes), gguf)
+    missing = [n for n in chosen if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str)]
+    return _Selection(tuple(chosen), sum(sizes[name] for name in missing))
+
+
+def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
+    """Which of a repository's files to download: of the first place that holds weights, what is WANTED."""
     for prefix in ("", "original/"):
+        here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         chosen = [
-            sibling
-            for sibling in siblings
-            if sibling.rfilename.startswith(prefix)
-            and any(fnmatch.fnmatchcase(sibling.rfilename[len(prefix) :], pattern) for pattern in WANTED)
-            and "/" not in sibling.rfilename[len(prefix) :]
+            n for n in here if any(fnmatch.fnmatchcase(n, pattern) for pattern in WANTED) and "/" not in n
         ]
-        if any(sibling.rfilename.endswith(".safetensors") for sibling in chosen):
-            missing = [
-                sibling
-                for sibling in chosen
-                if not isinstance(try_to_load_from_cache(repo, sibling.rfilename, revision=commit), str)
-            ]
-            return _Selection(
-                tuple(sibling.rfilename for sibling in chosen), sum(sibling.size or 0 for sibling in missing)
-            )
-    found = sorted({Path(sibling.rfilename).suffix for sibling in siblings} - {""})
+        if any(name.endswith(".safetensors") for name in chosen):
+            return [prefix + name for name in chosen]
+    quantised = [name for name in names if name.endswith(".gguf") and "/" not in name]
+    if gguf and len(quantised) == 1:
+        return quantised
+    if gguf and quantised:
+        shown = ", ".join(quantised[:5]) + (" .." if len(quantised) > 5 else "")
+        raise ModelNotFoundError(
+            f"{repo!r} holds {len(quantised)} GGUF files ({shown}); download one and name it"
+        )
+    found = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
     raise ModelNotFoundError(
-        f"{repo!r} holds no safetensors weights (it has {', '.join(found) or 'no files'}); "
+        f"{repo!r} holds no safetensors weights (it has {found}); "
         "expected a gpt-oss checkpoint such as 'openai/gpt-oss-20b'"
     )
 
@@ -238,7 +250,7 @@ def _download(repo: str, revision: str | None, names: Sequence[str]) -> Path:
         raise explain(error, repo, revision=revision) from error
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def _cached(repo: str, revision: str | None, gguf: bool) -> Path | None:
     """The snapshot of `repo` in the local cache, or None when it isn't there or isn't whole."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -249,7 +261,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     folder = _layout_folder(Path(snapshot))
-    return folder if _is_whole(folder) else None
+    return folder if _is_whole(folder) or (gguf and any(folder.glob("*.gguf"))) else None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -19,6 +19,7 @@ FILES = {
     "model.safetensors": WEIGHTS,
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"x",
+    "LICENSE": b"Apache",
     "README.md": b"# card",
     ".gitattributes": b"*",
     "original/config.json": b"{}",
@@ -44,6 +45,7 @@ def test_a_hub_id_downloads_only_what_loading_reads(server: HubServer) -> None:
         "model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
+        "LICENSE",
     }
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert not any("metal" in path or "original" in path for path in server.paths("GET"))
@@ -185,6 +187,16 @@ def test_a_repository_without_safetensors_says_what_it_has(server: HubServer) ->
     server.add_repo(REPO, {"model.gguf": b"GGUF", "README.md": b""})
     with pytest.raises(ModelNotFoundError, match=r"no safetensors weights \(it has .gguf, .md\)"):
         hub.resolve(REPO)
+
+
+def test_a_single_gguf_file_is_downloaded_where_gguf_will_do(server: HubServer) -> None:
+    server.add_repo(REPO, {"model.gguf": b"GGUF", "README.md": b""})
+    folder = hub.resolve(REPO, gguf=True)
+    assert [path.name for path in folder.iterdir()] == ["model.gguf"]
+    assert hub.resolve(REPO, gguf=True, offline=True) == folder
+    server.add_repo(REPO, {"a.gguf": b"GGUF", "b.gguf": b"GGUF"})
+    with pytest.raises(ModelNotFoundError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\)"):
+        hub.resolve(REPO, gguf=True)
 
 
 def test_a_disk_too_small_is_refused_before_the_first_byte(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,8 +12,6 @@ from mlx_gptoss.cli.options import offline_option
 from mlx_gptoss.cli.progress import byte_bar
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlx_gptoss.convert.quality import Quality
     from mlx_gptoss.convert.verify import Verification
 
@@ -53,7 +52,10 @@ def verify(
     root = resolve(folder, offline=offline)
     manifest = read_manifest(root)
     revision = source_revision or (manifest.source.revision if source == manifest.source.id else None)
-    origin = None if source is None else resolve(source, revision=revision, offline=offline)
+    origin = None
+    if source is not None:
+        gguf = source.endswith(".gguf")
+        origin = Path(source) if gguf else resolve(source, revision=revision, offline=offline, gguf=True)
     with byte_bar("checking", bytes_to_read(manifest, origin), quiet=as_json) as tick:
         found = check(root, origin, progress=tick)
     measured = None
