@@ -134,7 +134,7 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
 
     if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
         return open_source(path)
-    folder = resolve(source, revision=revision, offline=offline)
+    folder = resolve(source, revision=revision, offline=offline, gguf=True)
     hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None
     return open_source(folder, id=hub_id)
 
