@@ -103,7 +103,11 @@ def test_both_spellings_of_rope_and_both_numbers_of_shards_load_the_same(tmp_pat
     np.testing.assert_array_equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("sizes", [[1] * 96, [7] * 13 + [5], [95, 1], [16, 1, 15, 17, 47]], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [[1] * 96, [7] * 13 + [5], [95, 1], [16, 1, 15, 17, 47]],
+    ids=["ones", "sevens", "all but one", "mixed"],
+)
 def test_chunks_of_any_size_give_the_same_logits(odd_model, tokens, sizes):
     whole = feed(odd_model, tokens, [len(tokens)])
     assert np.abs(feed(odd_model, tokens, sizes) - whole).max() <= 2e-5

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_gptoss.cli.options import ModelSource, SamplingOptions, model_options, sampling_options
-from mlx_gptoss.errors import RequestError
+from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine import Engine
@@ -91,10 +91,10 @@ def run_raw(llm: Engine, ids: list[int], params: SamplingParams, *, as_ids: bool
             if not as_json:
                 click.echo(piece, nl=False)
                 sys.stdout.flush()
-    except BaseException:
+    except BaseException as error:
         stream.cancel()
-        if not as_json and text:
-            click.echo()
+        if text and not as_json and isinstance(error, GptOssError):
+            click.echo()  # the error's line begins on a line of its own
         raise
     speed = Speed.of(stream)
     if as_json:
@@ -113,6 +113,8 @@ def _pieces(
             produced.append(output.token_id)
             yield f"{' ' if len(produced) > 1 else ''}{output.token_id}"
         return
+    from mlx_gptoss.stops import UntilStop
+
     detokenizer, shown, special = llm.tokenizer.detokenizer(), UntilStop(stops), llm.tokenizer.stop_ids
     for output in stream:
         produced.append(output.token_id)
@@ -120,38 +122,6 @@ def _pieces(
             yield shown.push(detokenizer.push(output.token_id))
     yield shown.push(detokenizer.finish())
     yield shown.finish()
-
-
-class UntilStop:
-    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-        self._over = False
-
-    def push(self, text: str) -> str:
-        """What of the text so far is safe to show now."""
-        if self._over:
-            return ""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self._over = True
-            return self._held[: min(found)]
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def finish(self) -> str:
-        """What was held back and turned out to be ordinary text."""
-        return "" if self._over else self._held
-
-    def _overlap(self, stop: str) -> int:
-        """The longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 @dataclass(frozen=True)
