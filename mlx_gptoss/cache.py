@@ -56,6 +56,11 @@ class FullCache:
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self._slabs)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one stored token takes."""
+        return sum(int(s.shape[1] * s.shape[3] * s.itemsize) for s in self._slabs)
+
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """New keys and values as this cache stores them, each with tokens on axis 2."""
         return [k, v]
@@ -86,11 +91,17 @@ class FullCache:
     def write(self, parts: Sequence[mx.array]) -> None:
         """Store `parts` (as `encode` makes them) after the stored tokens."""
         end = self.length + parts[0].shape[2]
-        if end > self.capacity:
-            self.reserve(end + min(max(self.length, GROW_LEAST), GROW_MOST))
+        self.reserve(self.capacity_for(end))
         for i, part in enumerate(parts):
             self._slabs[i][:, :, self.length : end] = part
         self.length = end
+
+    def capacity_for(self, tokens: int) -> int:
+        """The capacity the slab has once it holds `tokens` tokens, if it holds them one step from now."""
+        if tokens <= self.capacity:
+            return self.capacity
+        room = tokens + min(max(self.length, GROW_LEAST), GROW_MOST)
+        return -(-room // GROW_LEAST) * GROW_LEAST
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
@@ -127,6 +138,11 @@ class SlidingCache:
     @property
     def nbytes(self) -> int:
         return int(self._keys.nbytes + self._values.nbytes)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one stored token takes."""
+        return int(2 * self._keys.shape[1] * self._keys.shape[3] * self._keys.itemsize)
 
     @property
     def history(self) -> int:
@@ -225,6 +241,26 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def window_history(self) -> int:
+        """Keys that a full sliding window holds beside the current token."""
+        return self._reach
+
+    def growth(self, t: int) -> int:
+        """Bytes the full layers' slabs grow by when t tokens are appended (sliding slabs stay bounded)."""
+        if not self.full:
+            return 0
+        first = self.full[0]
+        more = first.capacity_for(self.offset + t) - first.capacity
+        return more * sum(layer.token_bytes for layer in self.full)
+
+    def nbytes_at(self, tokens: int) -> int:
+        """Bytes of these caches when they have been reserved for `tokens` tokens and run for a while."""
+        slab = self._reach + SLACK + SPARE
+        return tokens * sum(x.token_bytes for x in self.full) + slab * sum(
+            x.token_bytes for x in self.sliding
+        )
 
     def arrays(self) -> list[mx.array]:
         """Every array the caches hold: what to evaluate after a forward without logits."""

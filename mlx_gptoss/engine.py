@@ -1,0 +1,480 @@
+"""Engine: a loaded model, and the only door to it for the command line, the server and scripts.
+
+Every method may be called from any thread; the model runs on the engine's own (see worker.py), many requests
+at a time (scheduler.py), each from the longest prefix that was computed before (prefix.py).
+"""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.checkpoint import Checkpoint, read_model
+from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, MemoryLimitError, RequestError
+from mlx_gptoss.hub import resolve
+from mlx_gptoss.model import Model, Segment
+from mlx_gptoss.plan import MemoryPlan, gigabytes, plan_checkpoint
+from mlx_gptoss.platform import available_memory
+from mlx_gptoss.request import Request, Sink, TokenStream
+from mlx_gptoss.sampling import SamplingParams, TokenConstraint
+from mlx_gptoss.scheduler import Scheduler
+from mlx_gptoss.stops import UntilStop
+from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.worker import Worker
+
+if TYPE_CHECKING:
+    from mlx_gptoss.generation import Generation
+    from mlx_gptoss.grammar import Schema, ToolChoice
+    from mlx_gptoss.harmony import Conversation, Event, Message, Reply
+    from mlx_gptoss.session import Session
+
+# Left for activations, logits and allocations in flight, bytes, when the KV budget is chosen here.
+SCRATCH = 512 * 2**20
+# Of the memory that the weights leave, the share that KV caches and the prefix store may take.
+KV_SHARE = 0.6
+# The engine allows no context shorter than this, tokens: a budget that small is a mistake.
+LEAST_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs.
+
+    max_context: tokens of prompt and output together, at most (default: the model's, or what the budget
+    holds). kv_budget: bytes for KV caches and kept prefixes (default: chosen from what the weights leave).
+    prefill_chunk: prompt tokens in one forward. max_running, max_waiting: requests at a time, and in line.
+    """
+
+    max_context: int | None = None
+    kv_budget: int | None = None
+    prefill_chunk: int = 512
+    max_running: int = 16
+    max_waiting: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_context", LEAST_CONTEXT),
+            ("kv_budget", 1),
+            ("prefill_chunk", 1),
+            ("max_running", 1),
+            ("max_waiting", 0),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise RequestError(f"{name} is {value!r}: expected a whole number >= {least}", name)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A moment of an engine: requests, tokens since it started, and bytes."""
+
+    running: int
+    waiting: int
+    finished: int
+    cancelled: int
+    failed: int
+    preempted: int
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    forwards: int
+    live_kv_bytes: int
+    prefix_bytes: int
+    prefix_nodes: int
+    kv_budget: int
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Engine:
+    """Load a model: a folder, a Hub id (downloaded unless `offline`), or "demo".
+
+    dtype: "bfloat16", "float16" or "float32" for activations and dense weights (default: the device's).
+    progress(done, total) is called as parts are read, on another thread. options: see EngineOptions.
+
+    Raises ModelNotFoundError, HubError, ConfigError, CheckpointError, MemoryLimitError or RequestError.
+    """
+    known = {f.name for f in fields(EngineOptions)}
+    for name in options:
+        if name not in known:
+            raise RequestError(f"load has no option {name!r}: expected {', '.join(sorted(known))}", name)
+    chosen = EngineOptions(**options)
+    folder = resolve(model, revision=revision, offline=offline)
+    checkpoint = Checkpoint(folder, dtype)
+    memory = plan_checkpoint(checkpoint)
+    memory.require()
+    budget, context = plan_context(memory, chosen, available_memory())
+    worker = Worker(f"engine {folder.name}")
+    try:
+        loaded = worker.call(lambda: read_model(checkpoint, progress))
+        return Engine(worker, loaded, folder, str(model), chosen, budget, context)
+    except BaseException:
+        worker.close()
+        raise
+
+
+def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple[int, int]:
+    """(KV budget in bytes, longest context in tokens) for a model on a machine with `free` bytes.
+
+    Raises MemoryLimitError when what is asked for cannot fit, with the numbers.
+    """
+    config = memory.config
+    left = free - memory.total() - SCRATCH
+    if options.kv_budget is not None and options.kv_budget > max(left, 0):
+        raise MemoryLimitError(
+            f"kv_budget is {gigabytes(options.kv_budget)}: the weights leave {gigabytes(max(left, 0))} of "
+            f"{gigabytes(free)} free; ask for less, or close other programs",
+            needed=options.kv_budget,
+            available=max(left, 0),
+        )
+    budget = options.kv_budget if options.kv_budget is not None else int(left * KV_SHARE)
+    holds = (budget - memory.kv_window) // max(1, memory.kv_per_token)
+    # A slab grows in steps, so a sequence of the longest context must not need all of it.
+    holds -= min(max(holds // 3, 256), 4096 + 256)
+    wanted = config.max_position if options.max_context is None else options.max_context
+    if wanted > config.max_position:
+        raise RequestError(
+            f"max_context is {wanted}: the model's own limit is {config.max_position} tokens", "max_context"
+        )
+    context = min(wanted, holds)
+    if context < (wanted if options.max_context is not None else LEAST_CONTEXT):
+        asked = options.max_context or LEAST_CONTEXT
+        needed = memory.kv(asked)
+        raise MemoryLimitError(
+            f"a context of {asked} tokens needs {gigabytes(needed)} for KV and the steps it grows in, and "
+            f"the budget is {gigabytes(max(budget, 0))}: lower max_context or raise kv_budget",
+            needed=needed,
+            available=max(budget, 0),
+        )
+    return budget, context
+
+
+class Engine:
+    """A loaded model. Close it, or use it in a `with` statement; what is forgotten closes itself."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        model: Model,
+        folder: Path,
+        name: str,
+        options: EngineOptions,
+        kv_budget: int,
+        max_context: int,
+    ) -> None:
+        self.config: ModelConfig = model.config
+        self.name = name
+        self.folder = folder
+        self.options = options
+        self.kv_budget = kv_budget
+        self.max_context = max_context
+        self._tokenizer: Tokenizer | None = None
+        self._worker = worker
+        self._model: Model | None = model
+        has_text = (folder / "tokenizer.json").is_file()
+        tokenizer = self.tokenizer if has_text else None
+        scheduler = Scheduler(
+            model,
+            budget=kv_budget,
+            chunk=options.prefill_chunk,
+            max_running=options.max_running,
+            message_start=tokenizer.special.start if tokenizer else None,
+            pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
+        )
+        self._scheduler = scheduler
+        self._default_stops = tokenizer.stop_ids if tokenizer else _configured_stops(folder)
+        worker.step = scheduler.step
+        # Neither the worker nor this callback holds the engine, so an engine that is dropped is collected.
+        self._closer = weakref.finalize(self, worker.close, scheduler.close)
+
+    # --- tokens
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises TokenizerError when its folder has none."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_folder(self.folder)
+        return self._tokenizer
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
+        tokens = self._checked(token_ids, room=0)
+        model = self._model
+        if model is None:
+            raise GptOssError("the engine is closed: load the model again")
+        cache = self._worker.call(model.make_cache)
+
+        def run(chunk: list[int]) -> np.ndarray:
+            out = model(mx.array(chunk, mx.int32), [Segment(len(chunk), cache)])
+            assert out is not None
+            return np.array(out.astype(mx.float32))
+
+        # One job a chunk, so that running requests go on in between.
+        step = self.options.prefill_chunk
+        chunks = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+        return np.concatenate([self._worker.call(partial(run, chunk)) for chunk in chunks])
+
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+    ) -> Iterator[int]:
+        """Generate after the given tokens: yields ids, the one that ends the generation included."""
+        stream = self.submit(token_ids, params, constraint=constraint)
+        try:
+            for output in stream:
+                yield output.token_id
+        finally:
+            stream.cancel()
+
+    def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+        sink: Sink | None = None,
+    ) -> TokenStream:
+        """Queue a generation and return at once.
+
+        With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
+        GptOssError; it must not block. Raises RequestError, ContextLengthError or BusyError.
+        """
+        params = params or SamplingParams()
+        tokens = self._checked(token_ids, room=1)
+        stop_text = None
+        if params.stop:
+            stop_text = _StopText(self.tokenizer, params.stop)
+        return self._submit(tokens, params, constraint, sink, stop_text)
+
+    def _submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        constraint: TokenConstraint | None,
+        sink: Sink | None,
+        stop_text: Callable[[int], bool] | None,
+    ) -> TokenStream:
+        if len(self._scheduler.waiting) >= max(1, self.options.max_waiting):
+            raise BusyError(
+                f"{len(self._scheduler.waiting)} requests are waiting, the most that queue here: try again",
+                retry_after=5,
+            )
+        for token in params.logit_bias:
+            if token >= self.config.vocab_size:
+                raise RequestError(
+                    f"logit_bias names token {token}: the ids are 0 to {self.config.vocab_size - 1}",
+                    "logit_bias",
+                )
+        stops = params.stop_token_ids
+        room = self.max_context - len(tokens)
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request = Request(
+            tokens,
+            params,
+            sink or items.put,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_ids=self._default_stops if stops is None else frozenset(stops),
+            constraint=constraint,
+            stop_text=stop_text,
+        )
+        scheduler = self._scheduler
+        self._worker.post(lambda: scheduler.add(request))
+        return TokenStream(request, items, self._worker.wake)
+
+    def _checked(self, token_ids: Sequence[int], room: int) -> list[int]:
+        """The tokens as ints. Raises RequestError or ContextLengthError."""
+        tokens = [int(t) for t in token_ids]
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token", "token_ids")
+        vocab = self.config.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            at, bad = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab)
+            raise RequestError(
+                f"token_ids[{at}] is {bad}: the vocabulary has ids 0 to {vocab - 1}", "token_ids"
+            )
+        if len(tokens) + room > self.max_context:
+            raise ContextLengthError(len(tokens), self.max_context)
+        return tokens
+
+    # --- conversations
+
+    def start(
+        self,
+        conversation: Conversation,
+        *,
+        params: SamplingParams | None = None,
+        tool_choice: ToolChoice = "auto",
+        schema: Schema | None = None,
+        regex: str | None = None,
+        lark: str | None = None,
+        choices: Sequence[str] | None = None,
+        json_object: bool = False,
+        reasoning_budget: int | None = None,
+        sink: Sink | None = None,
+    ) -> Generation:
+        """Queue the assistant's next turn of a conversation and return at once.
+
+        schema, regex, lark, choices, json_object: what the answer must be; at most one. reasoning_budget:
+        analysis tokens at most. With a `sink` the events go there, on the engine's thread.
+
+        Raises RequestError (SchemaError, ToolError), ContextLengthError, TokenizerError or BusyError.
+        """
+        from mlx_gptoss import grammar, harmony
+        from mlx_gptoss.generation import Generation
+
+        params = params or SamplingParams()
+        constraint = grammar.compile_constraint(
+            self.tokenizer,
+            tools=conversation.tools,
+            builtin=conversation.builtin,
+            tool_choice=tool_choice,
+            schema=schema,
+            regex=regex,
+            lark=lark,
+            choices=choices,
+            json_object=json_object,
+            reasoning_budget=reasoning_budget,
+        )
+        tokens = self._checked(harmony.render(conversation, self.tokenizer), room=1)
+        structured = schema is not None or json_object
+        generation = Generation(
+            self.tokenizer,
+            stop=params.stop,
+            want_logprobs=params.logprobs is not None,
+            parse=partial(_parse, schema) if structured else None,
+            sink=sink,
+        )
+        generation.attach(self._submit(tokens, params, constraint, generation.take, None))
+        return generation
+
+    def respond(self, prompt: str | Sequence[Message], **request: Any) -> Reply:
+        """Answer a text or a list of messages, and return the whole reply.
+
+        Takes instructions=, tools= (Tools, functions or dicts; declared, not run), builtin=,
+        reasoning_effort= ("low", "medium", "high"), current_date=, response_name=, what `start` takes
+        (tool_choice, schema, regex, lark, choices, json_object, reasoning_budget), and the fields of
+        SamplingParams (temperature, max_tokens, seed, stop, ..).
+        """
+        generation = self.stream(prompt, **request)
+        *_, done = generation
+        return done.reply  # type: ignore[union-attr]
+
+    def stream(self, prompt: str | Sequence[Message], **request: Any) -> Iterator[Event]:
+        """Like `respond`, as events: ReasoningDelta, TextDelta, ToolCallDelta, ToolCall, .., and last Done.
+
+        The request is checked and started at once; leaving the iteration cancels it.
+        """
+        from mlx_gptoss.session import as_messages, events_of, split_request
+
+        conversation, start = split_request(as_messages(prompt), request)
+        return events_of(self.start(conversation, **start))
+
+    def chat(self, **options: Any) -> Session:
+        """A conversation that keeps its timeline; see Session for what it takes."""
+        from mlx_gptoss.session import Session
+
+        return Session(self, **options)
+
+    # --- the engine itself
+
+    def stats(self) -> EngineStats:
+        """What is running, what was done, and the memory it takes."""
+        s = self._scheduler
+
+        def read() -> EngineStats:
+            c = s.counters
+            return EngineStats(
+                running=len(s.running),
+                waiting=len(s.waiting),
+                finished=c.finished,
+                cancelled=c.cancelled,
+                failed=c.failed,
+                preempted=c.preempted,
+                prompt_tokens=c.prompt,
+                cached_tokens=c.cached,
+                computed_tokens=c.computed,
+                generated_tokens=c.generated,
+                forwards=c.forwards,
+                live_kv_bytes=s.live_bytes,
+                prefix_bytes=s.store.nbytes,
+                prefix_nodes=len(s.store),
+                kv_budget=s.budget,
+            )
+
+        return self._worker.call(read)
+
+    def close(self) -> None:
+        """End what runs, free the model's memory and the thread. Safe to call again."""
+        self._closer()
+        self._model = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _StopText:
+    """Watches tokens for a stop text; called with each, True once one is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._until = UntilStop(stops)
+
+    def __call__(self, token_id: int) -> bool:
+        self._until.push(self._detokenizer.push(token_id))
+        return self._until.over
+
+
+def system_prefix(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """How many leading tokens of a prompt come before its first user message (0 when it has none)."""
+    header = [tokenizer.special.start, *tokenizer.encode("user")]
+    at = -1
+    while True:
+        try:
+            at = list.index(list(tokens), header[0], at + 1)
+        except ValueError:
+            return 0
+        if list(tokens[at : at + len(header)]) == header:
+            return at
+
+
+def _parse(schema: Schema | None, text: str) -> Any:
+    from mlx_gptoss.grammar import parse_reply
+
+    return parse_reply(text, schema)
+
+
+def _configured_stops(folder: Path) -> frozenset[int]:
+    """Stop ids of a folder without a tokenizer: those of its config files."""
+    import json
+
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)

@@ -1,0 +1,236 @@
+"""What has been computed and may be needed again: a trie over token timelines.
+
+A node owns the full layers' KV of its own span of tokens, so branches of one document share what they have
+in common. A new prompt starts from the longest common prefix with anything held, also when it diverges in
+the middle of a message: a span may be used in part. WindowStates of the sliding layers lie along the way.
+The least recently used leaves are dropped first; system prompts and tools are kept longest.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.cache import SequenceCache, WindowState
+
+# Longest span of one node, tokens: what an eviction drops at least.
+SPAN = 1024
+# Of the store's limit, the share that window states may take.
+STATES_SHARE = 0.4
+
+Spans = list[list[mx.array]]
+
+
+@dataclass(eq=False)
+class Node:
+    """`tokens` at positions [start, end) and the KV of them, after those of the parents.
+
+    `parts` is what SequenceCache.export gives. `states` are window states that end within (start, end].
+    """
+
+    tokens: np.ndarray
+    start: int
+    parts: list[mx.array]
+    parent: Node | None = None
+    children: dict[int, Node] = field(default_factory=dict)
+    states: dict[int, WindowState] = field(default_factory=dict)  # by end
+    used: int = 0
+    pinned: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(int(p.nbytes) for p in self.parts)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(s.nbytes for s in self.states.values())
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest prefix held: `length` tokens, their KV in order, and the window states along them."""
+
+    length: int = 0
+    spans: Spans = field(default_factory=list)
+    states: list[WindowState] = field(default_factory=list)
+
+
+class PrefixStore:
+    """Timelines by their tokens, at most `limit` bytes of them. Used by the engine's thread only."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._root = Node(np.zeros(0, np.int32), 0, [])
+        self._clock = 0
+        # Told every node that an insertion touched, parents first: e.g. to keep it on disk.
+        self.on_insert: Callable[[Node], None] | None = None
+
+    def __len__(self) -> int:
+        """How many nodes are held."""
+        return sum(1 for _ in self.nodes())
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node, parents first."""
+        waiting = list(self._root.children.values())
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting.extend(node.children.values())
+
+    def common(self, tokens: np.ndarray) -> int:
+        """How many leading tokens of int32 [n] are held."""
+        path = self._walk(tokens)
+        return path[-1][0].start + path[-1][1] if path else 0
+
+    def match(self, tokens: np.ndarray) -> Match:
+        """The longest common prefix of `tokens`, int32 [n], with anything held; counts as a use."""
+        path = self._walk(tokens)
+        self._clock += 1
+        spans: Spans = []
+        states: list[WindowState] = []
+        for node, n in path:
+            node.used = self._clock
+            spans.append([p[:, :, :n] for p in node.parts] if n < len(node.tokens) else node.parts)
+            states.extend(node.states.values())
+        if not path:
+            return Match()
+        last, n = path[-1]
+        length = last.start + n
+        # States that end beyond the match serve too, if their history reaches back far enough.
+        if n == len(last.tokens):
+            states.extend(s for c in last.children.values() for s in c.states.values() if s.start < length)
+        return Match(length, spans, states)
+
+    def insert(
+        self, tokens: np.ndarray, cache: SequenceCache, states: Sequence[WindowState], pinned: int = 0
+    ) -> None:
+        """Keep what `cache` holds of `tokens`, int32 [n <= cache.length], sharing what is already held.
+
+        The first `pinned` tokens are evicted last.
+        """
+        path = self._walk(tokens)
+        node, held = self._root, 0
+        if path:
+            node, n = path[-1]
+            held = node.start + n
+            if n < len(node.tokens) and (held < len(tokens) or any(s.end == held for s in states)):
+                node = self._split(node, n)
+        self._clock += 1
+        fresh: list[Node] = []
+        while held < len(tokens):
+            end = min(len(tokens), held + SPAN, pinned if held < pinned else len(tokens))
+            child = Node(tokens[held:end].copy(), held, cache.export(held, end), parent=node)
+            node.children[int(tokens[held])] = child
+            fresh.append(child)
+            node, held = child, end
+        added = [a for child in fresh for a in child.parts]
+        line = list(self._lineage(node))
+        for state in states:
+            owner = next((n for n in line if n.start < state.end <= n.end), None)
+            if owner is not None and state.end not in owner.states:
+                owner.states[state.end] = state
+                self.nbytes += state.nbytes
+                if state.data is not None:
+                    added.append(state.data)
+        for owner in line:
+            owner.used = self._clock
+            owner.pinned = owner.pinned or owner.end <= pinned
+        mx.eval(added)
+        self.nbytes += sum(child.kv_bytes for child in fresh)
+        if self.on_insert is not None:
+            for owner in reversed(line):
+                self.on_insert(owner)
+        self.shrink(self.limit)
+
+    def shrink(self, limit: int) -> None:
+        """Drop what was used longest ago until at most `limit` bytes are held; the limit itself stays."""
+        states = sum(n.state_bytes for n in self.nodes())
+        if states > STATES_SHARE * limit or self.nbytes > limit:
+            self._thin_states(states, STATES_SHARE * limit)
+        leaves = [(n.pinned, n.used, id(n), n) for n in self.nodes() if not n.children]
+        heapq.heapify(leaves)
+        while leaves and self.nbytes > max(0, limit):
+            leaf = heapq.heappop(leaves)[3]
+            parent = self._drop(leaf)
+            if parent is not self._root and not parent.children:
+                heapq.heappush(leaves, (parent.pinned, parent.used, id(parent), parent))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._root.children.clear()
+        self.nbytes = 0
+
+    def _walk(self, tokens: np.ndarray) -> list[tuple[Node, int]]:
+        """The nodes that `tokens` runs through, each with how many of its tokens agree (>= 1)."""
+        path: list[tuple[Node, int]] = []
+        node, at = self._root, 0
+        while at < len(tokens):
+            child = node.children.get(int(tokens[at]))
+            if child is None:
+                break
+            n = common_prefix(child.tokens, tokens[at:])
+            path.append((child, n))
+            if n < len(child.tokens):
+                break
+            node, at = child, at + n
+        return path
+
+    def _lineage(self, node: Node) -> Iterator[Node]:
+        """The node and its parents, without the root."""
+        at: Node | None = node
+        while at is not None and at is not self._root:
+            yield at
+            at = at.parent
+
+    def _split(self, node: Node, n: int) -> Node:
+        """Cut a node after its first n tokens; the front part, now the parent of the rest."""
+        assert node.parent is not None
+        middle = node.start + n
+        # Compact copies: a view would keep the whole span alive after one half is dropped.
+        head = Node(node.tokens[:n].copy(), node.start, [mx.contiguous(p[:, :, :n]) for p in node.parts])
+        head.parent, head.used, head.pinned = node.parent, node.used, node.pinned
+        head.states = {e: s for e, s in node.states.items() if e <= middle}
+        node.parent.children[int(head.tokens[0])] = head
+        node.parts = [mx.contiguous(p[:, :, n:]) for p in node.parts]
+        node.tokens, node.start, node.parent = node.tokens[n:].copy(), middle, head
+        node.states = {e: s for e, s in node.states.items() if e > middle}
+        head.children[int(node.tokens[0])] = node
+        mx.eval(head.parts, node.parts)
+        return head
+
+    def _drop(self, leaf: Node) -> Node:
+        """Forget a leaf; its parent."""
+        assert leaf.parent is not None
+        self.nbytes -= leaf.kv_bytes + leaf.state_bytes
+        del leaf.parent.children[int(leaf.tokens[0])]
+        return leaf.parent
+
+    def _thin_states(self, held: int, limit: float) -> None:
+        """Drop window states, oldest use first, until they take `limit` bytes; ends of leaves last."""
+        entries = [
+            (end == node.end and not node.children, node.used, end, node)
+            for node in self.nodes()
+            for end in node.states
+        ]
+        for _, _, end, node in sorted(entries, key=lambda e: e[:3]):
+            if held <= limit:
+                return
+            size = node.states.pop(end).nbytes
+            held -= size
+            self.nbytes -= size
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading entries of two vectors agree."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

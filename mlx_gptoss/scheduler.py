@@ -1,0 +1,441 @@
+"""Continuous batching: which tokens of which sequences go into the next forward.
+
+Every step runs one ragged forward over one token of each decoding sequence and a chunk of prompt, shared
+evenly among the sequences that still read theirs. A step is launched before the last one's tokens are read,
+so the device never waits for Python; masks of constrained requests are computed while the forward runs.
+
+Used by the engine's thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.cache import SequenceCache, WindowState
+from mlx_gptoss.errors import GptOssError, MemoryLimitError
+from mlx_gptoss.model import Model, Segment
+from mlx_gptoss.prefix import Match, PrefixStore, common_prefix
+from mlx_gptoss.request import FinishReason, Request, TokenOutput
+from mlx_gptoss.sampling import Sampler, logprob_arrays, read_logprobs, unpack_bits
+
+logger = logging.getLogger("mlx_gptoss.engine")
+
+# Window states are taken at the prompt's end, at message starts this many tokens apart, and in long messages.
+STATE_AFTER_MESSAGE = 128
+STATE_AT_LATEST = 512
+# Keys kept beyond the window in a state: a sequence can resume up to so many tokens before its end.
+STATE_SLACK = 32
+# A request waits for another one that is computing at least so many tokens more of their common prefix.
+WORTH_WAITING = 16
+# Tokens of output that admission counts on; beyond it a sequence grows while there is room.
+EXPECTED_OUTPUT = 512
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started; tokens, unless said otherwise."""
+
+    finished: int = 0  # requests
+    cancelled: int = 0  # requests
+    failed: int = 0  # requests
+    preempted: int = 0  # times a sequence gave its memory back, to start again
+    prompt: int = 0
+    cached: int = 0
+    computed: int = 0
+    generated: int = 0
+    forwards: int = 0
+
+
+class Running:
+    """A request on its way: its timeline of tokens, its caches and its sampler.
+
+    `cache` is None while it waits. `next` is a token, int32 [1], that was sampled and has not been read.
+    """
+
+    def __init__(self, request: Request, sampler: Sampler) -> None:
+        self.request = request
+        self.sampler = sampler
+        self.tokens = list(request.prompt)
+        self.prompt = np.array(request.prompt, np.int32)
+        self.cache: SequenceCache | None = None
+        self.states: list[WindowState] = []
+        self.last_state = 0  # where the last window state ended
+        self.branch = 0  # where this timeline left another one
+        self.next: mx.array | None = None
+        self.logprobs: tuple[mx.array, mx.array, mx.array] | None = None
+        self.sampled = 0
+        self.alone = False  # runs by itself, after a forward with it failed
+
+    @property
+    def decoding(self) -> bool:
+        return self.next is not None
+
+    @property
+    def live(self) -> SequenceCache:
+        """The caches of a sequence that is not waiting."""
+        assert self.cache is not None
+        return self.cache
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A sequence's share of one forward; `wants` its last row's logits."""
+
+    running: Running
+    tokens: mx.array
+    length: int
+    wants: bool
+
+
+class Scheduler:
+    """Runs requests to their ends, one `step` after the other.
+
+    budget: bytes for the KV of running sequences and the prefix store together. chunk: prompt tokens a step.
+    message_start: id of the token that begins a message, where window states are worth taking.
+    pinned_tokens: how many leading tokens of a prompt (system message and tools) to keep longest.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        budget: int,
+        chunk: int,
+        max_running: int,
+        message_start: int | None = None,
+        pinned_tokens: Callable[[Sequence[int]], int] = lambda tokens: 0,
+    ) -> None:
+        self.model = model
+        self.budget = budget
+        self.chunk = chunk
+        self.max_running = max_running
+        self.store = PrefixStore(budget)
+        self.counters = Counters()
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self._message_start = message_start
+        self._pinned_tokens = pinned_tokens
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the running sequences' caches."""
+        return sum(r.live.nbytes for r in self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for sampling values that do not fit the vocabulary."""
+        prompt = np.array(request.prompt, np.int32)
+        sampler = Sampler(request.params, self.model.config.vocab_size, prompt)
+        self.waiting.append(Running(request, sampler))
+        if not request.background:
+            self.counters.prompt += len(request.prompt)
+
+    def step(self) -> bool:
+        """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
+        self._drop_cancelled()
+        try:
+            self._admit()
+            pieces = self._plan()
+            if not pieces and not any(r.decoding for r in self.running):
+                return bool(self.waiting)
+            logits = self._forward(pieces)
+            self._read(self.running)
+            self._sample(pieces, logits)
+        except Exception as error:
+            self._recover(error)
+        return True
+
+    def close(self) -> None:
+        """End every request with an error and free all memory."""
+        for r in [*self.running, *self.waiting]:
+            self._fail(r, GptOssError("the engine was closed"))
+        self.waiting.clear()
+        self.store.clear()
+        del self.model
+        mx.clear_cache()
+
+    # --- who runs
+
+    def _drop_cancelled(self) -> None:
+        for r in [r for r in self.waiting if r.request.cancelled]:
+            self.waiting.remove(r)
+            self._close(r, "cancelled")
+        for r in [r for r in self.running if r.request.cancelled]:
+            self._finish(r, "cancelled")
+
+    def _admit(self) -> None:
+        """Let waiting sequences in, first come first served, as far as places and memory go."""
+        foreground = [r for r in (*self.running, *self.waiting) if not r.request.background]
+        if foreground:
+            for r in [r for r in self.running if r.request.background]:
+                self._finish(r, "cancelled")
+        for r in list(self.waiting):
+            if len(self.running) >= self.max_running or any(x.alone for x in self.running):
+                return
+            if (r.alone and self.running) or (r.request.background and foreground):
+                continue
+            tokens = np.array(r.tokens, np.int32)
+            if self._soon_computed(tokens):
+                continue
+            probe = self.model.make_cache()
+            rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
+            need = probe.nbytes_at(len(tokens) + rest)
+            if need > self.budget - self.live_bytes and self.running:
+                return
+            self.waiting.remove(r)
+            try:
+                self._wake(r, tokens)
+            except Exception as error:
+                self._fail(r, error)
+            self.store.shrink(self.budget - self.live_bytes)
+
+    def _soon_computed(self, tokens: np.ndarray) -> bool:
+        """True while a running sequence is computing much of the same prompt: waiting is cheaper."""
+        reading = [r for r in self.running if r.live.offset < len(r.prompt)]
+        if not reading:
+            return False
+        held = self.store.common(tokens)
+        return any(
+            common_prefix(tokens, r.prompt) - max(held, r.live.length) >= WORTH_WAITING for r in reading
+        )
+
+    def _wake(self, r: Running, tokens: np.ndarray) -> None:
+        """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
+        known = self._best_match(tokens[:-1])
+        cache = self.model.make_cache()
+        cache.reserve(len(tokens))
+        start = cache.load(known.spans, known.states)
+        mx.eval(cache.arrays())
+        r.cache, r.branch, r.last_state = cache, known.length, start
+        if start == known.length > 0:
+            # Others may branch off here as well; the state this one started from lies elsewhere.
+            here = cache.snapshot(start, cache.window_history + STATE_SLACK)
+            r.states = [] if here is None else [here]
+        if not r.sampled and not r.request.background:
+            r.request.cached_tokens = start
+            self.counters.cached += start
+        self.running.append(r)
+
+    def _best_match(self, tokens: np.ndarray) -> Match:
+        """The longest common prefix in the store or in a running sequence."""
+        match = self.store.match(tokens)
+        for r in self.running:
+            n = min(common_prefix(tokens, np.array(r.tokens, np.int32)), r.live.length)
+            if n > match.length:
+                here = r.live.snapshot(n)
+                states = [*match.states, *r.states, *([here] if here is not None else [])]
+                match = Match(n, [r.live.export(0, n)], states)
+        return match
+
+    # --- one forward
+
+    def _plan(self) -> list[Piece]:
+        """A token of each decoding sequence, and the chunk shared evenly among those reading prompts."""
+        pieces = []
+        for r in self.running:
+            if r.next is not None and r.sampled < r.request.max_tokens:
+                pieces.append(Piece(r, r.next, 1, True))
+        reading = [r for r in self.running if r.next is None]
+        left = self.chunk
+        # Those who need least first: what they leave is shared among the others.
+        for i, r in enumerate(sorted(reading, key=lambda r: len(r.tokens) - r.live.offset)):
+            start = r.live.offset
+            n = min(len(r.tokens) - start, max(1, left // (len(reading) - i)))
+            left -= n
+            ends = start + n == len(r.tokens) and r.request.max_tokens > 0
+            pieces.append(Piece(r, mx.array(r.tokens[start : start + n], mx.int32), n, ends))
+        return self._make_room(pieces)
+
+    def _make_room(self, pieces: list[Piece]) -> list[Piece]:
+        """Shrink the store, and then send the youngest sequences back to wait, until the forward fits."""
+        while True:
+            live = self.live_bytes + sum(p.running.live.growth(p.length) for p in pieces)
+            if live + self.store.nbytes > self.budget:
+                self.store.shrink(self.budget - live)
+            if live <= self.budget or len(self.running) <= 1:
+                return pieces
+            youngest = self.running[-1]
+            self._read([youngest])
+            pieces = [p for p in pieces if p.running is not youngest]
+            if youngest in self.running:
+                self._send_back(youngest)
+                self.counters.preempted += 1
+
+    def _send_back(self, r: Running) -> None:
+        """Free a sequence's caches; it will read its timeline again."""
+        self.running.remove(r)
+        r.cache, r.next, r.logprobs, r.states = None, None, None, []
+        self.waiting.appendleft(r)
+
+    def _forward(self, pieces: list[Piece]) -> mx.array | None:
+        """Launch the forward; logits of the rows wanted, [R, vocab], not evaluated yet."""
+        if not pieces:
+            return None
+        rows, at = [], 0
+        for p in pieces:
+            at += p.length
+            if p.wants:
+                rows.append(at - 1)
+        tokens = [p.tokens for p in pieces]
+        segments = [Segment(p.length, p.running.live) for p in pieces]
+        logits = self.model(tokens[0] if len(tokens) == 1 else mx.concatenate(tokens), segments, rows)
+        self.counters.forwards += 1
+        launched = [] if logits is None else [logits]
+        for p in pieces:
+            self.counters.computed += p.length
+            p.running.request.computed_tokens += p.length
+            launched += self._take_states(p)
+            if not p.wants:
+                launched += p.running.live.arrays()
+        mx.async_eval(launched)
+        return logits
+
+    def _take_states(self, piece: Piece) -> list[mx.array]:
+        """Copy the sliding windows where a later request may branch off; the arrays to evaluate."""
+        r = piece.running
+        end = r.live.offset
+        start = end - piece.length
+        places = set()
+        if not r.decoding:
+            if start < r.branch <= end:
+                places.add(r.branch)
+            if end == len(r.tokens):
+                places.add(end)
+            if self._message_start is not None:
+                inside = np.array(r.tokens[start + 1 : end], np.int32)
+                places.update((np.flatnonzero(inside == self._message_start) + start + 1).tolist())
+        must = {r.branch, len(r.prompt)}
+        taken = []
+        for place in sorted({*places, end}):
+            distance = place - r.last_state
+            if place in must or distance >= (STATE_AFTER_MESSAGE if place in places else STATE_AT_LATEST):
+                state = r.live.snapshot(place, r.live.window_history + STATE_SLACK)
+                if state is not None:
+                    r.states.append(state)
+                    r.last_state = place
+                    taken += [] if state.data is None else [state.data]
+        return taken
+
+    def _sample(self, pieces: list[Piece], logits: mx.array | None) -> None:
+        """Sample the next token of every sequence that has come to its end, and launch that."""
+        greedy: mx.array | None = None
+        row, launched = 0, []
+        for p in pieces:
+            r = p.running
+            if not p.wants:
+                if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
+                    self._finish(r, "length")
+                continue
+            at, row = row, row + 1
+            if r not in self.running or logits is None:
+                continue
+            request = r.request
+            try:
+                if (
+                    request.params.plain_greedy
+                    and request.constraint is None
+                    and request.params.logprobs is None
+                ):
+                    if greedy is None:
+                        greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
+                    r.next = greedy[at : at + 1]
+                else:
+                    self._draw(r, logits[at : at + 1].squeeze(0))
+            except Exception as error:
+                self._fail(r, error)
+                continue
+            r.alone = False
+            r.sampled += 1
+            launched += [a for a in (r.next, *(r.logprobs or ())) if a is not None]
+        mx.async_eval(launched)
+
+    def _draw(self, r: Running, logits: mx.array) -> None:
+        """Sample from logits [vocab] as the request wants it."""
+        constraint, top = r.request.constraint, r.request.params.logprobs
+        allowed = None if constraint is None else constraint.allowed()
+        r.next = r.sampler.sample(logits, allowed)
+        if top is not None:
+            if allowed is not None:
+                logits = mx.where(unpack_bits(allowed, logits.shape[-1]), logits, -mx.inf)
+            r.logprobs = logprob_arrays(logits, r.next, top)
+
+    # --- what came out
+
+    def _read(self, sequences: Sequence[Running]) -> None:
+        """Read the tokens sampled before this forward was launched, and deliver them."""
+        for r in list(sequences):
+            if r.next is None:
+                continue
+            token = int(r.next.item())  # type: ignore[arg-type]
+            logprobs = None if r.logprobs is None else read_logprobs(r.logprobs)
+            r.next = r.logprobs = None
+            self._deliver(r, TokenOutput(token, logprobs))
+
+    def _deliver(self, r: Running, output: TokenOutput) -> None:
+        request = r.request
+        r.tokens.append(output.token_id)
+        self.counters.generated += 1
+        try:
+            if request.constraint is not None:
+                request.constraint.accept(output.token_id)
+            stopped = request.stop_text is not None and request.stop_text(output.token_id)
+        except Exception as error:
+            self._fail(r, error)
+            return
+        request.emit(output)
+        if stopped or output.token_id in request.stop_ids:
+            self._finish(r, "stop")
+        elif request.completion_tokens >= request.max_tokens:
+            self._finish(r, "length")
+        elif request.cancelled:
+            self._finish(r, "cancelled")
+
+    def _finish(self, r: Running, reason: FinishReason) -> None:
+        """Keep what was computed, free the caches, and tell the caller."""
+        self.running.remove(r)
+        cache, r.cache, r.next = r.live, None, None
+        n = min(cache.offset, len(r.tokens))
+        if n == cache.length or n == len(r.tokens):
+            last = cache.snapshot(n, cache.window_history + STATE_SLACK)
+            states = [s for s in (*r.states, last) if s is not None and s.end <= n]
+            tokens = np.array(r.tokens[:n], np.int32)
+            self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
+        r.states = []
+        self._close(r, reason)
+
+    def _close(self, r: Running, reason: FinishReason) -> None:
+        if not r.request.background:
+            if reason == "cancelled":
+                self.counters.cancelled += 1
+            else:
+                self.counters.finished += 1
+        r.request.end(reason)
+
+    def _fail(self, r: Running, error: Exception) -> None:
+        """End one sequence with an error; its caches are dropped, as they may be half written."""
+        if r in self.running:
+            self.running.remove(r)
+        r.cache, r.next, r.states = None, None, []
+        self.counters.failed += 1
+        r.request.fail(error)
+
+    def _recover(self, error: Exception) -> None:
+        """A whole forward failed. Nobody knows because of whom: everyone starts again, alone."""
+        running = list(self.running)
+        if len(running) == 1:
+            if isinstance(error, MemoryError) or "allocat" in str(error).lower():
+                error = MemoryLimitError(f"the device is out of memory: lower --kv-budget ({error})")
+            self._fail(running[0], error)
+            return
+        logger.warning(
+            "a forward of %d sequences failed; each starts again alone", len(running), exc_info=error
+        )
+        for r in reversed(running):
+            r.alone = True
+            self._send_back(r)
+        self.store.clear()
