@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss import cpu
 from mlx_gptoss.config import read_config
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.linear import MXFP4, Dense, Embedding, Matrix, Projection, Quantization, Stacked, stack_rows
@@ -287,7 +288,7 @@ def _projection(parts: list[Matrix]) -> Projection:
     joined = stack_rows(parts)
     if joined is None:
         return Stacked([_projection([p]) for p in parts])
-    return Dense(joined)
+    return Dense(joined) if on_gpu() else cpu.projection(joined)
 
 
 def _checked_scales(scales: mx.array, name: str) -> mx.array:

@@ -218,7 +218,7 @@ class _Reader:
 
 
 def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, float]:
-    """YaRN's numbers and theta from `rope_scaling` + `rope_theta`, `rope_parameters`, or both if they agree."""
+    """YaRN's numbers and theta: `rope_scaling` + `rope_theta`, `rope_parameters`, or both if they agree."""
     found: list[tuple[YarnConfig, float]] = []
     for key in ("rope_parameters", "rope_scaling"):
         block = raw.get(key)

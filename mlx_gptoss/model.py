@@ -19,6 +19,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss import cpu
 from mlx_gptoss.cache import Mask, SequenceCache
 from mlx_gptoss.config import ModelConfig, YarnConfig
 from mlx_gptoss.linear import Embedding, Matrix, Projection
@@ -129,15 +130,17 @@ class Router:
 class Experts:
     """The stacked experts' two matrices and biases.
 
-    gate_up is [E, 2F, D] with rows gate, up, gate, up .. when `interleaved` (as published), else all gates
-    and then all ups; down is [E, D, F]. `bias` is [E, 2F + D]: the gate_up bias and the down bias side by side,
-    so that one gather fetches both.
+    gate_up is [E, 2F, D] with rows gate, up, gate, up .. when `interleaved` (as published), else all
+    gates and then all ups; down is [E, D, F]. `bias` is [E, 2F + D]: the gate_up bias and the down bias side
+    by side, so that one gather fetches both.
     """
 
     def __init__(
         self, gate_up: Matrix, down: Matrix, bias: mx.array, *, interleaved: bool, limit: float
     ) -> None:
-        self.gate_up, self.down, self.bias = gate_up, down, bias
+        self.gate_up = gate_up if on_gpu() else cpu.expert_stack(gate_up)
+        self.down = down if on_gpu() else cpu.expert_stack(down)
+        self.bias = bias
         self.width = gate_up.outputs
         self.interleaved = interleaved
         self.activate = partial(_swiglu_interleaved if interleaved else _swiglu_halves, limit=limit)
@@ -146,6 +149,8 @@ class Experts:
         """x [T, D], chosen experts [T, k] -> their outputs [T, k, D]."""
         if on_gpu() and chosen.size >= SORT_FROM:
             return self._sorted(x, chosen)
+        if not on_gpu() and cpu.unpacks(self.gate_up, x, chosen):
+            return self._unpacked(x, chosen)
         bias = self.bias[chosen]
         h = self.gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
         h = self.activate(h, bias[..., : self.width])
@@ -165,6 +170,17 @@ class Experts:
         y = self.down.gather(h[:, None], experts, None, in_order=True).squeeze(-2)
         y = y + bias[..., self.width :]
         return y[mx.argsort(order)].reshape(*chosen.shape, -1)
+
+    def _unpacked(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """The same on the CPU backend for many rows: each expert unpacked once, products by the host's BLAS."""
+        experts = np.asarray(chosen).reshape(-1)
+        order = np.argsort(experts, kind="stable")
+        rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
+        bias = self.bias[chosen].reshape(len(experts), -1)
+        h = mx.array(cpu.apply_unpacked(self.gate_up, rows, experts, order))
+        h = self.activate(h, bias[:, : self.width])
+        y = mx.array(cpu.apply_unpacked(self.down, np.asarray(h), experts, order))
+        return (y + bias[:, self.width :]).reshape(*chosen.shape, -1)
 
     def arrays(self) -> list[mx.array]:
         return [self.bias, *self.gate_up.arrays(), *self.down.arrays()]

@@ -126,7 +126,7 @@ class TokenConstraint(Protocol):
     """What may be sampled next, for one request. Stateful, used by one thread."""
 
     def allowed(self) -> np.ndarray | None:
-        """None when every token may follow, else uint32 [ceil(vocab / 32)]: bit i%32 of word i//32 is token i."""
+        """None when every token may follow, else uint32 [ceil(vocab / 32)]: bit i%32 of word i//32 for i."""
         ...
 
     def accept(self, token_id: int) -> None:
