@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -76,6 +76,7 @@ class _Fault:
     after: int | None = None  # break the transfer after that many bytes
     status: int | None = None  # or answer with that status
     headers: dict[str, str] = field(default_factory=dict)
+    hold: bool = False  # at that point, wait until the server stops instead of breaking
 
 
 class HubServer:
@@ -89,6 +90,8 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[_Fault] = []
         self.lock = threading.Lock()
+        self.held = threading.Event()  # a transfer has reached the point where it is held
+        self.stopping = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -101,6 +104,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stopping.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join(5)
@@ -132,6 +136,10 @@ class HubServer:
     def cut(self, pattern: str, *, after: int, times: int = 1) -> None:
         """Break the next `times` transfers whose path contains `pattern` after that many bytes of body."""
         self.faults.append(_Fault(pattern, times, after=after))
+
+    def hold(self, pattern: str, *, after: int) -> None:
+        """Hold the next transfer whose path contains `pattern` after that many bytes; `held` tells when."""
+        self.faults.append(_Fault(pattern, 1, after=after, hold=True))
 
     def fail(
         self, pattern: str, status: int, *, times: int = 1, headers: dict[str, str] | None = None
@@ -196,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(self.route, transfer=True) if self.command == "PUT" else None
         if fault is not None:
             self.rfile.read(min(fault.after or 0, length))
-            raise _Broken
+            self._break(fault)
         return self.rfile.read(length)
 
     def _read_chunked(self) -> bytes:
@@ -206,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             body += self.rfile.read(size)
             self.rfile.readline()
             if fault is not None and len(body) >= (fault.after or 0):
-                raise _Broken
+                self._break(fault)
         self.rfile.readline()
         return bytes(body)
 
@@ -226,7 +234,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.seen.sent = len(data)
         if fault is not None:
-            raise _Broken
+            self._break(fault)
+
+    def _break(self, fault: _Fault) -> NoReturn:
+        if fault.hold:
+            self.hub.held.set()
+            self.hub.stopping.wait(120)
+        raise _Broken
 
     def _repo(self, repo_id: str, revision: str | None = None) -> tuple[Repo, str] | None:
         """The repository and a commit of it; answers 404 itself (as the Hub does) when there is none."""
