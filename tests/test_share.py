@@ -70,6 +70,21 @@ def test_what_was_shared_loads_by_its_id_pinned_and_offline(server: HubServer, f
             assert (back / weights).read_bytes() == (origin / weights).read_bytes()
 
 
+def test_what_was_shared_generates_what_the_folder_generates(server: HubServer, folder: Path) -> None:
+    """Through the engine, by its id, over connections that break; then from the cache, without a network."""
+    import mlx_gptoss
+
+    server.cut("/lfs/", after=10_000)
+    upload(plan(folder, REPO))
+    server.cut("/resolve/", after=10_000, times=2)
+    greedy = mlx_gptoss.SamplingParams(temperature=0.0, max_tokens=8)
+    replies = []
+    for model, offline in ((str(folder), False), (REPO, False), (REPO, True)):
+        with mlx_gptoss.load(model, dtype="float32", offline=offline, max_context=64) as llm:
+            replies.append(list(llm.generate([1, 2, 3], greedy)))
+    assert replies[0] and replies[0] == replies[1] == replies[2]
+
+
 @pytest.mark.parametrize("multipart", [None, 50_000])
 def test_an_upload_survives_connections_that_break(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, multipart: int | None
