@@ -1,0 +1,88 @@
+"""Text and tokens: ordinary text stays ordinary, streams never show half a character."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_gptoss.errors import RequestError, TokenizerError
+from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.byte_tokenizer import write_byte_tokenizer
+
+TEXTS = [
+    "plain",
+    "  spaces \n\n\ttabs",
+    "naïve café",
+    "漢字かな交じり",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "a\u0301",
+    "\ufeffx",
+    "0",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.from_folder(write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_way_to_tokens_and_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("spelled", SPECIAL_TOKENS.values())
+def test_text_that_spells_markup_is_ordinary_text(tokenizer, spelled):
+    ids = tokenizer.encode(f"a{spelled}b")
+    assert not any(tokenizer.is_special(i) for i in ids)
+    assert tokenizer.decode(ids) == f"a{spelled}b"
+
+
+def test_special_tokens_are_found_by_name(tokenizer):
+    for field, text in SPECIAL_TOKENS.items():
+        token = getattr(tokenizer.special, field)
+        assert tokenizer.token_bytes(token) == text.encode()
+        assert tokenizer.is_special(token)
+    assert tokenizer.special.end not in tokenizer.stop_ids
+    assert {tokenizer.special.return_, tokenizer.special.call} <= tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_shows_whole_characters_only(tokenizer, text):
+    stream = tokenizer.detokenizer()
+    shown = [stream.push(i) for i in tokenizer.encode(text)]
+    assert "\ufffd" not in "".join(shown)
+    assert "".join(shown) + stream.finish() == text
+
+
+def test_a_cut_character_shows_as_a_replacement_once(tokenizer):
+    stream = tokenizer.detokenizer()
+    shown = [stream.push(b) for b in "é".encode()[:1]]
+    assert shown == [""]
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+def test_ids_outside_the_vocabulary(tokenizer):
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
+    with pytest.raises(RequestError, match="token id -1"):
+        tokenizer.token_bytes(-1)
+
+
+def test_a_missing_or_broken_tokenizer_is_told_so(tmp_path):
+    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="not a usable tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_foreign_vocabulary_is_refused_with_what_it_lacks(tmp_path):
+    path = write_byte_tokenizer(tmp_path) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|channel|>"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"lacks the special tokens <\|channel\|>"):
+        Tokenizer.from_folder(tmp_path)
