@@ -1,4 +1,4 @@
-"""Session: a conversation that keeps its history as tokens, and runs tools that are Python functions.
+"""Session: a conversation that keeps its history as tokens, and runs tools: Python functions and built-ins.
 
 What the model sampled is never rendered again from text, so the engine finds the whole conversation in its
 prefix store at every turn, also after `undo`, `rewind` or an edit.
@@ -25,6 +25,7 @@ from mlx_gptoss.harmony import (
     render,
 )
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.tools import BuiltinTool
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine import Engine
@@ -34,16 +35,24 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 _CONVERSATION = frozenset(f.name for f in fields(Conversation)) - {"messages", "response_schema"}
 _START = frozenset(("tool_choice", "schema", "regex", "lark", "choices", "json_object", "reasoning_budget"))
 
-ToolLike = Tool | Callable[..., Any] | dict[str, Any]
+ToolLike = Tool | Callable[..., Any] | dict[str, Any] | BuiltinTool
 
 
-def declare(tools: Sequence[ToolLike]) -> tuple[list[Tool], dict[str, Callable[..., Any]]]:
-    """Tools to show to the model, and by name the functions among them. Raises ToolError."""
+def declare(
+    tools: Sequence[ToolLike],
+) -> tuple[list[Tool], dict[str, Callable[..., Any]], dict[str, BuiltinTool]]:
+    """Tools to show to the model, by name the functions among them, and by namespace the built-in tools.
+
+    Raises ToolError.
+    """
     shown: list[Tool] = []
     functions: dict[str, Callable[..., Any]] = {}
+    builtin: dict[str, BuiltinTool] = {}
     for item in tools:
         if isinstance(item, Tool):
             shown.append(item)
+        elif isinstance(item, BuiltinTool):
+            builtin[item.namespace.name] = item
         elif isinstance(item, dict):
             shown.append(Tool.from_dict(item))
         else:
@@ -51,7 +60,7 @@ def declare(tools: Sequence[ToolLike]) -> tuple[list[Tool], dict[str, Callable[.
 
             shown.append(tool_from_function(item))
             functions[shown[-1].name] = item
-    return shown, functions
+    return shown, functions, builtin
 
 
 def split_request(
@@ -71,7 +80,8 @@ def split_request(
     if sampling and request.get("params") is not None:
         raise RequestError("params and single sampling arguments were given together: give one", "params")
     about = {k: v for k, v in request.items() if k in _CONVERSATION}
-    about["tools"] = declare(about.get("tools") or ())[0]
+    about["tools"], _, builtin = declare(about.get("tools") or ())
+    about["builtin"] = [*(about.get("builtin") or ()), *(tool.namespace for tool in builtin.values())]
     if request.get("schema") is not None:
         from mlx_gptoss.grammar import json_schema_of
 
@@ -100,9 +110,9 @@ def events_of(generation: Generation) -> Iterator[Event]:
 class Session:
     """One conversation with a model.
 
-    tools: Python functions are run and their results given back to the model, at most `max_steps` model
-    turns for one answer; an exception becomes the call's result. Tools that are not functions are left to
-    the caller: the reply holds their calls, and `send` takes their results as messages.
+    tools: Python functions and built-in tools (mlx_gptoss.tools) are run and their results given back to the
+    model, at most `max_steps` model turns for one answer; an exception becomes the call's result. Other
+    tools are left to the caller: the reply holds their calls, and `send` takes their results as messages.
     The other arguments are those of Engine.respond, for every turn.
     """
 
@@ -114,7 +124,8 @@ class Session:
         self.history: list[Message] = []
         self.usage = Usage()
         self._engine = engine
-        self._tools, self._functions = declare(tools)
+        self._tools = list(tools)
+        _, self._functions, self._builtin = declare(tools)
         self._max_steps = max_steps
         self._request = request
         split_request([], {**request, "tools": self._tools})
@@ -154,11 +165,11 @@ class Session:
             history += done.reply.messages
             completion += done.usage.completion_tokens
             reasoning += done.usage.reasoning_tokens
-            runnable = [c for c in done.reply.tool_calls if c.name in self._functions]
-            if done.finish_reason != "tool_calls" or len(runnable) < len(done.reply.tool_calls) or not left:
+            calls = done.reply.tool_calls
+            if done.finish_reason != "tool_calls" or not all(map(self._can_run, calls)) or not left:
                 break
-            for call in runnable:
-                result = run_tool(self._functions[call.name], call)
+            for call in calls:
+                result = self._run(call)
                 history.append(result)
                 yield MessageDone(result)
         self.history = history
@@ -187,6 +198,18 @@ class Session:
             )
         del self.history[position:]
 
+    def _builtin_of(self, call: ToolCall) -> BuiltinTool | None:
+        if call.recipient.startswith("functions."):
+            return None
+        return self._builtin.get(call.name.split(".")[0])
+
+    def _can_run(self, call: ToolCall) -> bool:
+        return self._builtin_of(call) is not None or call.name in self._functions
+
+    def _run(self, call: ToolCall) -> Message:
+        builtin = self._builtin_of(call)
+        return run_builtin(builtin, call) if builtin else run_tool(self._functions[call.name], call)
+
     def _split(self, history: Sequence[Message]) -> tuple[Conversation, dict[str, Any]]:
         return split_request(history, {**self._request, "tools": self._tools})
 
@@ -202,3 +225,12 @@ def run_tool(function: Callable[..., Any], call: ToolCall) -> Message:
     except Exception as error:  # whatever the tool raised is for the model to deal with
         content = f"error: {type(error).__name__}: {error}"
     return Message.tool_result(content, name=call.recipient or None, call_id=call.call_id)
+
+
+def run_builtin(tool: BuiltinTool, call: ToolCall) -> Message:
+    """Let a built-in tool handle a call; its result stands where the model calls such tools."""
+    try:
+        content = tool.handle(call)
+    except Exception as error:  # as above
+        content = f"error: {type(error).__name__}: {error}"
+    return Message.tool_result(content, name=call.recipient, call_id=call.call_id, channel="analysis")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mlx_gptoss.errors import ToolError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NAMES = ("python", "browser")
 
 
+@runtime_checkable
 class BuiltinTool(Protocol):
     """What a session needs of a built-in tool."""
 
