@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from mlx_gptoss import __version__
 from mlx_gptoss.server import chat_completions, completions, messages, models, page, responses
@@ -32,15 +33,17 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     )
     app.state.server = state
     install_handlers(app)
-    for routes in (
+    routers = [
         chat_completions.router(state),
         responses.router(state),
         completions.router(state),
         messages.router(state),
         models.router(state),
         page.router(),
-    ):
-        app.include_router(routes)
-    app.add_middleware(Gate, state=state, paths=["/", "/openapi.json", *app.openapi()["paths"]])
+    ]
+    for router in routers:
+        app.include_router(router)
+    paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(Gate, state=state, paths=["/openapi.json", *paths])
     state.attach(engine)
     return app

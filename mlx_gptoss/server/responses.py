@@ -205,8 +205,9 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
             return jobs[0]
         except ContextLengthError as error:
             error.field = "input"
-            share = 1 - error.max_context / error.prompt_tokens
-            kept = drop_oldest(asked.conversation.messages, share) if asked.truncate else None
+            excess, messages = error.prompt_tokens - error.max_context, asked.conversation.messages
+            # One token too many counts as well: room for the answer's first is needed.
+            kept = drop_oldest(messages, max(1, excess), error.prompt_tokens) if asked.truncate else None
             if kept is None:
                 raise
             asked.conversation = replace(asked.conversation, messages=kept)

@@ -179,10 +179,10 @@ def _reasoning_text(item: InputItem, where: str) -> str:
         ) from None
 
 
-def drop_oldest(messages: list[Message], share: float) -> list[Message] | None:
-    """Messages without the oldest turns, at least `share` of the text; None when only the last turn is left.
+def drop_oldest(messages: list[Message], excess: int, tokens: int) -> list[Message] | None:
+    """Messages without the oldest turns; None when only the last turn is left.
 
-    Turns start with a user message, so that no result is left without its call.
+    Of the text at least `excess` parts in `tokens` go: about that many tokens. Turns start with a user message, so that no result is left without its call.
     """
     starts = [index for index, message in enumerate(messages) if message.role == "user" and index > 0]
     if not starts:
@@ -191,6 +191,6 @@ def drop_oldest(messages: list[Message], share: float) -> list[Message] | None:
     dropped = 0
     for before, start in zip([0, *starts], starts, strict=False):
         dropped += sum(len(message.content) for message in messages[before:start])
-        if dropped >= share * total:
+        if dropped * tokens >= excess * total:
             return messages[start:]
     return messages[starts[-1] :]

@@ -1,7 +1,8 @@
 """Who may come in: Host, Origin, key and body checks, in front of every route.
 
 A model on this machine can be reached by every web page that the user opens. So the Host header must be one
-of the server's own (against DNS rebinding), an Origin must be its own page (against other sites), and what is sent is bounded in size, depth and time before anything parses it.
+of the server's own (against DNS rebinding), an Origin must be its own page (against other sites), and what
+is sent is bounded in size, depth and time before anything parses it.
 """
 
 from __future__ import annotations
