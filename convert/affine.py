@@ -10,9 +10,7 @@ to bfloat16.  Deterministic, and independent of how rows are split into calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from queue import Empty, SimpleQueue
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,11 +78,11 @@ def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) 
     """`mx.quantize` of bfloat16 bits (uint16 [rows, columns]), on the CPU so that every machine agrees."""
     import mlx.core as mx
 
-    with _cpu_stream() as stream:
-        values = mx.array(weights).view(mx.bfloat16, stream=stream)
-        weight, *fit = mx.quantize(values, group_size, bits, stream=stream)
-        scales, biases = (np.array(f.view(mx.uint16, stream=stream)) for f in fit)
-        result = Quantized(np.array(weight), scales, biases, None)
+    stream = _cpu_stream()
+    values = mx.array(weights).view(mx.bfloat16, stream=stream)
+    weight, *fit = mx.quantize(values, group_size, bits, stream=stream)
+    scales, biases = (np.array(f.view(mx.uint16, stream=stream)) for f in fit)
+    result = Quantized(np.array(weight), scales, biases, None)
     if not measure:
         return result
     difference = bfloat16_to_float32(weights)
@@ -92,22 +90,16 @@ def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) 
     return result._replace(squared_error=float(np.sum(np.square(difference), dtype=np.float64)))
 
 
-_idle_streams: SimpleQueue[Any] = SimpleQueue()
+_local = threading.local()
 
 
-@contextmanager
-def _cpu_stream() -> Iterator[Any]:
-    """A CPU stream no other thread is using: MLX gives each its own thread, so callers run side by side."""
-    import mlx.core as mx
+def _cpu_stream() -> Any:
+    """This thread's CPU stream: MLX gives each stream a thread of its own, so callers run side by side."""
+    if not hasattr(_local, "stream"):
+        import mlx.core as mx
 
-    try:
-        stream = _idle_streams.get_nowait()
-    except Empty:
-        stream = mx.new_stream(mx.cpu)
-    try:
-        yield stream
-    finally:
-        _idle_streams.put(stream)
+        _local.stream = mx.new_stream(mx.cpu)
+    return _local.stream
 
 
 def dequantize(
