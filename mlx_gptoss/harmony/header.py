@@ -122,8 +122,10 @@ def check_header(header: Header) -> None:
 def _words(segments: Sequence[Segment], header: Header) -> list[_Word]:
     """The words of the header in their order; channels are taken out."""
     words: list[_Word] = []
-    for segment in segments:
-        text = segment.text
+    for index, segment in enumerate(segments):
+        # At its two ends a header may hold any white space.
+        text = segment.text.rstrip() if index == len(segments) - 1 else segment.text
+        text = text.lstrip() if index == 0 else text
         if segment.marker == "channel":
             text = _take_channel(text, header)
         elif segment.marker == "constrain":
