@@ -177,7 +177,7 @@ def test_ctrl_c_ends_cleanly(bare_folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert out.strip() and err.strip() == ""
+    assert err.strip() == "", out
 
 
 def test_a_closed_pipe_is_no_traceback(bare_folder):

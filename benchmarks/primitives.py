@@ -1,0 +1,177 @@
+"""How many kernels a decoded token launches in each layer: the primitives of the graph a GPU would run.
+
+    python -m benchmarks.primitives [--json]
+
+Hardware-independent: the graph of one decode step is built and counted. RMSNorm, RoPE and attention are one
+primitive each (the CPU backend would write them out), compiled functions are one, and views are none. The
+count of a layer is the difference between checkpoints of 4 and of 2 layers, halved: the mean of a sliding and
+a full layer. Each engine is counted in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Primitives that only describe the same memory anew, or that exist once in the program.
+VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "BroadcastAxes",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StopGradient",
+    "Transpose",
+    "Unflatten",
+    "View",
+}
+WARM_TOKENS = 8
+
+
+def fused(name: str) -> Any:
+    """A stand-in for a fast kernel: an output like its first argument that depends on all the others."""
+    import mlx.core as mx
+
+    def stand_in(x: Any, *args: Any, **kwargs: Any) -> Any:
+        others = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
+        return mx.depends(x, others)
+
+    stand_in.__name__ = name
+    return stand_in
+
+
+def pretend_gpu() -> None:
+    """Build graphs as on a GPU: fast kernels whole, elementwise pieces compiled, no CPU detours."""
+    import mlx.core as mx
+
+    from mlx_gptoss import platform
+
+    for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
+        setattr(mx.fast, name, fused(name))
+    platform.on_gpu = lambda: True  # type: ignore[assignment]
+
+
+def count(output: Any) -> Counter[str]:
+    """The non-view primitives of the graph that computes `output`, by name."""
+    import mlx.core as mx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(path), output)
+        names = re.findall(r'\[label ="([^"]+)", shape=rectangle\]', path.read_text())
+    return Counter(n for n in names if n not in VIEWS)
+
+
+def second_step(step: Callable[[], Any]) -> Counter[str]:
+    """The count of a step after a first one has computed what is constant (RoPE's frequencies, say)."""
+    import mlx.core as mx
+
+    mx.disable_compile()  # the CPU backend would start a C++ compiler
+    mx.eval(step())
+    mx.enable_compile()
+    return count(step())
+
+
+def ours(folder: Path, dtype: str) -> Counter[str]:
+    """One decode step of this package."""
+    pretend_gpu()
+    import mlx.core as mx
+
+    from mlx_gptoss.checkpoint import load_model
+    from mlx_gptoss.model import Segment
+
+    model = load_model(folder, dtype)
+    cache = model.make_cache()
+    for layer in cache.layers:  # caches as a prompt leaves them, without running one
+        new = mx.zeros((1, model.config.num_kv_heads, WARM_TOKENS, model.config.head_dim), model.dtype)
+        layer.update_and_fetch(new, new)
+    cache.advance(WARM_TOKENS)
+    mx.eval(cache.arrays())
+    token = mx.array([1], mx.int32)
+    return second_step(lambda: model(token, [Segment(1, cache)]))
+
+
+def mlx_lm(folder: Path, dtype: str) -> Counter[str]:
+    """One decode step of mlx-lm."""
+    pretend_gpu()
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.set_dtype(getattr(mx, dtype))
+    caches = make_prompt_cache(model)
+    args = model.args
+    for cache in caches:
+        shape = (1, args.num_key_value_heads, WARM_TOKENS, args.head_dim)
+        cache.update_and_fetch(mx.zeros(shape, getattr(mx, dtype)), mx.zeros(shape, getattr(mx, dtype)))
+    mx.eval([c.state for c in caches])
+    token = mx.array([[1]])
+    return second_step(lambda: model(token, cache=caches))
+
+
+def per_layer(engine: str, bits: int | None, dtype: str) -> dict[str, Any]:
+    """Primitives of a layer, and what stands around the layers."""
+    from tests.checkpoints import write_checkpoint
+    from tests.random_weights import MlxRecipe, Shape
+
+    counts = []
+    with tempfile.TemporaryDirectory() as work:
+        for layers in (2, 4):
+            folder = Path(work) / str(layers)
+            shape = replace(Shape(), layers=layers)
+            # Large enough in every matrix that nothing is special for being small.
+            write_checkpoint(folder, shape, layout="mlx", recipe=MlxRecipe(bits))
+            counts.append({"ours": ours, "mlx-lm": mlx_lm}[engine](folder, dtype))
+    few, many = counts
+    layer = {n: (many[n] - few[n]) / 2 for n in sorted(many) if many[n] != few[n]}
+    return {
+        "per_layer": sum(layer.values()),
+        "around": sum(few.values()) - 2 * sum(layer.values()),
+        "primitives": layer,
+    }
+
+
+def measure(engine: str, bits: int | None, dtype: str = "bfloat16") -> dict[str, Any]:
+    """`per_layer` in a process of its own."""
+    code = (
+        "import json; from benchmarks.primitives import per_layer; "
+        f"print(json.dumps(per_layer({engine!r}, {bits!r}, {dtype!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    as_json = parser.parse_args().json
+    cases = {"dense parts in bfloat16": None, "dense parts in 8 bits": 8}
+    results = {c: {e: measure(e, bits) for e in ("ours", "mlx-lm")} for c, bits in cases.items()}
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for case, engines in results.items():
+        print(f"{case}: primitives per layer per decoded token")
+        for engine, result in engines.items():
+            parts = ", ".join(f"{n} {c:g}" for n, c in result["primitives"].items())
+            print(f"  {engine:7} {result['per_layer']:5.1f}  (+{result['around']:g} around)   {parts}")
+
+
+if __name__ == "__main__":
+    main()
