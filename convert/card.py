@@ -5,12 +5,12 @@ Nothing is claimed that was not recorded there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.convert.manifest import Manifest
+from mlx_gptoss.convert.verify import part_reports
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.hub import is_repo_id
 
@@ -86,17 +86,13 @@ def _source_name(manifest: Manifest) -> str:
 
 def _parts_table(manifest: Manifest) -> str:
     """One row a part: how it is stored, its size, its relative error against the source."""
-    parts = {entry.part for entry in manifest.tensors.values()}
-    ordered = [p for p in _PARTS if p in parts] + sorted(parts - set(_PARTS))
     rows = [("part", "stored as", "GB", "relative error")]
-    for part in ordered:
-        entries = [e for e in manifest.tensors.values() if e.part == part]
-        formats = ", ".join(_FORMATS[a] for a in sorted({e.action for e in entries}))
-        known = [(e.relative_error, math.prod(e.shape)) for e in entries if e.relative_error is not None]
-        weight = sum(w for _, w in known)
-        error = math.sqrt(sum(e * e * w for e, w in known) / weight) if weight else 0.0
-        size = sum(e.bytes for e in entries) / 1e9
-        rows.append((part, formats, f"{size:.3f}", "exact" if error == 0 else f"{error:.2%}"))
+    reports = {report.part: report for report in part_reports(manifest.tensors)}
+    for part in [p for p in _PARTS if p in reports] + sorted(reports.keys() - set(_PARTS)):
+        report = reports[part]
+        formats = ", ".join(_FORMATS[action] for action in report.actions)
+        error = f"{report.recorded:.2%}" if report.recorded else "exact"
+        rows.append((part, formats, f"{report.bytes / 1e9:.3f}", error))
     return _table(rows) + (
         "\nThe relative error is that of the weights: root of the squared error over the squared norm.\n"
     )

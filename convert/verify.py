@@ -132,7 +132,7 @@ def verify(
         manifest=manifest,
         files=len(hashed),
         bytes=sum(entry.size for entry in hashed.values()),
-        parts=_parts(manifest.tensors, against),
+        parts=part_reports(manifest.tensors, against),
         problems=tuple(problems),
         extra=tuple(extra),
         source=None if source is None else Path(source),
@@ -245,7 +245,9 @@ def _extra_files(root: Path, manifest: Manifest, problems: list[Problem]) -> lis
     return extra
 
 
-def _parts(tensors: Mapping[str, TensorEntry], against: Comparison | None) -> tuple[PartReport, ...]:
+def part_reports(
+    tensors: Mapping[str, TensorEntry], against: Comparison | None = None
+) -> tuple[PartReport, ...]:
     """The report by part, in the order of their names."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, entry in tensors.items():

@@ -51,7 +51,7 @@ def resolve(
 
     model: "demo" (the model shipped in this package), an existing folder, or NAMESPACE/NAME on the Hub.
     revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
-    gguf: a repository of GGUF will do where it has no safetensors and exactly one such file (for `convert`).
+    gguf: a .gguf file will do as well, and a repository of one (or of the parts of one), for `convert`.
     A folder that holds nothing but ``original/`` resolves to that.
 
     Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline),
@@ -67,6 +67,8 @@ def resolve(
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return _layout_folder(folder)
+    if gguf and folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if text and folder.exists():
         raise ModelNotFoundError(f"{text!r} is a file; expected a model's folder (the one that holds it?)")
     if isinstance(model, Path) or not is_repo_id(text):
@@ -213,7 +215,8 @@ def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
         if any(name.endswith(".safetensors") for name in chosen):
             return [prefix + name for name in chosen]
     quantised = [name for name in names if name.endswith(".gguf") and "/" not in name]
-    if gguf and len(quantised) == 1:
+    models = {re.sub(r"-\d{5}-of-\d{5}", "", name) for name in quantised}  # a split file is one model
+    if gguf and len(models) == 1:
         return quantised
     if gguf and quantised:
         shown = ", ".join(quantised[:5]) + (" .." if len(quantised) > 5 else "")

@@ -194,6 +194,10 @@ def test_a_single_gguf_file_is_downloaded_where_gguf_will_do(server: HubServer) 
     folder = hub.resolve(REPO, gguf=True)
     assert [path.name for path in folder.iterdir()] == ["model.gguf"]
     assert hub.resolve(REPO, gguf=True, offline=True) == folder
+    parts = {f"m-0000{i}-of-00002.gguf": b"GGUF" for i in (1, 2)}
+    server.add_repo(REPO, parts, ref="split")
+    assert {path.name for path in hub.resolve(REPO, gguf=True, revision="split").iterdir()} == set(parts)
+    assert hub.resolve(folder / "model.gguf", gguf=True) == folder / "model.gguf"
     server.add_repo(REPO, {"a.gguf": b"GGUF", "b.gguf": b"GGUF"})
     with pytest.raises(ModelNotFoundError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\)"):
         hub.resolve(REPO, gguf=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,8 @@ from mlx_gptoss.cli.options import offline_option
 from mlx_gptoss.cli.progress import byte_bar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlx_gptoss.convert.quality import Quality
     from mlx_gptoss.convert.verify import Verification
 
@@ -54,8 +55,7 @@ def verify(
     revision = source_revision or (manifest.source.revision if source == manifest.source.id else None)
     origin = None
     if source is not None:
-        gguf = source.endswith(".gguf")
-        origin = Path(source) if gguf else resolve(source, revision=revision, offline=offline, gguf=True)
+        origin = resolve(source, revision=revision, offline=offline, gguf=True)
     with byte_bar("checking", bytes_to_read(manifest, origin), quiet=as_json) as tick:
         found = check(root, origin, progress=tick)
     measured = None
