@@ -20,6 +20,7 @@ from mlx_gptoss.server.settings import ServerSettings
 
 logger = logging.getLogger("mlx_gptoss.server")
 Sink = Callable[[Any], None]
+MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from the others
 
 
 class Handle(Protocol):
@@ -80,7 +81,7 @@ class Job:
                     yield []
                 continue
             batch: list[Any] = []
-            while self._events:
+            while self._events and len(batch) < MAX_BATCH:
                 event = self._events.popleft()
                 if isinstance(event, BaseException):
                     self.finished = True
