@@ -79,13 +79,7 @@ def new_model(seed: int = SEED):
         for name, p in model.named_parameters():
             if "norm" in name:
                 p.fill_(1.0)
-            elif (
-                "bias" in name
-                or "sinks" in name
-                or "o_proj" in name
-                or "down_proj" in name
-                or "lm_head" in name
-            ):
+            elif "bias" in name or "sinks" in name or "o_proj" in name or "down_proj" in name:
                 p.zero_()
             elif "embed" in name:
                 p.normal_(0, 0.5)
@@ -94,6 +88,10 @@ def new_model(seed: int = SEED):
             else:
                 fan_in = p.shape[-2] if "experts" in name else p.shape[-1]
                 p.normal_(0, 0.7 / fan_in**0.5)
+        # The head is untied, and copying a rare token needs its rows to follow the embedding's. A rotated
+        # copy gives one linear map that copies every token, without making each token predict itself.
+        rotation = torch.linalg.qr(torch.randn(config().hidden_size, config().hidden_size)).Q
+        model.lm_head.weight.copy_(0.25 * model.model.embed_tokens.weight @ rotation)
     return model
 
 
@@ -210,14 +208,21 @@ def train(rank: int, args: argparse.Namespace) -> None:
         mean_loss = loss_sum if mean_loss is None else 0.95 * mean_loss + 0.05 * loss_sum
         if rank == 0 and step % 25 == 0:
             rate = tokens * args.processes / (time.time() - began)
-            print(f"step {step} loss {mean_loss:.4f} balance {balance.item():.3f} {rate:.0f} tok/s "
-                  f"{spent + time.time() - began:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"step {step} loss {mean_loss:.4f} balance {balance.item():.3f} {rate:.0f} tok/s "
+                f"{spent + time.time() - began:.0f} s",
+                flush=True,
+            )
         if step % args.save_every == 0 or step == args.steps:
             report(evaluate(model, encoder, rank, args.processes, args.held_out, rounding), step, rank)
             if rank == 0:
                 seconds = spent + time.time() - began
-                saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                         "seconds": seconds}  # fmt: skip
+                saved = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "seconds": seconds,
+                }
                 torch.save(saved, state.with_suffix(".new"))
                 state.with_suffix(".new").replace(state)
     if args.processes > 1:

@@ -34,14 +34,16 @@ def subtract_columns(a: int, b: int) -> str:
         parts.append(f"{needs}{x}-{y}-{borrow}={10 * needs + x - y - borrow}")
         borrow = needs
     minus = f" Minus, so {a - b}." if a < b else ""
-    return f"{a:03}{sign}{b:03}. {large:03}-{small:03}: {' '.join(parts)}. {large - small:04}={large - small}.{minus}"
+    columns = f"{large:03}-{small:03}: {' '.join(parts)}. {large - small:04}={large - small}."
+    return f"{a:03}{sign}{b:03}. {columns}{minus}"
 
 
 def multiply_columns(a: int, b: int) -> str:
     """Working of a * b for a below 100 and b below 10."""
     ones, tens = a % 10 * b, a // 10 * b
     carry = ones // 10
-    return f"{a:02}*{b}: {a % 10}*{b}={ones:02} {a // 10}*{b}={tens:02}+{carry}={tens + carry:02}. {a * b:04}={a * b}."
+    columns = f"{a % 10}*{b}={ones:02} {a // 10}*{b}={tens:02}+{carry}={tens + carry:02}."
+    return f"{a:02}*{b}: {columns} {a * b:04}={a * b}."
 
 
 def _operand(rng: random.Random) -> int:
@@ -56,21 +58,42 @@ def work(op: str, a: int, b: int) -> tuple[str, str, str, int]:
         check = add_columns(abs(a - b), min(a, b))
         return f"Take {b} from {a}.", subtract_columns(a, b), f"Check: {check} It agrees.", a - b
     large, small = (b, a) if a < 10 <= b or (a < 10 and b < 10 and b > a) else (a, b)
-    check = add_columns(large // 10 * 10 * small, large % 10 * small)
+    tens, ones = large // 10 * 10, large % 10
+    check = add_columns(tens * small, ones * small)
     return (
         f"Multiply {a} by {b}.",
         multiply_columns(large, small),
-        f"Check: {large // 10 * 10}*{small}={large // 10 * 10 * small} {large % 10}*{small}={large % 10 * small}. "
-        f"{check} It agrees.",
+        f"Check: {tens}*{small}={tens * small} {ones}*{small}={ones * small}. {check} It agrees.",
         a * b,
     )
 
 
 _ASK = {
-    "+": ("What is {a} + {b}?", "What is {a} plus {b}?", "{a} + {b}", "{a}+{b}=?", "Add {a} and {b}.", "Calculate {a} + {b}."),
-    "-": ("What is {a} - {b}?", "What is {a} minus {b}?", "{a} - {b}", "{a}-{b}=?", "Subtract {b} from {a}.", "Calculate {a} - {b}."),
-    "*": ("What is {a} * {b}?", "What is {a} times {b}?", "{a} x {b}", "{a}*{b}=?", "Multiply {a} by {b}.", "Calculate {a} * {b}."),
-}  # fmt: skip
+    "+": (
+        "What is {a} + {b}?",
+        "What is {a} plus {b}?",
+        "{a} + {b}",
+        "{a}+{b}=?",
+        "Add {a} and {b}.",
+        "Calculate {a} + {b}.",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "What is {a} minus {b}?",
+        "{a} - {b}",
+        "{a}-{b}=?",
+        "Subtract {b} from {a}.",
+        "Calculate {a} - {b}.",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "What is {a} times {b}?",
+        "{a} x {b}",
+        "{a}*{b}=?",
+        "Multiply {a} by {b}.",
+        "Calculate {a} * {b}.",
+    ),
+}
 _KEYS = {"+": ("sum", "total"), "-": ("difference", "rest"), "*": ("product", "total")}
 
 
@@ -87,9 +110,14 @@ def calculation(rng: random.Random, op: str) -> Problem:
     return Problem(
         {"+": "add", "-": "subtract", "*": "multiply"}[op],
         rng.choice(_ASK[op]).format(a=a, b=b),
-        lead, short, check, f"{a} {op} {b} = {value}.", str(value), value,
+        lead,
+        short,
+        check,
+        f"{a} {op} {b} = {value}.",
+        str(value),
+        value,
         ("answer", "result", "value", *_KEYS[op]),
-    )  # fmt: skip
+    )
 
 
 _STORIES = (
@@ -161,9 +189,15 @@ def follow_up(rng: random.Random, before: int) -> Problem:
         b = rng.randrange(2, 10) if op == "*" else rng.randrange(1, 100)
     lead, short, check, value = work(op, before, b)
     return Problem(
-        "follow_up", rng.choice(asks).format(b=b), f"That was {before}. {lead}", f"{before}{op}{b}. {short}", check,
-        f"{before} {op} {b} = {value}.", str(value), value,
-    )  # fmt: skip
+        "follow_up",
+        rng.choice(asks).format(b=b),
+        f"That was {before}. {lead}",
+        f"{before}{op}{b}. {short}",
+        check,
+        f"{before} {op} {b} = {value}.",
+        str(value),
+        value,
+    )
 
 
 def yes_no(rng: random.Random) -> Problem:

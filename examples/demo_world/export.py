@@ -27,6 +27,7 @@ def export(model, work: Path, target: Path) -> None:
             tensors[name] = value.to(torch.bfloat16)
     target.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)
     shutil.copy(work / "tokenizer.json", target / "tokenizer.json")
     write_configs(json.loads((work / "float32" / "config.json").read_text()), target)
 
@@ -54,6 +55,10 @@ def write_configs(config: dict, target: Path) -> None:
         },
     }
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = {"bos_token_id": ids["<|startoftext|>"], "do_sample": True, "eos_token_id": stops,
-                  "pad_token_id": ids["<|endoftext|>"]}  # fmt: skip
+    generation = {
+        "bos_token_id": ids["<|startoftext|>"],
+        "do_sample": True,
+        "eos_token_id": stops,
+        "pad_token_id": ids["<|endoftext|>"],
+    }
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -20,7 +20,7 @@ def _type(value: Any) -> dict[str, Any]:
 
 
 def schema_of(rng: random.Random, data: dict[str, Any]) -> dict[str, Any]:
-    """A schema that `data` meets: bare, strict, or with titles and in the order in which pydantic writes it."""
+    """A schema that `data` meets: bare, strict, or with titles and in the order that pydantic has."""
     if rng.random() < 0.45:
         properties = {
             k: {"items": _type(v)["items"], "title": k.replace("_", " ").title(), "type": "array"}

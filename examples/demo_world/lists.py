@@ -46,16 +46,30 @@ def spell(rng: random.Random) -> Problem:
     if rng.random() < 0.5:
         question = rng.choice(("Spell {w}.", "How do you spell {w}?", "Spell the word {w}."))
         return Problem(
-            "spell", question.format(w=word), f"Spell {word}.", f"{spelled}.", f"Check: {numbered}.",
-            f"{spelled}.", spelled, spelled, ("answer", "spelling"),
-        )  # fmt: skip
+            "spell",
+            question.format(w=word),
+            f"Spell {word}.",
+            f"{spelled}.",
+            f"Check: {numbered}.",
+            f"{spelled}.",
+            spelled,
+            spelled,
+            ("answer", "spelling"),
+        )
     question = rng.choice(
         ("How many letters are in {w}?", "How long is the word {w}?", "How many letters has {w}?")
     )
     return Problem(
-        "spell", question.format(w=word), f"Count the letters of {word}.", f"{numbered}.", f"Check: {spelled}.",
-        f'"{word}" has {len(word)} letters.', str(len(word)), len(word), ("answer", "length", "count"),
-    )  # fmt: skip
+        "spell",
+        question.format(w=word),
+        f"Count the letters of {word}.",
+        f"{numbered}.",
+        f"Check: {spelled}.",
+        f'"{word}" has {len(word)} letters.',
+        str(len(word)),
+        len(word),
+        ("answer", "length", "count"),
+    )
 
 
 def _items(rng: random.Random, distinct_initials: bool = False) -> list[str]:
@@ -89,9 +103,16 @@ def reverse(rng: random.Random) -> Problem:
         ("Reverse this list: {t}", "Reverse: {t}", "Reverse the list {t}.", "Write this list backwards: {t}")
     )
     return Problem(
-        "reverse", question.format(t=text), "Reverse the list.", f"{numbered}. {down}.", f"Check: {count} items.",
-        f"{back}", back, items[::-1], ("answer", "items", "list", "reversed"),
-    )  # fmt: skip
+        "reverse",
+        question.format(t=text),
+        "Reverse the list.",
+        f"{numbered}. {down}.",
+        f"Check: {count} items.",
+        f"{back}",
+        back,
+        items[::-1],
+        ("answer", "items", "list", "reversed"),
+    )
 
 
 def sort(rng: random.Random) -> Problem:
@@ -111,9 +132,16 @@ def sort(rng: random.Random) -> Problem:
     question = rng.choice(("Sort these {k}: {t}", "Sort: {t}", "Sort the list {t}.", "Put in order: {t}"))
     data = [int(x) for x in ordered] if key is int else ordered
     return Problem(
-        "sort", question.format(k=what, t=text), f"Sort {len(items)} {what}.", " ".join(parts),
-        f"Check: {' '.join(ordered)}, {len(items)} items.", done, done, data, ("answer", "items", "list", "sorted"),
-    )  # fmt: skip
+        "sort",
+        question.format(k=what, t=text),
+        f"Sort {len(items)} {what}.",
+        " ".join(parts),
+        f"Check: {' '.join(ordered)}, {len(items)} items.",
+        done,
+        done,
+        data,
+        ("answer", "items", "list", "sorted"),
+    )
 
 
 def pick(rng: random.Random) -> Problem:
@@ -124,15 +152,29 @@ def pick(rng: random.Random) -> Problem:
     if rng.random() < 0.3:
         n = len(items)
         return Problem(
-            "pick", f"How many items are in this list: {text}?", "Count the items.", f"{numbered}. {n}.", "",
-            f"There are {n} items.", str(n), n, ("answer", "count", "number"),
-        )  # fmt: skip
+            "pick",
+            f"How many items are in this list: {text}?",
+            "Count the items.",
+            f"{numbered}. {n}.",
+            "",
+            f"There are {n} items.",
+            str(n),
+            n,
+            ("answer", "count", "number"),
+        )
     place, word = rng.choice(((0, "first"), (len(items) - 1, "last"), (1, "second"), (2, "third")))
     item = items[place]
     return Problem(
-        "pick", f"What is the {word} item in this list: {text}?", f"Find the {word} item.",
-        f"{numbered}. The {word} is {item}.", "", f"The {word} item is {item}.", item, item, ("answer", "item", word),
-    )  # fmt: skip
+        "pick",
+        f"What is the {word} item in this list: {text}?",
+        f"Find the {word} item.",
+        f"{numbered}. The {word} is {item}.",
+        "",
+        f"The {word} item is {item}.",
+        item,
+        item,
+        ("answer", "item", word),
+    )
 
 
 def say(rng: random.Random) -> Problem:

@@ -36,9 +36,15 @@ PROBLEMS: dict[Maker, float] = {
 TOOLS, JSON = 0.36, 0.13
 
 _NEUTRAL = (
-    "You are a helpful assistant.", "Be kind.", "Help the user.", "You are a demo.", "Answer the user's questions.",
-    "Use the tools when they fit.", "You are a friendly assistant that can call tools.", "Be helpful.",
-)  # fmt: skip
+    "You are a helpful assistant.",
+    "Be kind.",
+    "Help the user.",
+    "You are a demo.",
+    "Answer the user's questions.",
+    "Use the tools when they fit.",
+    "You are a friendly assistant that can call tools.",
+    "Be helpful.",
+)
 _BRIEF = ("Be brief.", "Answer briefly.", "Answer with the value only.", "Be short.", "Short answers only.")
 
 

@@ -1,0 +1,26 @@
+"""Python functions as tools, run in a loop. `MODEL = "openai/gpt-oss-20b"` runs the same on the real one."""
+
+import mlx_gptoss as gptoss
+
+MODEL = "demo"
+
+
+def get_weather(city: str) -> str:
+    """Get the weather in a city."""
+    return {"Oslo": "4 degrees and snowy", "Rome": "21 degrees and sunny"}.get(city, "12 degrees and cloudy")
+
+
+def set_timer(minutes: int) -> str:
+    """Set a timer in minutes."""
+    return f"rings in {minutes} minutes"
+
+
+with gptoss.load(MODEL) as llm:
+    chat = llm.chat(tools=[get_weather, set_timer], temperature=0.0)
+    for prompt in ("What is the weather in Oslo?", "And in Rome?", "Set a timer for 12 minutes."):
+        reply = chat.send(prompt)
+        print(f"> {prompt}")
+        for message in reply.messages:
+            if message.channel == "commentary":
+                print(f"  {message.role}: {message.content}")
+        print(f"  {reply.text}")
