@@ -1,1 +1,4 @@
-"""Conversion between checkpoint layouts: streaming, verbatim for experts, verified. Installed as mlx_gptoss.convert."""
+"""Conversion between checkpoint layouts: streaming, verbatim for experts, verified.
+
+Installed as mlx_gptoss.convert.
+"""

@@ -7,6 +7,7 @@ TARGET either does not exist or is complete, and a run that was stopped is taken
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -34,6 +35,7 @@ from mlx_gptoss.convert.writer import (
     write_text,
 )
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.safetensors_file import INDEX_NAME
 
 SHARD_SIZE = 5_000_000_000
 SPARE_BYTES = 16 << 20  # free space wanted beside the weights, for the tokenizer and the like
@@ -97,17 +99,12 @@ def convert(
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
     plan = make_plan(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
     layout = lay_out(plan.outputs, shard_size)
-    options = {
-        "recipe": recipe.to_dict(),
-        "fast": fast,
-        "mxfp4_search": mxfp4_search,
-        "shard_size": shard_size,
-    }
+    fingerprint = opened.fingerprint()
     identity = {
-        "source": opened.fingerprint(),
+        "source": fingerprint,
         "tool version": version("mlx-gptoss"),
         "recipe": recipe.to_dict(),
-        "options": options,
+        "options": {"fast": fast, "mxfp4_search": mxfp4_search, "shard_size": shard_size},
         "tokenizer": {s.name: hashlib.sha256(s.content()).hexdigest() for s in sidecars},
     }
     work = _Workplace(Path(target).expanduser())
@@ -118,7 +115,7 @@ def convert(
         run = _Run(opened, plan, layout, journal, progress, hash_files=not fast)
         with ShardWriter(work.output, layout, run.check_stop) as writer:
             run.all_jobs(writer, workers or min(os.cpu_count() or 1, MAX_WORKERS))
-            opened.check_unchanged(identity["source"])
+            opened.check_unchanged(fingerprint)
             writer.sync()
             files = run.shard_entries(writer)
         manifest = _finish(work, run, recipe, sidecars, files)
@@ -143,8 +140,6 @@ def _finish(
     work: _Workplace, run: _Run, recipe: Recipe, sidecars: list[Sidecar], files: dict[str, FileEntry]
 ) -> Manifest:
     """Write everything that is not weights, the manifest last."""
-    import json
-
     write_index(work.output, run.layout)
     config = make_config(run.source, run.plan)
     write_text(work.output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -153,10 +148,10 @@ def _finish(
             (work.output / sidecar.name).write_bytes(sidecar.content())
         except OSError as error:
             raise write_error(work.output / sidecar.name, error) from error
-    for path in sorted(work.output.iterdir()):
-        if path.name not in files and path.name != MANIFEST_NAME:
-            data = path.read_bytes()
-            files[path.name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    names = ["config.json", *(sidecar.name for sidecar in sidecars)]
+    for name in [*names, INDEX_NAME] if run.layout.index is not None else names:
+        data = (work.output / name).read_bytes()
+        files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
     manifest = Manifest(
         tool_version=version("mlx-gptoss"),
         source=run.source.entry(),
@@ -184,12 +179,11 @@ class _Workplace:
             shutil.rmtree(self.partial)
         occupied = self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir()))
         if occupied:
-            journal = self.partial / JOURNAL_NAME
-            if journal.exists() and not self.output.exists() and (self.target / MANIFEST_NAME).exists():
-                with Journal(self.partial, identity):
-                    manifest = read_manifest(self.target)
+            if self.partial.exists() and not self.output.exists() and (self.target / MANIFEST_NAME).exists():
+                if (self.partial / JOURNAL_NAME).exists():
+                    Journal(self.partial, identity).close()  # refuses if that was another conversion
                 shutil.rmtree(self.partial)
-                return manifest
+                return read_manifest(self.target)
             raise ConversionError(
                 f"{self.target}: is not an empty folder; choose a new one, nothing was written"
             )

@@ -124,7 +124,8 @@ def verify(
     if source is not None and not problems:  # a folder that is broken in itself is not worth comparing
         against = compare_with_source(root, manifest, Path(source), tick)
         problems += [Problem(name, detail) for name, detail in against.problems]
-    if not problems and any(entry.sha256 is None for entry in manifest.files.values()):
+    downloaded = (root / MANIFEST_NAME).is_symlink()  # the Hub's cache stays what was downloaded
+    if not problems and not downloaded and any(entry.sha256 is None for entry in manifest.files.values()):
         manifest = dataclasses.replace(manifest, files=hashed)
         manifest.write(root)
     return Verification(

@@ -1,0 +1,135 @@
+"""`mlx-gptoss convert`: any gpt-oss checkpoint becomes a folder of MLX weights."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.options import ByteSize, offline_option, revision_option
+from mlx_gptoss.cli.progress import byte_bar
+
+if TYPE_CHECKING:
+    from mlx_gptoss.convert.convert import Converted, Progress
+
+# Spelled out so that --help imports nothing heavy; a test compares them with the converter's own tables.
+RECIPE_NAMES = ("mxfp4-q4", "mxfp4-q8", "mxfp4")
+PART_BITS = click.Choice(["2", "3", "4", "5", "6", "8", "16"])
+
+
+@click.command()
+@click.argument("source", metavar="SOURCE")
+@click.argument("target", metavar="[TARGET]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default=RECIPE_NAMES[0],
+    show_default=True,
+    help="mxfp4-q4: attention, embedding and head in 4 bits. mxfp4-q8: in 8 bits. mxfp4: lossless.",
+)
+@click.option("--head", type=PART_BITS, help="Bits of the output head; 16 keeps it.")
+@click.option("--attention", type=PART_BITS, help="Bits of the attention projections; 16 keeps them.")
+@click.option("--embedding", type=PART_BITS, help="Bits of the embedding; 16 keeps it.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights sharing a scale.")
+@click.option("--fast", is_flag=True, help="MLX's own quantiser instead of the search; no file hashes.")
+@click.option("--mxfp4-search", is_flag=True, help="Search the scales of experts that are not MXFP4 yet.")
+@click.option("--shard-size", type=ByteSize(), help="Most bytes of weights in a file.  [default: 5GB]")
+@click.option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, when SOURCE has none.")
+@click.option("--no-tokenizer", is_flag=True, help="Go without a tokenizer.")
+@click.option("--restart", is_flag=True, help="Throw away an unfinished conversion instead of finishing it.")
+@click.option("--verify", "check", is_flag=True, help="Compare the result with SOURCE afterwards.")
+@revision_option
+@offline_option
+def convert(
+    source: str,
+    target: Path | None,
+    recipe: str,
+    head: str | None,
+    attention: str | None,
+    embedding: str | None,
+    group_size: str | None,
+    fast: bool,
+    mxfp4_search: bool,
+    shard_size: int | None,
+    tokenizer: str | None,
+    no_tokenizer: bool,
+    restart: bool,
+    check: bool,
+    revision: str | None,
+    offline: bool,
+) -> None:
+    """Convert a gpt-oss checkpoint into the new folder TARGET.
+
+    SOURCE is a folder (Hugging Face's or OpenAI's layout, a bf16 fine-tune, an mlx-lm conversion), a .gguf
+    file, or the id of a Hub repository. TARGET is named after SOURCE and the recipe if it is not given, in
+    the current folder. Experts keep their MXFP4 bytes. A conversion that was stopped goes on when it is
+    started again.
+    """
+    from mlx_gptoss.convert.convert import SHARD_SIZE
+    from mlx_gptoss.convert.convert import convert as run
+    from mlx_gptoss.convert.recipes import make_recipe
+
+    bits = {"head": head, "attention": attention, "embedding": embedding, "group_size": group_size}
+    chosen = make_recipe(recipe, **{key: int(value) for key, value in bits.items() if value is not None})
+    folder = target or Path(f"{default_name(source)}-{recipe}")
+    with ExitStack() as stack:
+        tick, done = None, 0
+
+        def tell(progress: Progress) -> None:
+            nonlocal tick, done
+            if tick is None:
+                tick = stack.enter_context(byte_bar("converting", progress.total))
+            tick(progress.done - done)
+            done = progress.done
+
+        result = run(
+            source,
+            folder,
+            chosen,
+            fast=fast,
+            mxfp4_search=mxfp4_search,
+            shard_size=shard_size or SHARD_SIZE,
+            tokenizer=tokenizer,
+            need_tokenizer=not no_tokenizer,
+            restart=restart,
+            revision=revision,
+            offline=offline,
+            progress=tell,
+        )
+    _print_summary(result)
+    if check:
+        _verify(result, source, revision, offline)
+
+
+def default_name(source: str) -> str:
+    """What to call a conversion of `source`: the last part of its path or id."""
+    name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+    return name.removesuffix(".gguf")
+
+
+def _print_summary(result: Converted) -> None:
+    from mlx_gptoss.convert.verify import part_reports
+
+    recipe = result.manifest.recipe["name"]
+    again = f", {result.resumed / 1e9:.2f} GB of them by an earlier run" if result.resumed else ""
+    click.echo(f"{result.folder}: {result.nbytes / 1e9:.2f} GB, recipe {recipe}{again}")
+    for part in part_reports(result.manifest.tensors):
+        error = "exact" if part.recorded == 0 else f"relative error {part.recorded:.2%}"
+        click.echo(f"  {part.part:<10} {part.bytes / 1e9:8.3f} GB  {error:<22} {', '.join(part.actions)}")
+    for note in result.notes:
+        click.echo(f"note: {note}")
+
+
+def _verify(result: Converted, source: str, revision: str | None, offline: bool) -> None:
+    from mlx_gptoss.convert.verify import bytes_to_read
+    from mlx_gptoss.convert.verify import verify as check
+    from mlx_gptoss.hub import resolve
+
+    gguf = source.endswith(".gguf")
+    origin = Path(source) if gguf else resolve(source, revision=revision, offline=offline, gguf=True)
+    with byte_bar("checking", bytes_to_read(result.manifest, origin)) as tick:
+        found = check(result.folder, origin, progress=tick)
+    found.check()
+    click.echo(f"verified: {found.files} files, {found.copies:,} tensors bit-identical to {origin}")
