@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -41,7 +42,7 @@ def verify(
     """Check every file and tensor of FOLDER against its manifest.json.
 
     With --source, verbatim tensors must be the source's own bytes, and the errors of the others are measured.
-    FOLDER may also be a Hub id or `demo`. The exit status is 1 when anything differs.
+    FOLDER may also be a Hub id. The exit status is 1 when anything differs.
     """
     from mlx_gptoss.convert.manifest import read_manifest
     from mlx_gptoss.convert.verify import bytes_to_read
@@ -70,14 +71,16 @@ def verify(
 
 def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality:
     """Run both models over the text, and note the result in the manifest."""
+    from mlx_gptoss.convert.manifest import MANIFEST_NAME
     from mlx_gptoss.convert.quality import compare_on_text, record
 
     def tell(done: int, total: int) -> None:
-        if not quiet:
+        if not quiet and sys.stderr.isatty():
             click.echo(f"\rreading the text: layer {done} of {total}", nl=done == total, err=True)
 
     measured = compare_on_text(root, origin, text, progress=tell)
-    record(root, measured)
+    if not (root / MANIFEST_NAME).is_symlink():  # a download in the Hub's cache stays what was downloaded
+        record(root, measured)
     return measured
 
 
