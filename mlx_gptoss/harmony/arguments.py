@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from mlx_gptoss.errors import ToolError
-from mlx_gptoss.harmony.functions import LISTS, MAPPINGS, UNIONS, is_pydantic, parameters
+from mlx_gptoss.harmony.functions import LISTS, MAPPINGS, UNIONS, is_pydantic, parameters, required_keys
 
 
 def bind_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def _convert_class(value: Any, hint: Any, where: str, wrong: Callable[[str], Too
         try:
             return hint.model_validate(value)
         except ValueError as error:  # pydantic's own error is one
-            details = error.errors() if callable(getattr(error, "errors", None)) else []
+            list_errors = getattr(error, "errors", None)
+            details = list_errors() if callable(list_errors) else []
             said = [f"{'.'.join([where, *map(str, d['loc'])])}: {d['msg']}" for d in details]
             raise ToolError("; ".join(said) or f"{where}: {error}", "arguments") from None
     if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
@@ -142,7 +143,7 @@ def _convert_fields(value: Any, hint: Any, where: str, wrong: Callable[[str], To
         raise wrong(f"only the fields {', '.join(hints)}, not {', '.join(unknown)}")
     fields = {name: _convert(v, hints[name], f"{where}.{name}") for name, v in value.items()}
     if typing.is_typeddict(hint):
-        if missing := sorted(hint.__required_keys__ - fields.keys()):
+        if missing := sorted(required_keys(hint, hints) - fields.keys()):
             raise wrong(f"the fields {', '.join(missing)} as well")
         return fields
     try:

@@ -207,7 +207,7 @@ class _Schemas:
             defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
             names = [f.name for f in fields]
         else:
-            names, optional = list(hints), set(hint.__optional_keys__)
+            names, optional = list(hints), hints.keys() - required_keys(hint, hints)
         properties = {}
         for field in names:
             schema = self.of(hints[field], f"{where}.{field}")
@@ -217,6 +217,17 @@ class _Schemas:
         result: dict[str, Any] = {"type": "object", "properties": properties}
         result["required"] = [field for field in names if field not in optional]
         return {**result, "description": " ".join(description.split())} if description else result
+
+
+def required_keys(hint: Any, hints: dict[str, Any]) -> set[str]:
+    """The keys a TypedDict must have. Its own record misses marks in hints that were written as text."""
+    marked = {name: get_origin(h) for name, h in hints.items()}
+    by_total = hint.__required_keys__
+    return {
+        name
+        for name, mark in marked.items()
+        if mark is typing.Required or (name in by_total and mark is not typing.NotRequired)
+    }
 
 
 def is_pydantic(hint: Any) -> bool:

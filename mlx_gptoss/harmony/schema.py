@@ -445,7 +445,8 @@ def _worth_a_name(root: dict[str, Any]) -> list[str]:
             {k: v for k, v in target.items() if k not in ("$defs", "definitions")} if ref == "#" else target
         )
         inside[ref] = set(_refs(body))
-    return [ref for ref in uses if _reaches(ref, inside) or (uses[ref] > 1 and _long(resolve(ref, root)))]
+    cyclic = _cyclic(inside)
+    return [ref for ref in uses if ref in cyclic or (uses[ref] > 1 and _long(resolve(ref, root)))]
 
 
 def _refs(node: Any) -> Iterator[str]:
@@ -456,18 +457,24 @@ def _refs(node: Any) -> Iterator[str]:
             yield from _refs(child)
 
 
-def _reaches(start: str, inside: Mapping[str, set[str]]) -> bool:
-    """True when following references from `start` leads back to it."""
-    seen: set[str] = set()
-    todo = list(inside[start])
-    while todo:
-        ref = todo.pop()
-        if ref == start:
-            return True
-        if ref not in seen:
-            seen.add(ref)
-            todo += inside.get(ref, ())
-    return False
+def _cyclic(inside: Mapping[str, set[str]]) -> set[str]:
+    """The references on a cycle, or on a way from one cycle to another. Linear in their number."""
+    behind: dict[str, set[str]] = {ref: set() for ref in inside}
+    for ref, targets in inside.items():
+        for target in targets:
+            behind[target].add(ref)
+    left = set(inside)
+    for ahead, back in ((inside, behind), (behind, inside)):
+        count = {ref: len(ahead[ref] & left) for ref in left}
+        ends = [ref for ref in left if count[ref] == 0]
+        while ends:
+            ref = ends.pop()
+            left.discard(ref)
+            for other in back[ref] & left:
+                count[other] -= 1
+                if count[other] == 0:
+                    ends.append(other)
+    return left
 
 
 def _long(node: Any) -> bool:
