@@ -117,6 +117,15 @@ def test_an_interrupted_upload_goes_on_without_sending_finished_files_again(
     assert verify(hub.resolve(REPO)).ok
 
 
+def test_a_commit_that_failed_is_repeated_without_the_uploads(server: HubServer, folder: Path) -> None:
+    server.fail("/commit/", 503)
+    with pytest.raises(HubError, match="answered 503; run the same command again"):
+        upload(plan(folder, REPO))
+    server.requests.clear()
+    upload(plan(folder, REPO))
+    assert uploads(server) == [] and len(remote(server)) == len(plan(folder, REPO).files)
+
+
 def test_sharing_again_sends_no_weights(server: HubServer, folder: Path) -> None:
     first = upload(plan(folder, REPO))
     server.requests.clear()
