@@ -181,8 +181,7 @@ def _cast(tensor: SourceTensor, first: int, last: int) -> Chunk:
     values = to_float32(tensor.read(first, last))
     norm = _square_sum(tensor, values)
     bits = affine.to_bfloat16(values)
-    values -= to_float32(bits)
-    return Chunk((bits,), _square_sum(tensor, values), norm)
+    return Chunk((bits,), _square_sum(tensor, values - to_float32(bits)), norm)
 
 
 def _matrix_jobs(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe, search: bool) -> Iterator[Job]:
