@@ -19,7 +19,7 @@ from mlx_gptoss.errors import GptOssError
 
 COMMANDS = {
     "chat": "Chat with a model in the terminal.",
-    "generate": "Complete a text, without the chat format.",
+    "generate": "Complete a text, raw or in the chat format.",
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "convert": "Convert a checkpoint to MLX's layout.",
     "verify": "Check a converted folder against its manifest.",

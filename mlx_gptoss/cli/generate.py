@@ -1,4 +1,4 @@
-"""`mlx-gptoss generate`: raw completion of a text (or of token ids), streaming to stdout.
+"""`mlx-gptoss generate`: completion of a text (or of token ids), raw or in the chat format, to stdout.
 
 The text is only the text: what was measured goes to stderr as one last line.
 """
@@ -9,13 +9,22 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from mlx_gptoss.cli.options import ModelSource, SamplingOptions, model_options, sampling_options
+from mlx_gptoss.cli.options import (
+    ChatOptions,
+    ModelSource,
+    SamplingOptions,
+    chat_options,
+    model_options,
+    sampling_options,
+)
 from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:
@@ -34,12 +43,43 @@ DEFAULT_MAX_TOKENS = 256
 )
 @sampling_options(max_tokens=DEFAULT_MAX_TOKENS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
+@click.option(
+    "--chat",
+    "as_chat",
+    is_flag=True,
+    help="Answer the prompt in the chat format; as many tokens as it takes, unless --max-tokens is given.",
+)
+@chat_options
+@click.option(
+    "--schema",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --chat: a JSON schema that the answer follows.",
+)
 def generate(
-    source: ModelSource, prompt: str | None, tokens: str | None, sampling: SamplingOptions, as_json: bool
+    source: ModelSource,
+    prompt: str | None,
+    tokens: str | None,
+    sampling: SamplingOptions,
+    as_json: bool,
+    as_chat: bool,
+    talk: ChatOptions,
+    schema: Path | None,
 ) -> None:
-    """Continue a text with MODEL, raw: no chat format is applied."""
+    """Continue a text with MODEL: raw, or with --chat as the answer to a message."""
     if prompt is not None and tokens is not None:
         raise click.UsageError("give --prompt or --tokens, not both")
+    _check_chat(as_chat, tokens)
+    if as_chat:
+        if _is_default("max_tokens"):
+            sampling = replace(sampling, max_tokens=None)
+        request = _chat_request(talk, sampling.params(), schema)
+        message = _read_prompt(prompt)
+        source = replace(source, model=str(source.folder()))
+        _require_tokenizer(Path(source.model))
+        with source.load() as llm:
+            run_chat(llm, message, request, show_reasoning=talk.show_reasoning, as_json=as_json)
+        return
     params = sampling.params()
     ids = parse_tokens(tokens) if tokens is not None else None
     text = _read_prompt(prompt) if ids is None else None
@@ -52,6 +92,59 @@ def generate(
             assert text is not None
             ids = llm.tokenizer.encode(text)
         run_raw(llm, ids, params, as_ids=tokens is not None, as_json=as_json)
+
+
+def _is_default(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT
+
+
+def _check_chat(as_chat: bool, tokens: str | None) -> None:
+    """What belongs to --chat, or not. Raises UsageError."""
+    if as_chat and tokens is not None:
+        raise click.UsageError("--chat takes a text, not --tokens")
+    given = [name for name in ("system", "effort", "show_reasoning", "schema") if not _is_default(name)]
+    if given and not as_chat:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} needs --chat")
+
+
+def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None) -> dict[str, Any]:
+    """The arguments of Engine.stream. Raises RequestError for an unreadable schema file."""
+    request: dict[str, Any] = {
+        "instructions": talk.system,
+        "reasoning_effort": talk.effort,
+        "current_date": date.today().isoformat(),
+        "params": params,
+    }
+    if schema is not None:
+        try:
+            request["schema"] = json.loads(schema.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RequestError(
+                f"{schema}: {error.strerror}: give a file with a JSON schema", "schema"
+            ) from None
+        except ValueError as error:
+            raise RequestError(f"{schema} is not JSON ({error}): give a JSON schema", "schema") from None
+    return request
+
+
+def run_chat(
+    llm: Engine, message: str, request: dict[str, Any], *, show_reasoning: bool, as_json: bool
+) -> None:
+    """Answer a message: the text as it comes, or one JSON object with all of the reply."""
+    from mlx_gptoss.terminal.once import answer_once
+
+    if not as_json:
+        answer_once(llm.stream(message, **request), show_reasoning=show_reasoning)
+        return
+    reply = llm.respond(message, **request)
+    report = {
+        "text": reply.text,
+        "reasoning": reply.reasoning,
+        "parsed": reply.parsed,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(reply.usage),
+    }
+    click.echo(json.dumps(report, ensure_ascii=False))
 
 
 def parse_tokens(text: str) -> list[int]:

@@ -88,6 +88,15 @@ class SamplingOptions:
         return SamplingParams(**{f.name: getattr(self, f.name) for f in fields(self)} | more)
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """How the model is addressed in the chat format."""
+
+    system: str | None
+    effort: str
+    show_reasoning: bool
+
+
 def _bundle(command: Command, name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]) -> Command:
     """Declare `options` on a command and pass their values as one `kind` under `name`."""
     members = [f.name for f in fields(kind)]
@@ -175,3 +184,19 @@ def sampling_options(*, max_tokens: int | None = None) -> Callable[[Command], Co
         return _bundle(command, "sampling", SamplingOptions, options)
 
     return decorate
+
+
+def chat_options(command: Command) -> Command:
+    """--system, --effort and --show-reasoning, handed over as `talk`."""
+    options = [
+        click.option("--system", metavar="TEXT", help="Instructions to the model."),
+        click.option(
+            "--effort",
+            type=click.Choice(["low", "medium", "high"]),
+            default="medium",
+            show_default=True,
+            help="How long the model reasons.",
+        ),
+        click.option("--show-reasoning", is_flag=True, help="Show the reasoning as well."),
+    ]
+    return _bundle(command, "talk", ChatOptions, options)

@@ -1,0 +1,90 @@
+"""`mlx-gptoss chat`: talk to a model in the terminal; piped, one answer to what comes in."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_gptoss.cli.options import (
+    ChatOptions,
+    ModelSource,
+    SamplingOptions,
+    chat_options,
+    model_options,
+    sampling_options,
+)
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.terminal.chat import Settings
+
+
+@click.command()
+@model_options
+@chat_options
+@click.option(
+    "--tool",
+    "tools",
+    type=click.Choice(["python", "browser"]),
+    multiple=True,
+    help="Enable a built-in tool. May be given repeatedly.",
+)
+@click.option("--pages", type=click.Path(path_type=Path), help="Folder that the browser reads.")
+@click.option("--unsafe-python", is_flag=True, help="Run the model's Python without isolation.")
+@sampling_options()
+def chat(
+    source: ModelSource,
+    talk: ChatOptions,
+    tools: tuple[str, ...],
+    pages: Path | None,
+    unsafe_python: bool,
+    sampling: SamplingOptions,
+) -> None:
+    """Chat with MODEL. In a pipe: answer what comes in, print the answer only."""
+    from mlx_gptoss.terminal.chat import Settings
+    from mlx_gptoss.tools import builtin_tools
+
+    params = sampling.params()
+    with ExitStack() as stack:
+        enabled = [
+            stack.enter_context(closing(tool))
+            for tool in builtin_tools(tools, folder=pages, unsafe_python=unsafe_python)
+        ]
+        settings = Settings(talk.system, talk.effort, talk.show_reasoning, enabled, params)
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            message = _read_message()
+            llm = stack.enter_context(source.load())
+            _answer_once(llm, settings, message)
+        else:
+            run_chat(stack.enter_context(source.load()), settings)
+
+
+def run_chat(llm: Engine, settings: Settings) -> None:
+    """Chat at the terminal until the user leaves."""
+    from rich.console import Console
+
+    from mlx_gptoss.terminal.chat import Chat
+    from mlx_gptoss.terminal.prompt import Prompt
+
+    talk = Chat(llm, settings, Console(highlight=False))
+    talk.run(Prompt(talk.commands, talk.status))
+
+
+def _read_message() -> str:
+    from mlx_gptoss.errors import RequestError
+
+    message = sys.stdin.read()
+    if not message.strip():
+        raise RequestError("there is nothing to answer: type or pipe in a message", "prompt")
+    return message
+
+
+def _answer_once(llm: Engine, settings: Settings, message: str) -> None:
+    from mlx_gptoss.terminal.once import answer_once
+
+    events = settings.session(llm).stream(message)
+    answer_once(events, show_reasoning=settings.show_reasoning)

@@ -1,0 +1,1 @@
+"""The terminal chat: prompt, streaming Markdown, commands and transcripts. Imported by commands only."""
