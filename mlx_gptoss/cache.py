@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_gptoss.config import FULL, SLIDING, ModelConfig
 
 Mask = mx.array | str | None
+KVBits = tuple[int | None, int | None]
 
 # Full layers' slabs grow by doubling between these two numbers of tokens: few copies, bounded waste.
 GROW_LEAST = 256
@@ -42,8 +43,8 @@ class FullCache:
     """
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
-        self._shape = (1, config.num_kv_heads, 0, config.head_dim)
-        self._slabs = [mx.zeros(self._shape, dtype), mx.zeros(self._shape, dtype)]
+        empty = mx.zeros((1, config.num_kv_heads, 0, config.head_dim), dtype)
+        self._slabs = self.encode(empty, empty)
         self.offset = 0
         self.length = 0
 
@@ -122,6 +123,73 @@ class FullCache:
 
     def arrays(self) -> list[mx.array]:
         return list(self._slabs)
+
+
+class QuantizedFullCache(FullCache):
+    """The same with keys and values, or one of them, in 4 or 8 bits (affine, groups along the channels).
+
+    `bits` is (keys', values'), None for unquantised. Keys are the sensitive half.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype, bits: KVBits) -> None:
+        self._bits = bits
+        self._group = 64 if config.head_dim % 64 == 0 else 32
+        super().__init__(config, dtype)
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """Keys, then values: one dense array, or the words, scales and biases of a quantised one."""
+        return [*self._quantize(k, self._bits[0]), *self._quantize(v, self._bits[1])]
+
+    def _quantize(self, x: mx.array, bits: int | None) -> list[mx.array]:
+        if bits is None:
+            return [x]
+        if x.shape[2] == 0:
+            columns = (x.shape[3] * bits // 32, x.shape[3] // self._group, x.shape[3] // self._group)
+            kinds = (mx.uint32, x.dtype, x.dtype)
+            return [mx.zeros((*x.shape[:3], c), kind) for c, kind in zip(columns, kinds, strict=True)]
+        return list(mx.quantize(x, group_size=self._group, bits=bits))
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append t tokens; every key and value up to the last of them, unpacked, [1, H, offset + t, D]."""
+        self.append(k, v)
+        keys, values = self._stored()
+        return self._dense(keys, self._bits[0]), self._dense(values, self._bits[1])
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array:
+        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D].
+
+        One token works on the packed values: the sink is one more column of the softmax and is then dropped.
+        For more tokens the scores would take more room than the unpacked keys of one layer do.
+        """
+        if q.shape[2] > 1:
+            keys, values = self.update_and_fetch(k, v)
+            return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+        self.append(k, v)
+        packed_keys, packed_values = self._stored()
+        heads, kv_heads = q.shape[1], k.shape[1]
+        shape = (1, kv_heads, heads // kv_heads, 1)
+        grouped = (q * scale).reshape(*shape, q.shape[3])
+        scores = self._product(grouped, packed_keys, self._bits[0], transpose=True)
+        column = mx.broadcast_to(sinks.astype(scores.dtype).reshape(*shape, 1), (*shape, 1))
+        weights = mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1, precise=True)[..., :-1]
+        return self._product(weights, packed_values, self._bits[1], transpose=False).reshape(q.shape)
+
+    def _stored(self) -> tuple[list[mx.array], list[mx.array]]:
+        parts = self.parts(0, self.offset)
+        of_keys = 1 if self._bits[0] is None else 3
+        return parts[:of_keys], parts[of_keys:]
+
+    def _dense(self, parts: list[mx.array], bits: int | None) -> mx.array:
+        return parts[0] if bits is None else mx.dequantize(*parts, group_size=self._group, bits=bits)
+
+    def _product(self, x: mx.array, parts: list[mx.array], bits: int | None, transpose: bool) -> mx.array:
+        """x [1, H, r, t, ..] times the stored [1, H, n, D] of each KV head, transposed or not."""
+        wide = [p[:, :, None] for p in parts]
+        if bits is None:
+            return x @ (wide[0].swapaxes(-1, -2) if transpose else wide[0])
+        return mx.quantized_matmul(x, *wide, transpose=transpose, group_size=self._group, bits=bits)
 
 
 class SlidingCache:
@@ -222,12 +290,19 @@ class SequenceCache:
     """The caches of every layer of one sequence, moved together.
 
     `offset` is the position of the next token to compute; `length` >= offset counts the tokens whose
-    full-attention KV is stored. They differ only while a rewind is being replayed.
+    full-attention KV is stored. They differ only while a rewind is being replayed. `kv_bits` quantises the
+    full layers' keys and values; the sliding layers' are small and stay as they are.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None)) -> None:
         self._reach = config.sliding_window - 1
-        self.full = [FullCache(config, dtype) for kind in config.layer_types if kind == FULL]
+        self.full = [
+            FullCache(config, dtype)
+            if kv_bits == (None, None)
+            else QuantizedFullCache(config, dtype, kv_bits)
+            for kind in config.layer_types
+            if kind == FULL
+        ]
         self.sliding = [SlidingCache(config, dtype) for kind in config.layer_types if kind == SLIDING]
         full, sliding = iter(self.full), iter(self.sliding)
         self.layers: list[FullCache | SlidingCache] = [

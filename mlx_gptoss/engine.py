@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.cache import KVBits, SequenceCache
 from mlx_gptoss.checkpoint import Checkpoint, read_model
 from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, MemoryLimitError, RequestError
@@ -51,11 +52,14 @@ class EngineOptions:
 
     max_context: tokens of prompt and output together, at most (default: the model's, or what the budget
     holds). kv_budget: bytes for KV caches and kept prefixes (default: chosen from what the weights leave).
-    prefill_chunk: prompt tokens in one forward. max_running, max_waiting: requests at a time, and in line.
+    kv_bits: 8 or 4 to quantise the full layers' keys and values, or a pair (keys', values') with None for
+    unquantised; off by default. prefill_chunk: prompt tokens in one forward. max_running, max_waiting:
+    requests at a time, and in line.
     """
 
     max_context: int | None = None
     kv_budget: int | None = None
+    kv_bits: int | KVBits | None = None
     prefill_chunk: int = 512
     max_running: int = 16
     max_waiting: int = 1024
@@ -73,6 +77,16 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RequestError(f"{name} is {value!r}: expected a whole number >= {least}", name)
+        if len(self.bits) != 2 or any(b not in (None, 4, 8) for b in self.bits):
+            raise RequestError(
+                f"kv_bits is {self.kv_bits!r}: expected 8, 4, or a pair of keys' and values' bits",
+                "kv_bits",
+            )
+
+    @property
+    def bits(self) -> KVBits:
+        """kv_bits as a pair."""
+        return self.kv_bits if isinstance(self.kv_bits, tuple) else (self.kv_bits, self.kv_bits)
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,13 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
             available=max(left, 0),
         )
     budget = options.kv_budget if options.kv_budget is not None else int(left * KV_SHARE)
-    holds = (budget - memory.kv_window) // max(1, memory.kv_per_token)
+    if options.bits != (None, None) and config.head_dim % 32:
+        raise RequestError(
+            f"kv_bits needs heads of a multiple of 32 channels, and this model's have {config.head_dim}",
+            "kv_bits",
+        )
+    probe = SequenceCache(config, memory.dtype, options.bits)
+    holds = (budget - probe.nbytes_at(0)) // max(1, probe.nbytes_at(1) - probe.nbytes_at(0))
     # A slab grows in steps, so a sequence of the longest context must not need all of it.
     holds -= min(max(holds // 3, 256), 4096 + 256)
     wanted = config.max_position if options.max_context is None else options.max_context
@@ -157,7 +177,7 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
     context = min(wanted, holds)
     if context < (wanted if options.max_context is not None else LEAST_CONTEXT):
         asked = options.max_context or LEAST_CONTEXT
-        needed = memory.kv(asked)
+        needed = probe.nbytes_at(asked)
         raise MemoryLimitError(
             f"a context of {asked} tokens needs {gigabytes(needed)} for KV and the steps it grows in, and "
             f"the budget is {gigabytes(max(budget, 0))}: lower max_context or raise kv_budget",
@@ -196,6 +216,7 @@ class Engine:
             budget=kv_budget,
             chunk=options.prefill_chunk,
             max_running=options.max_running,
+            kv_bits=options.bits,
             message_start=tokenizer.special.start if tokenizer else None,
             pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
         )
@@ -220,7 +241,7 @@ class Engine:
         model = self._model
         if model is None:
             raise GptOssError("the engine is closed: load the model again")
-        cache = self._worker.call(model.make_cache)
+        cache = self._worker.call(self._scheduler.make_cache)
 
         def run(chunk: list[int]) -> np.ndarray:
             out = model(mx.array(chunk, mx.int32), [Segment(len(chunk), cache)])

@@ -13,11 +13,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.cache import SequenceCache, WindowState
+from mlx_gptoss.cache import KVBits, SequenceCache, WindowState
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
 from mlx_gptoss.model import Model, Segment
 from mlx_gptoss.prefix import Match, PrefixStore, common_prefix
@@ -108,12 +109,14 @@ class Scheduler:
         budget: int,
         chunk: int,
         max_running: int,
+        kv_bits: KVBits = (None, None),
         message_start: int | None = None,
         pinned_tokens: Callable[[Sequence[int]], int] = lambda tokens: 0,
     ) -> None:
         self.model = model
         self.budget = budget
         self.chunk = chunk
+        self.make_cache = partial(SequenceCache, model.config, model.dtype, kv_bits)
         self.max_running = max_running
         self.store = PrefixStore(budget)
         self.counters = Counters()
@@ -182,9 +185,8 @@ class Scheduler:
             tokens = np.array(r.tokens, np.int32)
             if self._soon_computed(tokens):
                 continue
-            probe = self.model.make_cache()
             rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
-            need = probe.nbytes_at(len(tokens) + rest)
+            need = self.make_cache().nbytes_at(len(tokens) + rest)
             if need > self.budget - self.live_bytes and self.running:
                 return
             self.waiting.remove(r)
@@ -207,7 +209,7 @@ class Scheduler:
     def _wake(self, r: Running, tokens: np.ndarray) -> None:
         """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
         known = self._best_match(tokens[:-1])
-        cache = self.model.make_cache()
+        cache = self.make_cache()
         cache.reserve(len(tokens))
         start = cache.load(known.spans, known.states)
         mx.eval(cache.arrays())

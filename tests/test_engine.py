@@ -239,8 +239,8 @@ def test_a_budget_too_small_is_refused_with_numbers(folder: Path) -> None:
 def test_a_small_budget_serves_everyone_in_turn(folder: Path) -> None:
     """Sequences that grow past the budget give way and come back, and their answers are the same."""
     with load(folder, kv_budget=2 * 2**20, prefill_chunk=64) as llm:
-        params = SamplingParams(temperature=0.0, max_tokens=120, stop_token_ids=())
-        prompts = [prompt(200 + i, 450) for i in range(4)]
+        params = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=())
+        prompts = [prompt(200 + i, 480) for i in range(4)]
         streams = [llm.submit(p, params) for p in prompts]
         together = [[o.token_id for o in s] for s in streams]
         stats = llm.stats()
