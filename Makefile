@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check docs golden clean
+.PHONY: demo test check fuzz docs golden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -19,6 +19,10 @@ check: $(VENV)/.installed-dev
 	sh scripts/typecheck.sh $(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/make_cli_docs.py --check
+
+# The parser of the chat format on 100,000 token sequences; the suite runs 3,000.
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz_harmony --count 100000
 
 # Write docs/cli.md again from the commands' own help.
 docs: $(VENV)/.installed

@@ -156,7 +156,8 @@ def test_a_definition_never_takes_the_name_of_a_tool() -> None:
     ["not", "if", "dependentSchemas", "dependentRequired", "dependencies", "$dynamicRef", "$recursiveRef"],
 )
 def test_a_keyword_that_changes_the_meaning_is_named_and_refused(keyword: str) -> None:
-    for schema in ({keyword: {}}, {"properties": {"a": {"items": {keyword: {}}}}}):
+    schemas: list[dict[str, Any]] = [{keyword: {}}, {"properties": {"a": {"items": {keyword: {}}}}}]
+    for schema in schemas:
         with pytest.raises(SchemaError) as caught:
             Tool("f", "", schema)
         assert repr(keyword) in str(caught.value) and "'f'" in str(caught.value)
