@@ -14,7 +14,8 @@ from mlx_gptoss.convert.verify import PartReport, Verification, verify
 from mlx_gptoss.safetensors_file import read_header
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
-from tests.random_weights import MlxRecipe
+from tests.gguf_checkpoint import write_gguf
+from tests.random_weights import MlxRecipe, Shape
 
 LAYOUTS = ("hf", "original", "bf16", "mlx")
 
@@ -48,6 +49,15 @@ def test_a_conversion_verifies_against_its_source(
         assert 0 < (part(found, "attention").measured or 0) < (0.15 if recipe == "mxfp4-q4" else 0.01)
     if recipe == "mxfp4" and layout != "bf16":
         assert found.copies == len(found.manifest.tensors)
+
+
+@pytest.mark.parametrize("q8", [False, True])
+def test_a_gguf_file_is_a_source_like_any_other(tmp_path: Path, q8: bool) -> None:
+    source = write_gguf(tmp_path / "model.gguf", Shape(), q8=q8)
+    made = convert(source, tmp_path / "made", need_tokenizer=False)
+    found = verify(made.folder, source)
+    found.check()
+    assert part(found, "experts").measured == 0.0 and (part(found, "head").measured or 0) > 0
 
 
 def test_a_fast_conversion_verifies_and_gets_its_file_hashes(
