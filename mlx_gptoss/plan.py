@@ -139,8 +139,10 @@ def plan_checkpoint(checkpoint: Checkpoint) -> MemoryPlan:
 
 
 def gigabytes(count: float) -> str:
-    """1.27 GB: decimal, as disks, bandwidths and model cards count."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    """1.27 GB, 4.4 MB, 0.8 kB: decimal, as disks, bandwidths and model cards count."""
+    if count >= 1e8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _template(name: str) -> str:

@@ -84,7 +84,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part")
     table.add_column("stored as", no_wrap=True)
-    for column in ("tensors", "on disk", "in memory", "read per token"):
+    for column in ("tensors", "on disk", "in memory", "read/token"):
         table.add_column(column, justify="right")
     for p in report["parts"]:
         table.add_row(
