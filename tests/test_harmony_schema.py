@@ -8,12 +8,12 @@ import pytest
 
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.harmony import Conversation, Tool, render_text
-from mlx_gptoss.harmony.schema import TypeWriter, check_schema
+from mlx_gptoss.harmony.typescript import TypeWriter, check_parameters
 
 
 def written(schema: dict[str, Any]) -> tuple[str, str]:
     """(declarations, type) of a schema."""
-    check_schema(schema, "test")
+    check_parameters(schema, "test")
     declarations, text = TypeWriter().write(schema)
     return "".join(declarations), text
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_gptoss.errors import RequestError, SchemaError
-from mlx_gptoss.harmony.schema import TypeWriter, lines
+from mlx_gptoss.harmony.json_text import lines
 from mlx_gptoss.harmony.types import (
     CHANNELS,
     FUNCTIONS,
@@ -21,6 +21,7 @@ from mlx_gptoss.harmony.types import (
     ToolNamespace,
     resolve_results,
 )
+from mlx_gptoss.harmony.typescript import TypeWriter
 
 if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Special, Tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mlx_gptoss.errors import RequestError, ToolError
-from mlx_gptoss.harmony.schema import check_schema
+from mlx_gptoss.harmony.typescript import check_parameters
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -120,7 +120,7 @@ class Tool:
                 "tools.description",
             )
         if self.parameters is not None:
-            check_schema(self.parameters, f"tool {self.name!r}")
+            check_parameters(self.parameters, f"tool {self.name!r}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tool:
