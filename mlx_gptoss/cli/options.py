@@ -56,16 +56,19 @@ class ModelSource:
 
     def load(self) -> Engine:
         """The loaded engine; close it, or use it in a with statement."""
+        from mlx_gptoss.cli.progress import loading_bar
         from mlx_gptoss.engine import load
 
-        return load(
-            self.model,
-            dtype=self.dtype,
-            revision=self.revision,
-            offline=self.offline,
-            max_context=self.max_context,
-            kv_budget=self.kv_budget,
-        )
+        with loading_bar() as progress:
+            return load(
+                self.model,
+                dtype=self.dtype,
+                revision=self.revision,
+                offline=self.offline,
+                max_context=self.max_context,
+                kv_budget=self.kv_budget,
+                progress=progress,
+            )
 
 
 @dataclass(frozen=True)
