@@ -167,14 +167,14 @@ class _Workplace:
     """TARGET, and TARGET.partial where it comes into being."""
 
     def __init__(self, target: Path) -> None:
+        if target.name in ("", "..") or target.is_mount():
+            raise ConversionError(f"{str(target)!r}: cannot be replaced; name a new folder inside it")
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
         self.output = self.partial / "output"
 
     def prepare(self, identity: dict[str, Any], *, restart: bool) -> Manifest | None:
         """Make the folders. The manifest, if an earlier run was stopped between its last two steps."""
-        if self.target.name in ("", "..") or self.target.is_mount():
-            raise ConversionError(f"{self.target}: cannot be replaced; choose a new folder inside it")
         if restart and self.partial.exists():
             shutil.rmtree(self.partial)
         occupied = self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir()))

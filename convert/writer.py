@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -149,7 +149,7 @@ class ShardWriter:
         place = self._layout.placements[name]
         offset = place.start
         for extent in extents:
-            with open(extent.path, "rb", buffering=0) as source:
+            with _open_source(extent.path) as source:
                 done = 0
                 while done < extent.length:
                     self._stop()
@@ -206,6 +206,13 @@ class ShardWriter:
                 os.fsync(descriptor)
             except OSError as error:
                 raise write_error(self._folder / name, error) from error
+
+
+def _open_source(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read any more ({error.strerror})") from error
 
 
 def write_text(path: Path, text: str) -> None:
