@@ -64,15 +64,14 @@ def test_an_untouched_folder_verifies(pristine: Path) -> None:
     assert sum(part.bytes for part in found.parts) == sum(i.nbytes for i in read_folder(pristine).values())
 
 
-def test_every_flipped_byte_of_a_shard_is_found_and_the_tensor_named(folder: Path) -> None:
+def test_a_flipped_byte_at_either_end_of_a_tensor_is_found_and_the_tensor_named(folder: Path) -> None:
     pristine = (folder / LAST).read_bytes()
-    for name, info in read_header(folder / LAST).items():
-        for position in (info.start, info.end - 1):
-            flip(folder / LAST, position)
-            told = problems(folder)
-            assert any(text.startswith(f"{name}: its bytes differ") for text in told), (name, told)
-            assert any(text.startswith(f"{LAST}: sha256 is") for text in told)
-            (folder / LAST).write_bytes(pristine)
+    for number, (name, info) in enumerate(read_header(folder / LAST).items()):
+        flip(folder / LAST, info.start if number % 2 else info.end - 1)
+        told = problems(folder)
+        assert len(told) == 2, told
+        assert told[0].startswith(f"{LAST}: sha256 is") and told[1].startswith(f"{name}: its bytes differ")
+        (folder / LAST).write_bytes(pristine)
 
 
 def test_a_changed_tokenizer_is_found(folder: Path) -> None:
