@@ -216,11 +216,13 @@ class Session:
 
 def run_tool(function: Callable[..., Any], call: ToolCall) -> Message:
     """Call a function with the arguments the model wrote; its result, or its exception, as a message."""
+    from mlx_gptoss.harmony.arguments import bind_arguments
+
     try:
         arguments = json.loads(call.arguments or "{}")
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments are {call.arguments!r}: expected a JSON object")
-        value = function(**arguments)
+        value = function(**bind_arguments(function, arguments))
         content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except Exception as error:  # whatever the tool raised is for the model to deal with
         content = f"error: {type(error).__name__}: {error}"

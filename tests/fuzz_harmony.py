@@ -23,6 +23,7 @@ from mlx_gptoss.harmony import (
     TextDelta,
     ToolCall,
     ToolCallDelta,
+    render_message,
 )
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -160,6 +161,11 @@ def check(tokenizer: Tokenizer, ids: list[int], from_start: bool) -> list[Event]
     events, parser = parse(tokenizer, ids, from_start)
     messages = [e.message for e in events if isinstance(e, MessageDone)]
     assert messages == parser.messages
+    for message in messages:
+        # What was recovered can stand in the next prompt, and as one message.
+        again = render_message(message, tokenizer)
+        assert again.count(tokenizer.special.start) == 1
+        assert again[-1] in (tokenizer.special.end, tokenizer.special.call)
     _check_deltas(events)
     _check_text(tokenizer, ids, events)
     for event in events:

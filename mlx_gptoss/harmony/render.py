@@ -7,6 +7,7 @@ ordinary text, so that nothing a user, a tool or a schema says can become markup
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Special, Tokenizer
 
 _CONSTRAIN = "<|constrain|>"
+# What parts the words of a header; other white space is part of a word.
+_HEADER_SPACE = re.compile(r"[ \t\n\r\f]")
 _CALLS_GO_TO = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
@@ -271,6 +274,6 @@ def _header(name: str | None, message: Message, sink: _Sink) -> None:
 
 def _word(value: str, field: str) -> str:
     """`value`, when it is one word: white space would start another field of the header."""
-    if not value or len(value.split()) != 1 or value != value.strip():
+    if not value or _HEADER_SPACE.search(value):
         raise RequestError(f"{field} {value!r}: expected one word without white space", field)
     return value
