@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mlx_gptoss.hub import resolve
 from mlx_gptoss.model import Model, Segment
 from mlx_gptoss.plan import MemoryPlan, gigabytes, plan_checkpoint
 from mlx_gptoss.platform import available_memory
+from mlx_gptoss.prefix_disk import PrefixDisk, fingerprint
 from mlx_gptoss.request import Request, Sink, TokenStream
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint
 from mlx_gptoss.scheduler import Scheduler
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 SCRATCH = 512 * 2**20
 # Of the memory that the weights leave, the share that KV caches and the prefix store may take.
 KV_SHARE = 0.6
+# Bytes that the files of kept prefixes may take.
+DISK_LIMIT = 16 * 2**30
 # The engine allows no context shorter than this, tokens: a budget that small is a mistake.
 LEAST_CONTEXT = 64
 
@@ -54,7 +57,8 @@ class EngineOptions:
     holds). kv_budget: bytes for KV caches and kept prefixes (default: chosen from what the weights leave).
     kv_bits: 8 or 4 to quantise the full layers' keys and values, or a pair (keys', values') with None for
     unquantised; off by default. prefill_chunk: prompt tokens in one forward. max_running, max_waiting:
-    requests at a time, and in line.
+    requests at a time, and in line. prefix_cache: a folder in which prefixes are kept from one process to the
+    next (default: they are not); it holds what users wrote, so keep it private.
     """
 
     max_context: int | None = None
@@ -63,6 +67,7 @@ class EngineOptions:
     prefill_chunk: int = 512
     max_running: int = 16
     max_waiting: int = 1024
+    prefix_cache: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -211,10 +216,15 @@ class Engine:
         self._model: Model | None = model
         has_text = (folder / "tokenizer.json").is_file()
         tokenizer = self.tokenizer if has_text else None
+        disk = None
+        if options.prefix_cache is not None:
+            mark = fingerprint(folder, model.dtype, options.bits)
+            disk = PrefixDisk(Path(options.prefix_cache).expanduser(), mark, DISK_LIMIT)
         scheduler = Scheduler(
             model,
             budget=kv_budget,
             chunk=options.prefill_chunk,
+            disk=disk,
             max_running=options.max_running,
             kv_bits=options.bits,
             message_start=tokenizer.special.start if tokenizer else None,
@@ -385,9 +395,30 @@ class Engine:
             want_logprobs=params.logprobs is not None,
             parse=partial(_parse, schema) if structured else None,
             sink=sink,
+            on_done=partial(self._prepare, conversation),
         )
         generation.attach(self._submit(tokens, params, constraint, generation.take, None))
         return generation
+
+    def _prepare(self, conversation: Conversation, reply: Reply) -> None:
+        """Have the history that the next turn will render, without analysis, read in a quiet moment."""
+        from mlx_gptoss import harmony
+
+        if reply.finish_reason != "stop" or not reply.usage.reasoning_tokens:
+            return
+        history = replace(conversation, messages=[*conversation.messages, *reply.messages])
+        tokenizer, limit = self.tokenizer, self.max_context
+
+        def request() -> Request | None:
+            tokens = harmony.render(history, tokenizer, for_completion=False)
+            if len(tokens) >= limit:
+                return None
+            nothing = SamplingParams(temperature=0.0)
+            return Request(
+                tokens, nothing, lambda item: None, max_tokens=0, stop_ids=frozenset(), background=True
+            )
+
+        self._scheduler.preparations.append(request)
 
     def respond(self, prompt: str | Sequence[Message], **request: Any) -> Reply:
         """Answer a text or a list of messages, and return the whole reply.

@@ -9,13 +9,18 @@ The least recently used leaves are dropped first; system prompts and tools are k
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.cache import SequenceCache, WindowState
+from mlx_gptoss.prefix_disk import PrefixDisk, Span
+
+logger = logging.getLogger("mlx_gptoss.engine")
 
 # Longest span of one node, tokens: what an eviction drops at least.
 SPAN = 1024
@@ -23,6 +28,8 @@ SPAN = 1024
 STATES_SHARE = 0.4
 
 Spans = list[list[mx.array]]
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclass(eq=False)
@@ -40,10 +47,18 @@ class Node:
     states: dict[int, WindowState] = field(default_factory=dict)  # by end
     used: int = 0
     pinned: bool = False
+    path: Path | None = None  # its file, when it is saved
+    saved_states: frozenset[int] = frozenset()  # the ends of the states in that file
+    loaded: bool = True  # False: `parts` and `states` are on disk only
 
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def saved(self) -> bool:
+        """True when all of it is on disk."""
+        return self.path is not None and self.states.keys() <= self.saved_states
 
     @property
     def kv_bytes(self) -> int:
@@ -66,13 +81,15 @@ class Match:
 class PrefixStore:
     """Timelines by their tokens, at most `limit` bytes of them. Used by the engine's thread only."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, disk: PrefixDisk | None = None) -> None:
         self.limit = limit
         self.nbytes = 0
         self._root = Node(np.zeros(0, np.int32), 0, [])
         self._clock = 0
-        # Told every node that an insertion touched, parents first: e.g. to keep it on disk.
-        self.on_insert: Callable[[Node], None] | None = None
+        self._disk = disk
+        self._unsaved: list[Node] = []
+        if disk is not None:
+            self._adopt(disk)
 
     def __len__(self) -> int:
         """How many nodes are held."""
@@ -93,7 +110,7 @@ class PrefixStore:
 
     def match(self, tokens: np.ndarray) -> Match:
         """The longest common prefix of `tokens`, int32 [n], with anything held; counts as a use."""
-        path = self._walk(tokens)
+        path = self._loaded(self._walk(tokens))
         self._clock += 1
         spans: Spans = []
         states: list[WindowState] = []
@@ -117,7 +134,7 @@ class PrefixStore:
 
         The first `pinned` tokens are evicted last.
         """
-        path = self._walk(tokens)
+        path = self._loaded(self._walk(tokens))
         node, held = self._root, 0
         if path:
             node, n = path[-1]
@@ -146,9 +163,8 @@ class PrefixStore:
             owner.pinned = owner.pinned or owner.end <= pinned
         mx.eval(added)
         self.nbytes += sum(child.kv_bytes for child in fresh)
-        if self.on_insert is not None:
-            for owner in reversed(line):
-                self.on_insert(owner)
+        if self._disk is not None:
+            self._unsaved += [n for n in reversed(line) if not n.saved]
         self.shrink(self.limit)
 
     def shrink(self, limit: int) -> None:
@@ -156,18 +172,86 @@ class PrefixStore:
         states = sum(n.state_bytes for n in self.nodes())
         if states > STATES_SHARE * limit or self.nbytes > limit:
             self._thin_states(states, STATES_SHARE * limit)
-        leaves = [(n.pinned, n.used, id(n), n) for n in self.nodes() if not n.children]
+        leaves = [(n.pinned, n.used, id(n), n) for n in self.nodes() if n.loaded and self._outermost(n)]
         heapq.heapify(leaves)
         while leaves and self.nbytes > max(0, limit):
             leaf = heapq.heappop(leaves)[3]
             parent = self._drop(leaf)
-            if parent is not self._root and not parent.children:
+            if parent is not self._root and self._outermost(parent):
                 heapq.heappush(leaves, (parent.pinned, parent.used, id(parent), parent))
 
+    def save(self) -> bool:
+        """Write one node that is not on disk yet; False when there is none (or no disk)."""
+        while self._disk is not None and self._unsaved:
+            node = self._unsaved.pop(0)
+            if node.saved or not node.loaded or not self._held(node):
+                continue
+            before = [n.tokens for n in reversed(list(self._lineage(node)))][:-1]
+            span = Span(node.tokens, node.parts, node.states)
+            try:
+                node.path = self._disk.write(np.concatenate([_NOTHING, *before]), node.start, span)
+            except OSError as error:
+                logger.warning("prefixes are not kept on disk: %s", error)
+                self._disk = None
+                return False
+            node.saved_states = frozenset(node.states)
+            if not self._unsaved:
+                self._disk.trim()
+            return True
+        return False
+
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything that is in memory."""
         self._root.children.clear()
+        self._unsaved.clear()
         self.nbytes = 0
+
+    def _adopt(self, disk: PrefixDisk) -> None:
+        """Take in what is on disk, by its headers; the rest is read when it is used."""
+        by_name = {disk.name(_NOTHING): self._root}
+        for saved in disk.index():
+            parent = by_name.get(saved.before)
+            first = int(saved.tokens[0])
+            if parent is None or parent.end != saved.start or first in parent.children:
+                saved.path.unlink(missing_ok=True)  # what it continued is gone, or was split
+                continue
+            node = Node(saved.tokens, saved.start, [], parent=parent, path=saved.path, loaded=False)
+            parent.children[first] = by_name[saved.upto] = node
+
+    def _loaded(self, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+        """The path as far as its nodes are in memory or can be read."""
+        for i, (node, _) in enumerate(path):
+            if node.loaded:
+                continue
+            span = None if self._disk is None or node.path is None else self._disk.read(node.path)
+            if span is None or not np.array_equal(span.tokens, node.tokens):
+                self._forget(node)
+                return path[:i]
+            node.parts, node.states, node.loaded = span.parts, span.states, True
+            node.saved_states = frozenset(span.states)
+            self.nbytes += node.kv_bytes + node.state_bytes
+        return path
+
+    def _held(self, node: Node) -> bool:
+        """True while the node is part of the trie."""
+        at = node
+        while at.parent is not None and at.parent.children.get(int(at.tokens[0])) is at:
+            at = at.parent
+        return at is self._root
+
+    @staticmethod
+    def _outermost(node: Node) -> bool:
+        """True when nothing in memory continues the node."""
+        return not any(child.loaded for child in node.children.values())
+
+    def _forget(self, node: Node) -> None:
+        """Take a node and all that continues it out of the trie."""
+        assert node.parent is not None
+        for child in list(node.children.values()):
+            self._forget(child)
+        if node.loaded:
+            self.nbytes -= node.kv_bytes + node.state_bytes
+        del node.parent.children[int(node.tokens[0])]
 
     def _walk(self, tokens: np.ndarray) -> list[tuple[Node, int]]:
         """The nodes that `tokens` runs through, each with how many of its tokens agree (>= 1)."""
@@ -203,15 +287,23 @@ class PrefixStore:
         node.parts = [mx.contiguous(p[:, :, n:]) for p in node.parts]
         node.tokens, node.start, node.parent = node.tokens[n:].copy(), middle, head
         node.states = {e: s for e, s in node.states.items() if e > middle}
+        if node.path is not None:
+            node.path.unlink(missing_ok=True)
+            node.path = None
+        if self._disk is not None:
+            self._unsaved += [head, node]
         head.children[int(node.tokens[0])] = node
         mx.eval(head.parts, node.parts)
         return head
 
     def _drop(self, leaf: Node) -> Node:
-        """Forget a leaf; its parent."""
+        """Free an outermost node's memory, and forget it unless it can be read again; its parent."""
         assert leaf.parent is not None
-        self.nbytes -= leaf.kv_bytes + leaf.state_bytes
-        del leaf.parent.children[int(leaf.tokens[0])]
+        if leaf.path is None:
+            self._forget(leaf)
+        else:
+            self.nbytes -= leaf.kv_bytes + leaf.state_bytes
+            leaf.parts, leaf.states, leaf.loaded = [], {}, False
         return leaf.parent
 
     def _thin_states(self, held: int, limit: float) -> None:

@@ -22,6 +22,7 @@ from mlx_gptoss.cache import KVBits, SequenceCache, WindowState
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
 from mlx_gptoss.model import Model, Segment
 from mlx_gptoss.prefix import Match, PrefixStore, common_prefix
+from mlx_gptoss.prefix_disk import PrefixDisk
 from mlx_gptoss.request import FinishReason, Request, TokenOutput
 from mlx_gptoss.sampling import Sampler, logprob_arrays, read_logprobs, unpack_bits
 
@@ -108,6 +109,7 @@ class Scheduler:
         *,
         budget: int,
         chunk: int,
+        disk: PrefixDisk | None = None,
         max_running: int,
         kv_bits: KVBits = (None, None),
         message_start: int | None = None,
@@ -118,7 +120,9 @@ class Scheduler:
         self.chunk = chunk
         self.make_cache = partial(SequenceCache, model.config, model.dtype, kv_bits)
         self.max_running = max_running
-        self.store = PrefixStore(budget)
+        self.store = PrefixStore(budget, disk)
+        # What to do when there is nothing to do: each gives a background request, or None.
+        self.preparations: deque[Callable[[], Request | None]] = deque(maxlen=8)
         self.counters = Counters()
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
@@ -145,7 +149,7 @@ class Scheduler:
             self._admit()
             pieces = self._plan()
             if not pieces and not any(r.decoding for r in self.running):
-                return bool(self.waiting)
+                return bool(self.waiting) or self._idle()
             logits = self._forward(pieces)
             self._read(self.running)
             self._sample(pieces, logits)
@@ -153,11 +157,22 @@ class Scheduler:
             self._recover(error)
         return True
 
+    def _idle(self) -> bool:
+        """A piece of work that can wait for a quiet moment; False when there is none."""
+        if self.preparations:
+            request = self.preparations.popleft()()
+            if request is not None:
+                self.add(request)
+            return True
+        return self.store.save()
+
     def close(self) -> None:
-        """End every request with an error and free all memory."""
+        """End every request with an error, write what is to be kept, and free all memory."""
         for r in [*self.running, *self.waiting]:
             self._fail(r, GptOssError("the engine was closed"))
         self.waiting.clear()
+        while self.store.save():
+            pass
         self.store.clear()
         del self.model
         mx.clear_cache()

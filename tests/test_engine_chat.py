@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -129,6 +130,18 @@ def test_a_chat_keeps_what_was_sampled_and_computes_only_what_is_new() -> None:
         assert [m.role for m in chat.history] == ["user", "assistant", "assistant"] * 2
         assert chat.tokens == chat.tokens and len(chat.tokens) > second.usage.prompt_tokens
         assert chat.usage.completion_tokens == first.usage.completion_tokens + second.usage.completion_tokens
+
+
+def test_the_next_turn_is_prepared_while_nothing_else_runs() -> None:
+    llm, _ = scripted_engine(lambda context: answer("a long answer " * 20, "thought " * 20))
+    with llm:
+        chat = llm.chat()
+        chat.send("one")
+        scheduler = llm._scheduler
+        while llm._worker.call(lambda: scheduler.preparations or scheduler.waiting or scheduler.running):
+            time.sleep(0.01)
+        known = len(chat.tokens)
+        assert chat.send("two").usage.cached_tokens >= known - 1
 
 
 def test_undo_and_rewind_go_back_and_reuse() -> None:
