@@ -69,7 +69,7 @@ class Matrix:
             dtype=dtype,
         )
 
-    def apply(self, x: mx.array, *, stream: mx.Stream | None = None) -> mx.array:
+    def apply(self, x: mx.array, *, stream: mx.Stream | mx.ThreadLocalStream | None = None) -> mx.array:
         """x [T, inputs] -> x @ W.T, [T, outputs]."""
         if self.quantization is None:
             return mx.matmul(x, self.weight.T, stream=stream)
@@ -94,7 +94,7 @@ class Matrix:
         rows: mx.array | None,
         *,
         in_order: bool = False,
-        stream: mx.Stream | None = None,
+        stream: mx.Stream | mx.ThreadLocalStream | None = None,
     ) -> mx.array:
         """One expert of a stack for each row: x [N, 1, inputs], experts [*S] -> [*S, 1, outputs].
 
