@@ -84,7 +84,7 @@ def convert(
     """Convert `source` (a folder, a GGUF file or a Hub id) into the new folder `target`.
 
     recipe: from `make_recipe` (default mxfp4-q4). fast: MLX's own affine quantiser, errors measured on one
-    chunk in eight, and no file hashes (`verify` adds them). mxfp4_search: search the exponents of experts
+    chunk in 32, and no file hashes (`verify` adds them). mxfp4_search: search the exponents of experts
     that are not MXFP4 yet. tokenizer: folder of tokenizer files, where the source has none;
     need_tokenizer=False goes without. restart: throw away an unfinished conversion instead of going on with
     it. progress is called from worker threads, one at a time.

@@ -20,7 +20,7 @@ from mlx_gptoss.safetensors_file import DTYPES
 
 CHUNK_VALUES = 1 << 21  # values of a matrix in memory at a time, in each worker
 EXPERT_ROWS = 512  # rows of an unquantised expert made float32 at a time
-SAMPLED = 8  # without the search, the error is measured on one chunk in so many
+SAMPLED = 32  # without the search, the error is measured on one chunk in so many
 
 _PARTS = (  # first match decides
     ("model.embed_tokens", "embedding"),

@@ -330,7 +330,7 @@ def test_an_impossible_shard_size_is_refused(folder, tmp_path):
 
 
 def test_a_mutated_header_is_read_right_or_refused(whole, tmp_path):
-    """Bytes of a true header changed, removed, doubled: a typed error, or tensors that lie inside the file."""
+    """Bytes of a true header changed, removed or doubled: a typed error, or tensors inside the file."""
     original = (whole / SHARD).read_bytes()
     length = int.from_bytes(original[:8], "little")
     chance = random.Random(0)
