@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fuzz docs golden clean
+.PHONY: demo test check fuzz docs golden clients clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -32,6 +32,11 @@ docs: $(VENV)/.installed
 golden: $(VENV)/.installed-test
 	$(PIP) -e '.[train]'
 	$(BIN)/python -m tests.make_golden
+
+# Fetch the clients for node that tests/test_server_clients.py tries, and try them.
+clients: $(VENV)/.installed-test
+	npm install --prefix tests/clients --no-audit --no-fund
+	$(BIN)/python -m pytest tests/test_server_clients.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

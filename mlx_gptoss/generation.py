@@ -28,6 +28,9 @@ from mlx_gptoss.tokenizer import Tokenizer
 class Cancellable(Protocol):
     """What a Generation needs of the token stream beneath it."""
 
+    @property
+    def prompt_tokens(self) -> int: ...
+
     def cancel(self) -> None: ...
 
 
@@ -69,6 +72,11 @@ class Generation:
         self._stream = stream
         if self._cancelled:
             stream.cancel()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the rendered prompt; 0 before the generation is queued."""
+        return 0 if self._stream is None else self._stream.prompt_tokens
 
     def cancel(self) -> None:
         """End the generation within one step. The Done that follows says "cancelled"."""

@@ -97,7 +97,8 @@ def _pieces(text: str) -> list[str]:
 class _Thread:
     """A generation on its way. `cancelled` is set by the server."""
 
-    def __init__(self, run: Callable[[_Thread], None]) -> None:
+    def __init__(self, run: Callable[[_Thread], None], prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self._run = run
@@ -183,7 +184,7 @@ class ScriptedEngine:
                 sink(event)
             sink(Done(reason, usage, builder.build(reason, usage)))  # type: ignore[arg-type]
 
-        thread = _Thread(run)
+        thread = _Thread(run, usage.prompt_tokens)
         self.running.append(thread)
         return thread
 
@@ -248,6 +249,6 @@ class ScriptedEngine:
                 sink(TokenOutput(token, scores))
             sink(TokensDone("length", len(token_ids), 0, limit))
 
-        thread = _Thread(run)
+        thread = _Thread(run, len(token_ids))
         self.running.append(thread)
         return thread

@@ -55,6 +55,7 @@ def replay(text: str) -> dict[str, Any]:
         assert name == data["type"]
         if name == "message_start":
             assert not message
+            assert data["message"]["usage"]["input_tokens"] > 0
             message = data["message"]
         elif name == "content_block_start":
             assert not is_open and data["index"] == len(message["content"])

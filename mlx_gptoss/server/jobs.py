@@ -26,24 +26,33 @@ MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from 
 class Handle(Protocol):
     """What the engine returns for a started generation."""
 
+    @property
+    def prompt_tokens(self) -> int: ...
+
     def cancel(self) -> None: ...
 
 
 class Job:
-    """One generation. `batches()` yields what it produced since the last look, then ends."""
+    """One generation. `batches()` yields what it produced since the last look, then ends.
+
+    This is done for every token, so the reader waits on a bare future; one timer a job watches the clock.
+    """
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
         self._loop = asyncio.get_running_loop()
         self._events: deque[Any] = deque()
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._waking = False
+        self._quiet = False
         self._handle: Handle | None = None
         self._failure: ApiError | None = None
+        self._error: BaseException | None = None
         self._closed = False
         self.finished = False
-        self.started = time.monotonic()
+        self.started = self._heard = time.monotonic()
         self.deadline = self.started + jobs.settings.request_timeout
+        self._clock = self._loop.call_later(self._until_next_look(), self._look_at_clock)
 
     def sink(self, event: Any) -> None:
         """Take an event; called on the engine's thread."""
@@ -59,7 +68,31 @@ class Job:
     def _notify(self) -> None:
         # The flag falls before the queue is read, so an event appended in between wakes the reader again.
         self._waking = False
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _until_next_look(self) -> float:
+        now = time.monotonic()
+        return max(0.0, min(self._heard + self._jobs.settings.heartbeat, self.deadline) - now)
+
+    def _look_at_clock(self) -> None:
+        now = time.monotonic()
+        if now >= self.deadline:
+            limit = self._jobs.settings.request_timeout
+            self.stop(ApiError(504, f"The answer took longer than {limit:g} s.", code="timeout"))
+            return
+        if now - self._heard >= self._jobs.settings.heartbeat:
+            self._heard, self._quiet = now, True
+            self._wake()
+        self._clock = self._loop.call_later(self._until_next_look(), self._look_at_clock)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, known as soon as the job has begun."""
+        return 0 if self._handle is None else self._handle.prompt_tokens
 
     async def begin(self, start: Callable[[Sink], Handle]) -> None:
         """Start the generation off the event loop: rendering a long conversation takes time."""
@@ -76,45 +109,37 @@ class Job:
             if self._failure is not None:
                 raise self._failure
             if not self._events:
-                yield_empty = not await self._wait()
-                if yield_empty:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+                if self._quiet and not self._events and self._failure is None:
+                    self._quiet = False
                     yield []
                 continue
-            batch: list[Any] = []
-            while self._events and len(batch) < MAX_BATCH:
-                event = self._events.popleft()
-                if isinstance(event, BaseException):
-                    self.finished = True
-                    if batch:
-                        yield batch
-                    self._jobs.metrics.generations.add(1, "error")
-                    raise event
-                batch.append(event)
-                self.finished = self.finished or hasattr(event, "finish_reason")
-            self._jobs.observe(self, batch)
-            yield batch
+            batch = self._take()
+            if batch:
+                self._heard, self._quiet = time.monotonic(), False
+                self._jobs.observe(self, batch)
+                yield batch
+            if self._error is not None:
+                raise self._error
 
-    async def _wait(self) -> bool:
-        """Wait for events; False when a heartbeat passed first."""
-        self._wake.clear()
-        if self._events:
-            return True
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            self.stop(
-                ApiError(504, f"The answer took longer than {self._jobs.settings.request_timeout:g} s.")
-            )
-            return True
-        try:
-            await asyncio.wait_for(self._wake.wait(), min(left, self._jobs.settings.heartbeat))
-        except TimeoutError:
-            return time.monotonic() >= self.deadline
-        return True
+    def _take(self) -> list[Any]:
+        """The next events, up to the end or an exception."""
+        batch: list[Any] = []
+        while self._events and len(batch) < MAX_BATCH and not self.finished:
+            event = self._events.popleft()
+            if isinstance(event, BaseException):
+                self.finished, self._error = True, event
+                self._jobs.metrics.generations.add(1, "error")
+                break
+            batch.append(event)
+            self.finished = hasattr(event, "finish_reason")
+        return batch
 
     def stop(self, failure: ApiError) -> None:
         """Cancel the generation and give its reader this failure."""
         self._failure = failure
-        self._wake.set()
+        self._wake()
         self._cancel()
 
     def _cancel(self) -> None:
@@ -126,11 +151,12 @@ class Job:
         if self._closed:
             return
         self._closed = True
-        if not self.finished:
-            self._cancel()
+        if self._handle is not None and not self.finished:
+            self._handle.cancel()
             self._jobs.metrics.generations.add(1, "disconnected")
         self._failure = self._failure or ApiError(499, "The client closed the request.")
-        self._wake.set()
+        self._clock.cancel()
+        self._wake()
         self._jobs.release(self)
 
 
@@ -177,8 +203,8 @@ class Jobs:
         if job not in self._seen_first:
             self._seen_first.add(job)
             self.metrics.first_event.observe(time.monotonic() - job.started)
-        if job.finished:
-            done = batch[-1]
+        done = batch[-1]
+        if hasattr(done, "finish_reason"):
             self.metrics.generations.add(1, done.finish_reason)
             self.metrics.duration.observe(time.monotonic() - job.started)
             usage = getattr(done, "usage", done)  # the end of raw tokens holds the counts itself

@@ -50,7 +50,9 @@ class MessageWriter:
         self._kind = ""
         self._pieces: list[str] = []
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self, prompt_tokens: int) -> dict[str, Any]:
+        """The first event. How much of the prompt was cached is only known at the end."""
+        self.body["usage"]["input_tokens"] = prompt_tokens
         return {"type": "message_start", "message": self.body}
 
     def take(self, event: Any) -> Iterator[dict[str, Any]]:
@@ -180,7 +182,7 @@ def router(state: ServerState) -> APIRouter:
 
 
 async def _stream(writer: MessageWriter, job: Job, state: ServerState) -> AsyncIterator[bytes]:
-    yield sse.event(writer.opening())
+    yield sse.event(writer.opening(job.prompt_tokens))
     try:
         async for batch in job.batches():
             if not batch:

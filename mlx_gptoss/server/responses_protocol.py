@@ -182,7 +182,8 @@ def _reasoning_text(item: InputItem, where: str) -> str:
 def drop_oldest(messages: list[Message], excess: int, tokens: int) -> list[Message] | None:
     """Messages without the oldest turns; None when only the last turn is left.
 
-    Of the text at least `excess` parts in `tokens` go: about that many tokens. Turns start with a user message, so that no result is left without its call.
+    Of the text at least `excess` parts in `tokens` go: about that many tokens. Turns start with a user
+    message, so that no result is left without its call.
     """
     starts = [index for index, message in enumerate(messages) if message.role == "user" and index > 0]
     if not starts:
