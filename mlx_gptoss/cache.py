@@ -182,14 +182,20 @@ class QuantizedFullCache(FullCache):
         return parts[:of_keys], parts[of_keys:]
 
     def _dense(self, parts: list[mx.array], bits: int | None) -> mx.array:
-        return parts[0] if bits is None else mx.dequantize(*parts, group_size=self._group, bits=bits)
+        if bits is None:
+            return parts[0]
+        words, scales, biases = parts
+        return mx.dequantize(words, scales, biases, group_size=self._group, bits=bits)
 
     def _product(self, x: mx.array, parts: list[mx.array], bits: int | None, transpose: bool) -> mx.array:
         """x [1, H, r, t, ..] times the stored [1, H, n, D] of each KV head, transposed or not."""
         wide = [p[:, :, None] for p in parts]
         if bits is None:
             return x @ (wide[0].swapaxes(-1, -2) if transpose else wide[0])
-        return mx.quantized_matmul(x, *wide, transpose=transpose, group_size=self._group, bits=bits)
+        words, scales, biases = wide
+        return mx.quantized_matmul(
+            x, words, scales, biases, transpose=transpose, group_size=self._group, bits=bits
+        )
 
 
 class SlidingCache:

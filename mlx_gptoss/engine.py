@@ -29,6 +29,7 @@ from mlx_gptoss.prefix_disk import PrefixDisk, fingerprint
 from mlx_gptoss.request import Request, Sink, TokenStream
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint
 from mlx_gptoss.scheduler import Scheduler
+from mlx_gptoss.speculate import DrafterFactory, ModelDrafter, PromptLookup
 from mlx_gptoss.stops import UntilStop
 from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.worker import Worker
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 SCRATCH = 512 * 2**20
 # Of the memory that the weights leave, the share that KV caches and the prefix store may take.
 KV_SHARE = 0.6
+# The value of `draft` that needs no second model.
+LOOKUP = "lookup"
 # Bytes that the files of kept prefixes may take.
 DISK_LIMIT = 16 * 2**30
 # The engine allows no context shorter than this, tokens: a budget that small is a mistake.
@@ -58,7 +61,9 @@ class EngineOptions:
     kv_bits: 8 or 4 to quantise the full layers' keys and values, or a pair (keys', values') with None for
     unquantised; off by default. prefill_chunk: prompt tokens in one forward. max_running, max_waiting:
     requests at a time, and in line. prefix_cache: a folder in which prefixes are kept from one process to the
-    next (default: they are not); it holds what users wrote, so keep it private.
+    next (default: they are not); it holds what users wrote, so keep it private. draft: "lookup" to guess
+    tokens from the prompt and the output, or a second model of the same vocabulary (folder or Hub id) to
+    guess with; draft_tokens: guesses in one forward.
     """
 
     max_context: int | None = None
@@ -68,6 +73,8 @@ class EngineOptions:
     max_running: int = 16
     max_waiting: int = 1024
     prefix_cache: str | Path | None = None
+    draft: str | Path | None = None
+    draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -76,6 +83,7 @@ class EngineOptions:
             ("prefill_chunk", 1),
             ("max_running", 1),
             ("max_waiting", 0),
+            ("draft_tokens", 1),
         ):
             value = getattr(self, name)
             if value is None:
@@ -109,6 +117,9 @@ class EngineStats:
     computed_tokens: int
     generated_tokens: int
     forwards: int
+    drafted_tokens: int
+    accepted_tokens: int
+    drafts_given_up: int  # requests for which guessing did not pay
     live_kv_bytes: int
     prefix_bytes: int
     prefix_nodes: int
@@ -140,14 +151,33 @@ def load(
     checkpoint = Checkpoint(folder, dtype)
     memory = plan_checkpoint(checkpoint)
     memory.require()
-    budget, context = plan_context(memory, chosen, available_memory())
+    draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
+    free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
+    budget, context = plan_context(memory, chosen, free)
     worker = Worker(f"engine {folder.name}")
     try:
         loaded = worker.call(lambda: read_model(checkpoint, progress))
-        return Engine(worker, loaded, folder, str(model), chosen, budget, context)
+        drafters: DrafterFactory | None = PromptLookup if chosen.draft == LOOKUP else None
+        if draft is not None:
+            second = worker.call(lambda: read_model(draft))
+            drafters = partial(ModelDrafter, second, chosen.prefill_chunk)
+        return Engine(worker, loaded, folder, str(model), chosen, budget, context, drafters)
     except BaseException:
         worker.close()
         raise
+
+
+def _draft_checkpoint(options: EngineOptions, target: Checkpoint, offline: bool) -> Checkpoint:
+    """The draft model's checkpoint. Raises RequestError when its vocabulary is another one."""
+    assert options.draft is not None
+    draft = Checkpoint(resolve(options.draft, offline=offline), target.dtype)
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise RequestError(
+            f"draft is {str(options.draft)!r} with {draft.config.vocab_size} tokens: a draft model needs the "
+            f"vocabulary of the model it guesses for, {target.config.vocab_size} tokens",
+            "draft",
+        )
+    return draft
 
 
 def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple[int, int]:
@@ -204,6 +234,7 @@ class Engine:
         options: EngineOptions,
         kv_budget: int,
         max_context: int,
+        drafters: DrafterFactory | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.name = name
@@ -227,6 +258,8 @@ class Engine:
             disk=disk,
             max_running=options.max_running,
             kv_bits=options.bits,
+            drafters=drafters,
+            draft_tokens=options.draft_tokens,
             message_start=tokenizer.special.start if tokenizer else None,
             pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
         )
@@ -468,6 +501,9 @@ class Engine:
                 computed_tokens=c.computed,
                 generated_tokens=c.generated,
                 forwards=c.forwards,
+                drafted_tokens=c.drafted,
+                accepted_tokens=c.accepted,
+                drafts_given_up=c.gave_up,
                 live_kv_bytes=s.live_bytes,
                 prefix_bytes=s.store.nbytes,
                 prefix_nodes=len(s.store),

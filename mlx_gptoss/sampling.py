@@ -199,6 +199,15 @@ class Sampler:
         self.record(token)
         return token.astype(mx.int32)
 
+    @property
+    def state(self) -> tuple[mx.array | None, ...]:
+        """All that sampling changes, to come back to after tokens that were drawn in vain."""
+        return self._key, self._counts, self._seen
+
+    @state.setter
+    def state(self, state: tuple[mx.array | None, ...]) -> None:
+        self._key, self._counts, self._seen = state
+
     def record(self, token: mx.array) -> None:
         """Count a token, int [1], that was appended to the sequence (sampled, or accepted from a draft)."""
         if self._seen is not None and self._counts is not None:

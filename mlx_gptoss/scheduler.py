@@ -10,6 +10,7 @@ Used by the engine's thread only.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mlx_gptoss.prefix import Match, PrefixStore, common_prefix
 from mlx_gptoss.prefix_disk import PrefixDisk
 from mlx_gptoss.request import FinishReason, Request, TokenOutput
 from mlx_gptoss.sampling import Sampler, logprob_arrays, read_logprobs, unpack_bits
+from mlx_gptoss.speculate import DrafterFactory, Speculation
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
@@ -52,6 +54,9 @@ class Counters:
     computed: int = 0
     generated: int = 0
     forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0  # of the drafted
+    gave_up: int = 0  # requests for which guessing did not pay
 
 
 class Running:
@@ -73,6 +78,7 @@ class Running:
         self.logprobs: tuple[mx.array, mx.array, mx.array] | None = None
         self.sampled = 0
         self.alone = False  # runs by itself, after a forward with it failed
+        self.speculation: Speculation | None = None
 
     @property
     def decoding(self) -> bool:
@@ -87,12 +93,18 @@ class Running:
 
 @dataclass(frozen=True)
 class Piece:
-    """A sequence's share of one forward; `wants` its last row's logits."""
+    """A sequence's share of one forward; `wants` its last row's logits, and those of a draft's rows."""
 
     running: Running
     tokens: mx.array
     length: int
     wants: bool
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Of how many rows, the last ones, the logits are wanted."""
+        return len(self.draft) + 1 if self.wants else 0
 
 
 class Scheduler:
@@ -112,6 +124,8 @@ class Scheduler:
         disk: PrefixDisk | None = None,
         max_running: int,
         kv_bits: KVBits = (None, None),
+        drafters: DrafterFactory | None = None,
+        draft_tokens: int = 4,
         message_start: int | None = None,
         pinned_tokens: Callable[[Sequence[int]], int] = lambda tokens: 0,
     ) -> None:
@@ -128,11 +142,15 @@ class Scheduler:
         self.running: list[Running] = []
         self._message_start = message_start
         self._pinned_tokens = pinned_tokens
+        self._drafters = drafters
+        self._draft_tokens = draft_tokens
+        self._started = 0.0  # when the step began
 
     @property
     def live_bytes(self) -> int:
         """Bytes of the running sequences' caches."""
-        return sum(r.live.nbytes for r in self.running)
+        drafts = sum(r.speculation.drafter.nbytes for r in self.running if r.speculation is not None)
+        return drafts + sum(r.live.nbytes for r in self.running)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for sampling values that do not fit the vocabulary."""
@@ -145,8 +163,11 @@ class Scheduler:
     def step(self) -> bool:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
         self._drop_cancelled()
+        self._started = time.perf_counter()
         try:
             self._admit()
+            if any(r.speculation is not None and r.speculation.on for r in self.running):
+                self._read(self.running)  # guesses go on from tokens that are known
             pieces = self._plan()
             if not pieces and not any(r.decoding for r in self.running):
                 return bool(self.waiting) or self._idle()
@@ -236,6 +257,8 @@ class Scheduler:
         if not r.sampled and not r.request.background:
             r.request.cached_tokens = start
             self.counters.cached += start
+        if self._drafters is not None and r.request.constraint is None and not r.request.background:
+            r.speculation = r.speculation or Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
 
     def _best_match(self, tokens: np.ndarray) -> Match:
@@ -265,7 +288,11 @@ class Scheduler:
             n = min(len(r.tokens) - start, max(1, left // (len(reading) - i)))
             left -= n
             ends = start + n == len(r.tokens) and r.request.max_tokens > 0
-            pieces.append(Piece(r, mx.array(r.tokens[start : start + n], mx.int32), n, ends))
+            tokens, draft = r.tokens[start : start + n], ()
+            if n == 1 and ends and r.speculation is not None:
+                room = r.request.max_tokens - r.sampled - 1
+                draft = tuple(r.speculation.propose(r.tokens, room))
+            pieces.append(Piece(r, mx.array([*tokens, *draft], mx.int32), n + len(draft), ends, draft))
         return self._make_room(pieces)
 
     def _make_room(self, pieces: list[Piece]) -> list[Piece]:
@@ -296,8 +323,7 @@ class Scheduler:
         rows, at = [], 0
         for p in pieces:
             at += p.length
-            if p.wants:
-                rows.append(at - 1)
+            rows += range(at - p.rows, at)
         tokens = [p.tokens for p in pieces]
         segments = [Segment(p.length, p.running.live) for p in pieces]
         logits = self.model(tokens[0] if len(tokens) == 1 else mx.concatenate(tokens), segments, rows)
@@ -315,6 +341,8 @@ class Scheduler:
     def _take_states(self, piece: Piece) -> list[mx.array]:
         """Copy the sliding windows where a later request may branch off; the arrays to evaluate."""
         r = piece.running
+        if piece.draft:
+            return []  # part of it may be taken back
         end = r.live.offset
         start = end - piece.length
         places = set()
@@ -348,16 +376,15 @@ class Scheduler:
                 if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
                     self._finish(r, "length")
                 continue
-            at, row = row, row + 1
+            at, row = row, row + p.rows
             if r not in self.running or logits is None:
                 continue
-            request = r.request
+            params = r.request.params
             try:
-                if (
-                    request.params.plain_greedy
-                    and request.constraint is None
-                    and request.params.logprobs is None
-                ):
+                if r.speculation is not None and (r.speculation.on or p.draft):
+                    self._verify(p, logits[at : at + p.rows])
+                    continue
+                if params.plain_greedy and r.request.constraint is None and params.logprobs is None:
                     if greedy is None:
                         greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
                     r.next = greedy[at : at + 1]
@@ -380,6 +407,39 @@ class Scheduler:
             if allowed is not None:
                 logits = mx.where(unpack_bits(allowed, logits.shape[-1]), logits, -mx.inf)
             r.logprobs = logprob_arrays(logits, r.next, top)
+
+    def _verify(self, piece: Piece, logits: mx.array) -> None:
+        """Draw a token for each row of logits [1 + draft, vocab], up to the first unlike its guess."""
+        r, speculation = piece.running, piece.running.speculation
+        assert speculation is not None
+        drawn: list[mx.array] = []
+        logprobs, states = [], []
+        for i in range(len(piece.draft) + 1):
+            self._draw(r, logits[i : i + 1].squeeze(0))
+            assert r.next is not None
+            drawn.append(r.next)
+            logprobs.append(r.logprobs)
+            states.append(r.sampler.state)
+        r.next = r.logprobs = None
+        tokens = mx.concatenate(drawn).tolist()
+        assert isinstance(tokens, list)
+        accepted = 0
+        while accepted < len(piece.draft) and tokens[accepted] == piece.draft[accepted]:
+            accepted += 1
+        r.sampler.state = states[accepted]
+        r.alone = False
+        if piece.draft:
+            r.live.rewind(len(r.tokens) + accepted)
+            self.counters.drafted += len(piece.draft)
+            self.counters.accepted += accepted
+        if piece.length == len(piece.draft) + 1:
+            seconds = time.perf_counter() - self._started
+            self.counters.gave_up += speculation.record(len(piece.draft), accepted, seconds)
+        for token, row in zip(tokens[: accepted + 1], logprobs, strict=False):
+            r.sampled += 1
+            self._deliver(r, TokenOutput(int(token), None if row is None else read_logprobs(row)))
+            if r not in self.running:
+                return
 
     # --- what came out
 
