@@ -26,7 +26,7 @@ LAYOUTS = {
     "mlx 4-bit experts, dense parts in 4 bits": ("mlx", MlxRecipe(4, 4)),
     "mlx 8-bit experts, dense parts in 8 bits": ("mlx", MlxRecipe(8, 8)),
 }
-ODD = Shape(layers=3, hidden=192, intermediate=128, window=16, vocab=160)
+ODD = Shape(layers=3, hidden=128, intermediate=64, experts=6, heads=4, window=16, vocab=160)
 
 
 def feed(model: Model, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.ndarray:
@@ -85,11 +85,9 @@ def test_three_thousand_tokens_equal_transformers(tmp_path):
 def test_every_layout_equals_the_oracle(tmp_path, tokens, layout, truncate):
     kind, recipe = LAYOUTS[layout]
     shape = replace(ODD, truncate=truncate, initial_context=512)
-    # Chosen so that no router decides by so little that rounding could flip it.
-    seed = 2 if kind != "mlx" or recipe == MlxRecipe(None) else 0
-    seed = 0 if truncate else seed
+    seed = 1  # no router decides by so little that rounding could flip it
     expected = forward(shape, truth(shape, seed, kind, recipe), tokens)
-    assert expected.router_margin.min() > 1e-4
+    assert expected.router_margin.min() > 5e-4
     folder = write_checkpoint(tmp_path, shape, seed=seed, layout=kind, recipe=recipe)
     logits = feed(load_model(folder, "float32"), tokens, pieces(70, len(tokens)))
     assert np.abs(logits - expected.logits).max() <= 1e-4
