@@ -80,12 +80,12 @@ class Source:
 
     def fingerprint(self) -> dict[str, list[Any]]:
         """Per file: size, time of last change, SHA-256 of its first megabyte (its header). Cheap."""
-        return {path.name: [*self._stat(path), _head_digest(path)] for path in self.files}
+        return {self._label(path): [*self._stat(path), _head_digest(path)] for path in self.files}
 
     def check_unchanged(self, fingerprint: dict[str, list[Any]]) -> None:
         """Raise ConversionError if a file is no longer what it was when the fingerprint was taken."""
         for path in self.files:
-            if self._stat(path) != fingerprint[path.name][:2]:
+            if self._stat(path) != fingerprint[self._label(path)][:2]:
                 raise ConversionError(
                     f"{path}: changed while it was being converted, nothing was finished; "
                     "convert it again from the start (--restart)"
@@ -97,8 +97,12 @@ class Source:
         for path in self.files:
             blob = path.resolve().name
             known = blob if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else None
-            files[path.name] = FileEntry(self._stat(path)[0], known)
+            files[self._label(path)] = FileEntry(self._stat(path)[0], known)
         return SourceEntry(self.kind, self.id, self.revision, files)
+
+    def _label(self, path: Path) -> str:
+        """A file's path inside the source's folder."""
+        return path.relative_to(self.folder).as_posix()
 
     @staticmethod
     def _stat(path: Path) -> list[int]:
