@@ -288,7 +288,7 @@ class Scheduler:
             n = min(len(r.tokens) - start, max(1, left // (len(reading) - i)))
             left -= n
             ends = start + n == len(r.tokens) and r.request.max_tokens > 0
-            tokens, draft = r.tokens[start : start + n], ()
+            tokens, draft = r.tokens[start : start + n], tuple[int, ...]()
             if n == 1 and ends and r.speculation is not None:
                 room = r.request.max_tokens - r.sampled - 1
                 draft = tuple(r.speculation.propose(r.tokens, room))
@@ -320,7 +320,8 @@ class Scheduler:
         """Launch the forward; logits of the rows wanted, [R, vocab], not evaluated yet."""
         if not pieces:
             return None
-        rows, at = [], 0
+        rows: list[int] = []
+        at = 0
         for p in pieces:
             at += p.length
             rows += range(at - p.rows, at)
@@ -421,8 +422,7 @@ class Scheduler:
             logprobs.append(r.logprobs)
             states.append(r.sampler.state)
         r.next = r.logprobs = None
-        tokens = mx.concatenate(drawn).tolist()
-        assert isinstance(tokens, list)
+        tokens: list[int] = np.array(mx.concatenate(drawn)).tolist()
         accepted = 0
         while accepted < len(piece.draft) and tokens[accepted] == piece.draft[accepted]:
             accepted += 1
@@ -437,7 +437,7 @@ class Scheduler:
             self.counters.gave_up += speculation.record(len(piece.draft), accepted, seconds)
         for token, row in zip(tokens[: accepted + 1], logprobs, strict=False):
             r.sampled += 1
-            self._deliver(r, TokenOutput(int(token), None if row is None else read_logprobs(row)))
+            self._deliver(r, TokenOutput(token, None if row is None else read_logprobs(row)))
             if r not in self.running:
                 return
 

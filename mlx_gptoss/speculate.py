@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.model import Model, Segment
@@ -99,7 +100,7 @@ class ModelDrafter:
             guesses.append(token)
             if i + 1 < limit:
                 logits = self._model(token, [Segment(1, self._cache)])
-        drafted = [int(t) for t in mx.concatenate(guesses).tolist()]  # type: ignore[union-attr]
+        drafted: list[int] = np.array(mx.concatenate(guesses)).tolist()
         self._fed = [*tokens, *drafted[:-1]]
         return drafted
 
