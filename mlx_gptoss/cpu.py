@@ -1,8 +1,8 @@
 """MLX's CPU backend, made usable: two streams for one token, the host's BLAS for many.
 
 The CPU backend is where this package is developed, tested and, on machines without a GPU, served. Measured
-there (benchmarks/decode.py): a stream is one core, so large matrices are applied by halves on two streams; and
-for more than a few rows numpy's BLAS is far faster than MLX's CPU matmul, so large products of float32
+there (benchmarks/decode.py): a stream is one core, so large matrices are applied by halves on two streams;
+and for more than a few rows numpy's BLAS is far faster than MLX's CPU matmul, so large products of float32
 rows go through it, expert by expert for the mixture of experts. Nothing here runs on a GPU.
 """
 

@@ -172,7 +172,7 @@ class Experts:
         return y[mx.argsort(order)].reshape(*chosen.shape, -1)
 
     def _unpacked(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The same on the CPU backend for many rows: each expert unpacked once, products by the host's BLAS."""
+        """The same on the CPU backend for many rows: each expert unpacked once, products by the host BLAS."""
         experts = np.asarray(chosen).reshape(-1)
         order = np.argsort(experts, kind="stable")
         rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)

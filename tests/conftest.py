@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,6 @@ import pytest
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.random_weights import Shape
-
-# No test may reach the network or a person's own cache by accident.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["DO_NOT_TRACK"] = "1"
 
 TINY = Shape(vocab=320)
 
