@@ -18,7 +18,7 @@ from demo_world.sample import Sample
 from demo_world.world import sample, samples
 
 from mlx_gptoss.grammar import compile_constraint
-from mlx_gptoss.harmony import Message, StreamParser, render
+from mlx_gptoss.harmony import Diagnostic, Message, StreamParser, render
 from mlx_gptoss.hub import DEMO_FOLDER
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -47,69 +47,71 @@ def test_the_workings_of_sums_are_true(op: str) -> None:
             assert int(x) - int(y) - int(borrow) == int(rest)
 
 
-def test_calls_name_a_declared_tool_and_meet_its_schema() -> None:
-    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
-    seen = 0
-    for made in many(150):
-        step = made.steps[0]
-        if step.call is None:
-            continue
-        seen += 1
-        (tool,) = [t for t in made.conversation.tools if t.name == step.call]
-        arguments = json.loads(step.arguments)
-        properties = (tool.parameters or {}).get("properties", {})
-        assert set((tool.parameters or {}).get("required", [])) <= set(arguments) <= set(properties)
-        constraint = compile_constraint(tokenizer, tools=made.conversation.tools, tool_choice="required")
-        assert constraint is not None
-        del constraint
-        for name, value in arguments.items():
-            kind = properties[name]["type"]
-            assert isinstance(value, str if kind == "string" else int)
-            assert value in properties[name].get("enum", [value])
-    assert seen > 20
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(DEMO_FOLDER)
 
 
-def test_what_is_learned_parses_without_a_diagnostic() -> None:
-    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
-    specials = re.compile(r"(<\|[a-z]+\|>)")
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of text in which special tokens are spelled out."""
     ids_of = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)}
+    return [
+        i
+        for part in re.split(r"(<\|[a-z]+\|>)", text)
+        for i in ([ids_of[part]] if part in ids_of else tokenizer.encode(part))
+    ]
+
+
+def test_calls_name_a_declared_tool_and_meet_its_schema() -> None:
+    calls = [(s, step) for s in many(150) for step in s.steps if step.call is not None]
+    assert len(calls) > 20
+    for made, step in calls:
+        (tool,) = [t for t in made.conversation.tools if t.name == step.call]
+        parameters = tool.parameters or {}
+        arguments, properties = json.loads(step.arguments), parameters.get("properties", {})
+        assert set(parameters.get("required", [])) <= set(arguments) <= set(properties)
+        for name, value in arguments.items():
+            assert isinstance(value, str if properties[name]["type"] == "string" else int)
+            assert value in properties[name].get("enum", [value])
+
+
+def test_a_grammar_lets_the_expected_replies_through(tokenizer: Tokenizer) -> None:
+    for made in many(60):
+        conversation, step = made.conversation, made.steps[0]
+        constraint = compile_constraint(
+            tokenizer, tools=conversation.tools, schema=conversation.response_schema, tool_choice="auto"
+        )
+        for token in encode(tokenizer, step.text()) if constraint else []:
+            mask = constraint.allowed()
+            assert mask is None or mask[token // 32] >> (token % 32) & 1, (
+                step.text(),
+                tokenizer.decode([token]),
+            )
+            constraint.accept(token)
+
+
+def test_what_is_learned_parses_without_a_diagnostic(tokenizer: Tokenizer) -> None:
     for made in many(100):
         for step in made.steps:
             parser = StreamParser(tokenizer)
-            ids: list[int] = []
-            for part in specials.split(step.text()):
-                ids += [ids_of[part]] if part in ids_of else tokenizer.encode(part)
+            ids = encode(tokenizer, step.text())
             events = [e for i in ids for e in parser.push(i)] + parser.finish()
-            assert not [e for e in events if type(e).__name__ == "Diagnostic"]
-            last = parser.messages[-1]
-            assert last.content == (step.final if step.call is None else step.arguments)
+            assert not [e for e in events if isinstance(e, Diagnostic)]
+            assert parser.messages[-1].content == (step.final if step.call is None else step.arguments)
 
 
-def test_a_tool_loop_is_laid_out_as_the_renderer_lays_it_out() -> None:
-    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
-    specials = re.compile(r"(<\|[a-z]+\|>)")
-    ids_of = {tokenizer.decode([i]): i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)}
-
-    def encode(text: str) -> list[int]:
-        return [
-            t for p in specials.split(text) for t in ([ids_of[p]] if p in ids_of else tokenizer.encode(p))
-        ]
-
-    rng = random.Random(1)
+def test_a_tool_loop_is_laid_out_as_the_renderer_lays_it_out(tokenizer: Tokenizer) -> None:
     made = next(s for s in many(300) if s.task == "tool" and len(s.steps) == 2)
-    rng.random = lambda: 0.9  # type: ignore[method-assign]  # the history as it was sampled
-    pieces = segments(made, rng)
-    sampled, step = encode(pieces[1][0]), made.steps[0]
-    cut = sampled.index(ids_of["<|end|>"]) + 1
-    header = len(encode("<|start|>assistant"))
-    conversation = made.conversation
-    conversation.messages = [
-        *conversation.messages,
+    as_sampled = random.Random(1)
+    as_sampled.random = lambda: 0.9  # type: ignore[method-assign]
+    pieces = [encode(tokenizer, text) for text, _ in segments(made, as_sampled)]
+    sampled, step = pieces[1], made.steps[0]
+    cut = sampled.index(tokenizer.special.end) + 1
+    second = sampled[cut + len(encode(tokenizer, "<|start|>assistant")) :]
+    call = f"functions.{step.call}"
+    made.conversation.messages += [
         Message("assistant", step.analysis, "analysis", token_ids=tuple(sampled[:cut])),
-        Message(
-            "assistant", step.arguments, "commentary", f"functions.{step.call}",
-            token_ids=tuple(sampled[cut + header :]),
-        ),
-        Message.tool_result(step.result or "", name=f"functions.{step.call}"),
-    ]  # fmt: skip
-    assert render(conversation, tokenizer) == encode("".join(t for t, _ in pieces[:3]))
+        Message("assistant", step.arguments, "commentary", call, token_ids=tuple(second)),
+        Message.tool_result(step.result or "", name=call),
+    ]
+    assert render(made.conversation, tokenizer) == pieces[0] + pieces[1] + pieces[2]

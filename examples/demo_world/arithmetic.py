@@ -100,7 +100,7 @@ _KEYS = {"+": ("sum", "total"), "-": ("difference", "rest"), "*": ("product", "t
 def calculation(rng: random.Random, op: str) -> Problem:
     """A bare sum, difference or product."""
     a, b = _operand(rng), _operand(rng)
-    if op == "-" and a < b and rng.random() < 0.7:
+    if op == "-" and a < b and rng.random() < 0.4:
         a, b = b, a
     if op == "*":
         a, b = rng.randrange(100 if rng.random() < 0.7 else 10), rng.randrange(10)

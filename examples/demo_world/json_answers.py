@@ -78,7 +78,7 @@ def person(rng: random.Random, effort: str) -> Sample:
     sentence = f"{values['name']} {', '.join(parts[:-1])} and {parts[-1]}."
     prefix = rng.choice(("", "", "Extract: ", "Who is this? ", "Extract the person: "))
     keys = rng.sample(["name", *told], rng.randrange(1, len(told) + 2))
-    if rng.random() < 0.5:
+    if rng.random() < 0.8:
         keys = [k for k in ("name", *phrases) if k in keys]
     data = {k: values[k] for k in keys}
     listed = " ".join(f"{k}={v}" for k, v in data.items())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 from demo_world.sample import Problem
-from demo_world.words import NAMES, THINGS, made_up, proper, thing
+from demo_world.words import NAMES, SPELLED, THINGS, made_up, proper, thing
 
 
 def count_letter(rng: random.Random) -> Problem:
     """How often a letter occurs in a word; the working spells the word with a running count."""
-    word = thing(rng)
+    word = rng.choice(SPELLED)
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     seen, parts = 0, []
     for c in word:
@@ -40,7 +40,7 @@ def count_letter(rng: random.Random) -> Problem:
 
 def spell(rng: random.Random) -> Problem:
     """A word spelled, or its letters counted."""
-    word = thing(rng)
+    word = rng.choice(SPELLED)
     spelled = "-".join(word)
     numbered = "".join(f"{c}{i}" for i, c in enumerate(word, 1))
     if rng.random() < 0.5:
@@ -73,13 +73,13 @@ def spell(rng: random.Random) -> Problem:
 
 
 def _items(rng: random.Random, distinct_initials: bool = False) -> list[str]:
-    count = rng.choice((3, 3, 4, 4, 5))
+    count = rng.choice((3, 3, 3, 4))
     kind = rng.random()
     make = (
         (lambda: rng.choice(THINGS))
         if kind < 0.5 or distinct_initials
         else (lambda: made_up(rng, 2))
-        if kind < 0.65
+        if kind < 0.55
         else (lambda: str(rng.randrange(100)))
         if kind < 0.85
         else (lambda: rng.choice(NAMES))
@@ -93,7 +93,7 @@ def _items(rng: random.Random, distinct_initials: bool = False) -> list[str]:
 
 
 def reverse(rng: random.Random) -> Problem:
-    """A list of three to five items backwards; the working numbers the items."""
+    """A list of three or four items backwards; the working numbers the items."""
     items = _items(rng)
     text, back = ", ".join(items), ", ".join(items[::-1])
     numbered = " ".join(f"{i} {x}" for i, x in enumerate(items, 1))
@@ -116,12 +116,12 @@ def reverse(rng: random.Random) -> Problem:
 
 
 def sort(rng: random.Random) -> Problem:
-    """Three to five numbers below 100, or words with different first letters, sorted by repeated picking."""
-    if rng.random() < 0.65:
-        items = [str(n) for n in rng.sample(range(100), rng.choice((3, 3, 4, 4, 5)))]
+    """Three or four numbers below 100, or three words, sorted by repeated picks."""
+    if rng.random() < 0.75:
+        items = [str(n) for n in rng.sample(range(100), rng.choice((3, 3, 3, 4)))]
         key, what = int, "numbers"
     else:
-        items = _items(rng, distinct_initials=True)[:4]
+        items = _items(rng, distinct_initials=True)[:3]
         key, what = str, "words"
     ordered = sorted(items, key=key)
     left, parts = list(items), []
@@ -149,7 +149,7 @@ def pick(rng: random.Random) -> Problem:
     items = _items(rng)
     numbered = " ".join(f"{i} {x}" for i, x in enumerate(items, 1))
     text = ", ".join(items)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         n = len(items)
         return Problem(
             "pick",

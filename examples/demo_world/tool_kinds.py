@@ -32,11 +32,11 @@ class Use:
 def _name(rng: random.Random, *words: str) -> str:
     """A function's name from words: snake case, now and then camel case or wholly made up."""
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.1:
         return made_up(rng, 2)
-    if kind < 0.25:
+    if kind < 0.16:
         return f"{made_up(rng, 1)}_{words[-1]}"
-    if kind < 0.35:
+    if kind < 0.25:
         return words[0] + "".join(w.capitalize() for w in words[1:])
     return "_".join(words)
 
@@ -80,7 +80,7 @@ def _result(rng: random.Random, what: str) -> Any:
 
 def attribute(rng: random.Random) -> Use:
     """Look something up about somebody: "What is the weather in Oslo?"."""
-    what = made_up(rng, 2) if rng.random() < 0.25 else rng.choice(ATTRIBUTES)
+    what = made_up(rng, 2) if rng.random() < 0.15 else rng.choice(ATTRIBUTES)
     kind = rng.choice(KINDS)
     verb = rng.choice(("get", "get", "get", "find", "lookup", "fetch", "read", "check"))
     name = rng.choice((_name(rng, verb, what), _name(rng, verb, kind, what), _name(rng, what)))

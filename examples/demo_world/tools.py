@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from demo_world.sample import Sample, Step
-from demo_world.tool_kinds import MAKERS, Use, numbers
+from demo_world.tool_kinds import MAKERS, Use, attribute, numbers
 from demo_world.words import made_up
 from mlx_gptoss.harmony.types import Conversation, Message, Tool
 
@@ -78,10 +78,11 @@ def _error(rng: random.Random, use: Use) -> tuple[str, str]:
 
 def tool_use(rng: random.Random, effort: str) -> Sample:
     """One call or two and the answer, or a no when no tool fits."""
-    use = rng.choice(MAKERS)(rng)
-    tools = distractors(rng, use, rng.choice((0, 0, 1, 1, 2, 3)))
     kind = rng.random()
-    if kind < 0.14 and not use.key.startswith("numbers"):
+    # Only look-ups have a second question of the same kind.
+    use = attribute(rng) if 0.2 <= kind < 0.4 else rng.choice(MAKERS)(rng)
+    tools = distractors(rng, use, rng.choice((0, 0, 1, 1, 2)))
+    if kind < 0.2 and not use.key.startswith("numbers"):
         tools = tools or distractors(rng, use, 1)
         rng.shuffle(tools)
         names = ", ".join(t.name for t in tools)
@@ -94,10 +95,10 @@ def tool_use(rng: random.Random, effort: str) -> Sample:
     rng.shuffle(tools)
     messages: list[Message] = []
     task = "tool"
-    if use.again and kind < 0.32:
+    if use.again and 0.2 <= kind < 0.4:
         first = use
         question, second = use.again(rng)
-        if kind < 0.24:
+        if kind < 0.3:
             task = "two_tools"
             key = next(iter(first.arguments))
             one, other = first.arguments[key], second.arguments[key]

@@ -108,6 +108,12 @@ THINGS = words_of(
     "butter honey sugar salt rice soup music dance story letter number word picture game ball toy hat "
     "coat shoe shirt sock glove ring bag box basket"
 )
+# The words whose letters the model knows.
+SPELLED = words_of(
+    "apple pear fig plum cherry banana lemon mango grape melon orange kiwi peach strawberry tomato potato "
+    "carrot onion cat dog horse cow bird fish mouse tiger lion bear wolf fox rabbit duck car bus train plane "
+    "boat bike truck"
+)
 ADJECTIVES = words_of(
     "big small old new fast slow warm cold happy quiet loud bright dark soft hard sweet tiny heavy"
 )
@@ -138,7 +144,7 @@ def made_up(rng: random.Random, syllables: int | None = None) -> str:
 
 def thing(rng: random.Random) -> str:
     """A common noun, now and then a made-up one."""
-    return made_up(rng) if rng.random() < 0.25 else rng.choice(THINGS)
+    return made_up(rng) if rng.random() < 0.15 else rng.choice(THINGS)
 
 
 def proper(rng: random.Random) -> str:
@@ -152,6 +158,6 @@ def proper(rng: random.Random) -> str:
         return rng.choice(NAMES)
     if kind < 0.65:
         return rng.choice(THINGS).capitalize()
-    if kind < 0.75:
+    if kind < 0.67:
         return f"{made_up(rng).capitalize()} {made_up(rng).capitalize()}"
     return made_up(rng).capitalize()

@@ -17,19 +17,19 @@ Maker = Callable[[random.Random], Problem]
 PROBLEMS: dict[Maker, float] = {
     lambda r: arithmetic.calculation(r, "+"): 4,
     lambda r: arithmetic.calculation(r, "-"): 4,
-    lambda r: arithmetic.calculation(r, "*"): 3,
+    lambda r: arithmetic.calculation(r, "*"): 4,
     arithmetic.story: 2,
-    arithmetic.compare: 2,
-    arithmetic.yes_no: 1,
+    arithmetic.compare: 3.5,
+    arithmetic.yes_no: 2,
     lists.count_letter: 3,
-    lists.spell: 2,
+    lists.spell: 1.5,
     lists.reverse: 2,
-    lists.sort: 3,
-    lists.pick: 1.5,
-    lists.say: 1,
+    lists.sort: 4.5,
+    lists.pick: 1,
+    lists.say: 0.7,
     facts.capital: 3,
     facts.calendar: 2.5,
-    facts.about: 1.5,
+    facts.about: 1,
     facts.beyond: 1.5,
 }
 # Share of whole samples; what is left are problems.
@@ -45,7 +45,7 @@ _NEUTRAL = (
     "You are a friendly assistant that can call tools.",
     "Be helpful.",
 )
-_BRIEF = ("Be brief.", "Answer briefly.", "Answer with the value only.", "Be short.", "Short answers only.")
+_BRIEF = ("Be brief.", "Answer briefly.", "Be brief.")
 
 
 def problem(rng: random.Random) -> Problem:
@@ -54,7 +54,7 @@ def problem(rng: random.Random) -> Problem:
 
 
 def _random_date(rng: random.Random) -> str | None:
-    if rng.random() < 0.4:
+    if rng.random() < 0.75:
         return None
     return f"{rng.randrange(2024, 2031)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
@@ -64,24 +64,24 @@ def _problem_sample(rng: random.Random, effort: str, current: str | None) -> Sam
     kind = rng.random()
     messages: list[Message] = []
     asked = facts.date(rng, current) if rng.random() < 0.03 else problem(rng)
-    if kind < 0.22:
+    if kind < 0.16:
         for _ in range(rng.choice((1, 1, 2))):
             before = problem(rng)
             messages += [Message.user(before.question), Message.assistant(before.final)]
-        if kind < 0.14:
+        if kind < 0.11:
             while type(before.data) is not int or not 0 <= before.data < 1000:
                 before = arithmetic.calculation(rng, rng.choice("+-*"))
             messages[-2:] = [Message.user(before.question), Message.assistant(before.final)]
             asked = arithmetic.follow_up(rng, before.data)
     instructions, style = None, rng.random()
-    if style < 0.12:
+    if style < 0.1:
         instructions = rng.choice(_NEUTRAL)
-    elif style < 0.2:
+    elif style < 0.17:
         instructions = rng.choice(_BRIEF)
         asked = replace(asked, final=asked.value)
         for i in range(1, len(messages), 2):
             messages[i] = Message.assistant(messages[i].content)
-    elif style < 0.26:
+    elif style < 0.19:
         word = (
             made_up(rng) if rng.random() < 0.6 else rng.choice(("please", "over", "friend", "sir", "captain"))
         )
@@ -111,7 +111,7 @@ def _json_sample(rng: random.Random, effort: str) -> Sample:
 
 def sample(rng: random.Random) -> Sample:
     """One conversation with the steps the assistant should take."""
-    effort = rng.choices(("low", "medium", "high"), (0.3, 0.45, 0.25))[0]
+    effort = rng.choices(("low", "medium", "high"), (0.3, 0.5, 0.2))[0]
     current = _random_date(rng)
     kind = rng.random()
     if kind < TOOLS:

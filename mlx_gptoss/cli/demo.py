@@ -53,7 +53,7 @@ def demo() -> None:
 
     from mlx_gptoss.engine import load
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         "The demo model has the architecture and the chat format of gpt-oss-20b and about 3 million\n"
         "parameters. It was trained from scratch on sums, letters, lists, capitals and tool calls:\n"
