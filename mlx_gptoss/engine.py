@@ -389,6 +389,7 @@ class Engine:
         *,
         params: SamplingParams | None = None,
         tool_choice: ToolChoice = "auto",
+        strict_tools: bool = True,
         schema: Schema | None = None,
         regex: str | None = None,
         lark: str | None = None,
@@ -400,7 +401,8 @@ class Engine:
         """Queue the assistant's next turn of a conversation and return at once.
 
         schema, regex, lark, choices, json_object: what the answer must be; at most one. reasoning_budget:
-        analysis tokens at most. With a `sink` the events go there, on the engine's thread.
+        analysis tokens at most. strict_tools: False lets a call's arguments be any JSON object where the
+        tool's schema cannot be enforced. With a `sink` the events go there, on the engine's thread.
 
         Raises RequestError (SchemaError, ToolError), ContextLengthError, TokenizerError or BusyError.
         """
@@ -413,6 +415,7 @@ class Engine:
             tools=conversation.tools,
             builtin=conversation.builtin,
             tool_choice=tool_choice,
+            strict_tools=strict_tools,
             schema=schema,
             regex=regex,
             lark=lark,

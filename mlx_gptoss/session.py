@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 _CONVERSATION = frozenset(f.name for f in fields(Conversation)) - {"messages", "response_schema"}
-_START = frozenset(("tool_choice", "schema", "regex", "lark", "choices", "json_object", "reasoning_budget"))
+_START = frozenset(
+    ("tool_choice", "strict_tools", "schema", "regex", "lark", "choices", "json_object", "reasoning_budget")
+)
 
 ToolLike = Tool | Callable[..., Any] | dict[str, Any] | BuiltinTool
 

@@ -146,6 +146,7 @@ class ScriptedEngine:
         *,
         params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
         tool_choice: Any = "auto",
+        strict_tools: bool = True,
         schema: dict[str, Any] | None = None,
         json_object: bool = False,
         reasoning_budget: int | None = None,

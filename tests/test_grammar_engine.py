@@ -11,6 +11,7 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss.engine import Engine
+from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.harmony import Tool
 
 SCHEMA = {
@@ -68,3 +69,15 @@ def test_requests_of_different_shapes_run_side_by_side(llm: Engine) -> None:
     yes, letters, _ = (list(stream)[-1].reply for stream in streams)  # type: ignore[union-attr]
     assert yes.text in ("yes", "no")
     assert len(letters.text) == 3 and set(letters.text) <= {"a", "b"}
+
+
+def test_a_tool_whose_schema_cannot_be_enforced_is_an_error_or_takes_any_object(llm: Engine) -> None:
+    loose = Tool(
+        "collect", parameters={"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
+    )
+    request = {"tools": [loose], "tool_choice": "required", "reasoning_budget": 0, "max_tokens": 20}
+    with pytest.raises(SchemaError, match="uniqueItems"):
+        llm.respond("x", **request)
+    assert "to=functions.collect" in llm.tokenizer.decode(
+        llm.respond("x", strict_tools=False, **request).messages[-1].token_ids or ()
+    )

@@ -306,6 +306,7 @@ async def start(chat: ChatPlan, state: ServerState, count: int) -> list[Job]:
             chat.conversation,
             params=params,
             tool_choice=chat.tool_choice,
+            strict_tools=False,
             schema=chat.schema,
             json_object=chat.json_object,
             sink=sink,

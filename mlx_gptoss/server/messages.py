@@ -159,6 +159,7 @@ def router(state: ServerState) -> APIRouter:
                 conversation,
                 params=params,
                 tool_choice=choice,
+                strict_tools=False,
                 schema=conversation.response_schema,
                 reasoning_budget=budget,
                 sink=sink,

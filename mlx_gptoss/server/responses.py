@@ -197,6 +197,7 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
                     asked.conversation,
                     params=asked.params,
                     tool_choice=asked.tool_choice,
+                    strict_tools=False,
                     schema=asked.schema,
                     json_object=asked.json_object,
                     sink=sink,
