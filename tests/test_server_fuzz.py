@@ -159,7 +159,7 @@ def exercise(operation: Any) -> set[int]:
 
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(
-            max_examples=4,
+            max_examples=3,
             deadline=None,
             derandomize=True,
             database=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,6 +28,13 @@ from mlx_gptoss.server.translate import (
 from mlx_gptoss.server.turn_memory import AssistantTurn, Call
 
 
+class TextPart(Protocol):
+    """A block where only text makes sense; not recursive, so that the OpenAPI document is not either."""
+
+    type: str
+    text: str | None = None
+
+
 class Block(Protocol):
     """A content block of any type; `type` says which of the fields count."""
 
@@ -37,7 +45,7 @@ class Block(Protocol):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | list[TextPart] | None = None
     is_error: bool | None = None
 
 
@@ -77,7 +85,7 @@ class OutputConfig(Protocol):
 class CountTokensRequest(Protocol):
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     model: str | None = None
-    system: str | list[Block] | None = None
+    system: str | list[TextPart] | None = None
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
@@ -141,7 +149,7 @@ def conversation_of(request: CountTokensRequest, state: ServerState) -> tuple[Co
     return conversation, choice
 
 
-def _text(content: str | list[Block], where: str) -> str:
+def _text(content: str | Sequence[TextPart | Block], where: str) -> str:
     """The text of blocks that may only be text."""
     if isinstance(content, str):
         return content
