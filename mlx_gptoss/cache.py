@@ -113,6 +113,16 @@ class FullCache:
             room = mx.zeros((*slab.shape[:2], tokens - self.length, slab.shape[3]), slab.dtype)
             self._slabs[i] = mx.concatenate([slab[:, :, : self.length], room], axis=2)
 
+    @property
+    def part_count(self) -> int:
+        """How many arrays hold the keys and values."""
+        return len(self._slabs)
+
+    def release(self) -> None:
+        """Free the slabs; the cache is of no more use."""
+        self._slabs = [slab[:, :, :0] for slab in self._slabs]
+        mx.eval(self._slabs)
+
     def seek(self, offset: int, length: int) -> None:
         """Keep `length` stored tokens and go on at position `offset`."""
         self.offset, self.length = offset, min(length, self.length)
@@ -210,13 +220,21 @@ class SlidingCache:
         self.offset = 0
 
     @property
-    def nbytes(self) -> int:
-        return int(self._keys.nbytes + self._values.nbytes)
-
-    @property
     def token_bytes(self) -> int:
         """Bytes that one stored token takes."""
         return int(2 * self._keys.shape[1] * self._keys.shape[3] * self._keys.itemsize)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the slab has room for."""
+        return int(self._keys.shape[2])
+
+    def capacity_for(self, t: int) -> int:
+        """The capacity once t more tokens are appended."""
+        used = self.offset - self.start
+        if used + t <= self.capacity:
+            return self.capacity
+        return max(min(used, self._reach + SLACK) + t, self._reach + SLACK + SPARE)
 
     @property
     def history(self) -> int:
@@ -227,7 +245,7 @@ class SlidingCache:
         """Append t tokens; the keys and values that any of them sees, [1, H, history + t, D]."""
         seen = self.history
         used, new = self.offset - self.start, k.shape[2]
-        if used + new > self._keys.shape[2]:
+        if used + new > self.capacity:
             self._compact(k, v)
         else:
             self._keys[:, :, used : used + new] = k
@@ -248,7 +266,7 @@ class SlidingCache:
         """A new slab of the recent history, the new tokens, and room for more."""
         used = self.offset - self.start
         keep = min(used, self._reach + SLACK)
-        capacity = max(keep + k.shape[2], self._reach + SLACK + SPARE)
+        capacity = self.capacity_for(k.shape[2])
         room = mx.zeros((*k.shape[:2], capacity - keep - k.shape[2], k.shape[3]), k.dtype)
         self._keys = mx.concatenate([self._keys[:, :, used - keep : used], k, room], axis=2)
         self._values = mx.concatenate([self._values[:, :, used - keep : used], v, room], axis=2)
@@ -320,8 +338,10 @@ class SequenceCache:
         self._exact_from = 0
 
     @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+    def committed(self) -> int:
+        """Bytes these caches take, the sliding slabs counted at the size they run at."""
+        full = sum(layer.nbytes for layer in self.full)
+        return full + sum(max(x.capacity, self._slab()) * x.token_bytes for x in self.sliding)
 
     @property
     def window_history(self) -> int:
@@ -329,19 +349,25 @@ class SequenceCache:
         return self._reach
 
     def growth(self, t: int) -> int:
-        """Bytes the full layers' slabs grow by when t tokens are appended (sliding slabs stay bounded)."""
-        if not self.full:
-            return 0
-        first = self.full[0]
-        more = first.capacity_for(self.offset + t) - first.capacity
-        return more * sum(layer.token_bytes for layer in self.full)
+        """Bytes that `committed` grows by when t tokens are appended."""
+        more = 0
+        for full in self.full:
+            more += (full.capacity_for(self.offset + t) - full.capacity) * full.token_bytes
+        for sliding in self.sliding:
+            more += (
+                max(0, sliding.capacity_for(t) - max(sliding.capacity, self._slab())) * sliding.token_bytes
+            )
+        return more
 
-    def nbytes_at(self, tokens: int) -> int:
-        """Bytes of these caches when they have been reserved for `tokens` tokens and run for a while."""
-        slab = self._reach + SLACK + SPARE
-        return tokens * sum(x.token_bytes for x in self.full) + slab * sum(
-            x.token_bytes for x in self.sliding
-        )
+    def nbytes_at(self, tokens: int, chunk: int = 1) -> int:
+        """Bytes of these caches when they hold `tokens` tokens that came in chunks of `chunk`."""
+        full = sum(x.token_bytes for x in self.full)
+        sliding = sum(x.token_bytes for x in self.sliding)
+        return tokens * full + (self._slab() + max(0, chunk - SPARE)) * sliding
+
+    def _slab(self) -> int:
+        """Tokens that a sliding layer's slab has room for, chunks larger than its spare room aside."""
+        return self._reach + SLACK + SPARE
 
     def arrays(self) -> list[mx.array]:
         """Every array the caches hold: what to evaluate after a forward without logits."""
@@ -437,24 +463,37 @@ class SequenceCache:
         pieces = [a for layer in self.sliding for a in layer.window(start, end)]
         return WindowState(start, end, mx.concatenate(pieces, axis=0))
 
-    def export(self, start: int, end: int) -> list[mx.array]:
-        """A compact copy of the full layers' KV of tokens [start, end), for `load`.
+    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[list[mx.array]]:
+        """Compact copies of the full layers' KV of the token ranges [start, end), for `load`.
 
-        One array for each stored part (keys, values; more when quantised), [full layers, H, end - start, D].
+        A list for each range: layer after layer its stored parts (keys, values; more when quantised),
+        [1, H, end - start, D]. `release` frees each layer's slab once it is copied: the caches end there, and
+        there is never a second copy of more than one layer.
         """
-        columns = zip(*(layer.parts(start, end) for layer in self.full), strict=True)
-        return [mx.concatenate(list(column), axis=0) for column in columns]
+        spans: list[list[mx.array]] = [[] for _ in ranges]
+        for layer in self.full:
+            copied = []
+            for span, (start, end) in zip(spans, ranges, strict=True):
+                copied += [mx.contiguous(part) for part in layer.parts(start, end)]
+                span += copied[-layer.part_count :]
+            mx.eval(copied)
+            if release:
+                layer.release()
+        return spans
 
-    def load(self, spans: Sequence[Sequence[mx.array]], states: Iterable[WindowState] = ()) -> int:
+    def load(self, spans: Sequence[list[mx.array]], states: Iterable[WindowState] = ()) -> int:
         """Fill an empty cache with exported spans, in order; the position from which to feed tokens.
 
-        `states` as in `rewind`.
+        The lists are emptied layer by layer, so what nobody else holds is freed on the way. `states` as in
+        `rewind`.
         """
         total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
         self.reserve(total + GROW_LEAST)
-        for i, layer in enumerate(self.full):
+        for layer in self.full:
             for span in spans:
-                layer.write([part[i : i + 1] for part in span])
+                layer.write(span[: layer.part_count])
+                del span[: layer.part_count]
+            mx.eval(layer.arrays())
         self.length = total
         # Nothing is known of the sliding layers yet.
         for sliding in self.sliding:

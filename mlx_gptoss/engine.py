@@ -201,7 +201,9 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
             "kv_bits",
         )
     probe = SequenceCache(config, memory.dtype, options.bits)
-    holds = (budget - probe.nbytes_at(0)) // max(1, probe.nbytes_at(1) - probe.nbytes_at(0))
+    holds = (budget - probe.nbytes_at(0, options.prefill_chunk)) // max(
+        1, probe.nbytes_at(1) - probe.nbytes_at(0)
+    )
     # A slab grows in steps, so a sequence of the longest context must not need all of it.
     holds -= min(max(holds // 3, 256), 4096 + 256)
     wanted = config.max_position if options.max_context is None else options.max_context
@@ -212,7 +214,7 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
     context = min(wanted, holds)
     if context < (wanted if options.max_context is not None else LEAST_CONTEXT):
         asked = options.max_context or LEAST_CONTEXT
-        needed = probe.nbytes_at(asked)
+        needed = probe.nbytes_at(asked, options.prefill_chunk)
         raise MemoryLimitError(
             f"a context of {asked} tokens needs {gigabytes(needed)} for KV and the steps it grows in, and "
             f"the budget is {gigabytes(max(budget, 0))}: lower max_context or raise kv_budget",

@@ -36,7 +36,7 @@ _NOTHING = np.zeros(0, np.int32)
 class Node:
     """`tokens` at positions [start, end) and the KV of them, after those of the parents.
 
-    `parts` is what SequenceCache.export gives. `states` are window states that end within (start, end].
+    `parts` is what SequenceCache.export gives for them. `states` end within (start, end].
     """
 
     tokens: np.ndarray
@@ -116,7 +116,7 @@ class PrefixStore:
         states: list[WindowState] = []
         for node, n in path:
             node.used = self._clock
-            spans.append([p[:, :, :n] for p in node.parts] if n < len(node.tokens) else node.parts)
+            spans.append([p[:, :, :n] for p in node.parts] if n < len(node.tokens) else list(node.parts))
             states.extend(node.states.values())
         if not path:
             return Match()
@@ -132,7 +132,7 @@ class PrefixStore:
     ) -> None:
         """Keep what `cache` holds of `tokens`, int32 [n <= cache.length], sharing what is already held.
 
-        The first `pinned` tokens are evicted last.
+        The first `pinned` tokens are evicted last. The cache is used up: its slabs are freed on the way.
         """
         path = self._loaded(self._walk(tokens))
         node, held = self._root, 0
@@ -145,11 +145,14 @@ class PrefixStore:
         fresh: list[Node] = []
         while held < len(tokens):
             end = min(len(tokens), held + SPAN, pinned if held < pinned else len(tokens))
-            child = Node(tokens[held:end].copy(), held, cache.export(held, end), parent=node)
+            child = Node(tokens[held:end].copy(), held, [], parent=node)
             node.children[int(tokens[held])] = child
             fresh.append(child)
             node, held = child, end
-        added = [a for child in fresh for a in child.parts]
+        spans = cache.export([(child.start, child.end) for child in fresh], release=True)
+        for child, parts in zip(fresh, spans, strict=True):
+            child.parts = parts
+        added: list[mx.array] = []
         line = list(self._lineage(node))
         for state in states:
             owner = next((n for n in line if n.start < state.end <= n.end), None)

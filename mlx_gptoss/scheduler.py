@@ -150,7 +150,7 @@ class Scheduler:
     def live_bytes(self) -> int:
         """Bytes of the running sequences' caches."""
         drafts = sum(r.speculation.drafter.nbytes for r in self.running if r.speculation is not None)
-        return drafts + sum(r.live.nbytes for r in self.running)
+        return drafts + sum(r.live.committed for r in self.running)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for sampling values that do not fit the vocabulary."""
@@ -222,7 +222,7 @@ class Scheduler:
             if self._soon_computed(tokens):
                 continue
             rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
-            need = self.make_cache().nbytes_at(len(tokens) + rest)
+            need = self.make_cache().nbytes_at(len(tokens) + rest, self.chunk)
             if need > self.budget - self.live_bytes and self.running:
                 return
             self.waiting.remove(r)
@@ -246,6 +246,7 @@ class Scheduler:
         """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
         known = self._best_match(tokens[:-1])
         cache = self.make_cache()
+        self.store.shrink(self.budget - self.live_bytes - cache.nbytes_at(len(tokens), self.chunk))
         cache.reserve(len(tokens))
         start = cache.load(known.spans, known.states)
         mx.eval(cache.arrays())
@@ -269,7 +270,7 @@ class Scheduler:
             if n > match.length:
                 here = r.live.snapshot(n)
                 states = [*match.states, *r.states, *([here] if here is not None else [])]
-                match = Match(n, [r.live.export(0, n)], states)
+                match = Match(n, r.live.export([(0, n)]), states)
         return match
 
     # --- one forward
@@ -474,6 +475,7 @@ class Scheduler:
 
     def _finish(self, r: Running, reason: FinishReason) -> None:
         """Keep what was computed, free the caches, and tell the caller."""
+        self.store.shrink(self.budget - self.live_bytes)
         self.running.remove(r)
         cache, r.cache, r.next = r.live, None, None
         n = min(cache.offset, len(r.tokens))
@@ -482,6 +484,7 @@ class Scheduler:
             states = [s for s in (*r.states, last) if s is not None and s.end <= n]
             tokens = np.array(r.tokens[:n], np.int32)
             self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
+            self.store.shrink(self.budget - self.live_bytes)
         r.states = []
         self._close(r, reason)
 
@@ -504,6 +507,11 @@ class Scheduler:
     def _recover(self, error: Exception) -> None:
         """A whole forward failed. Nobody knows because of whom: everyone starts again, alone."""
         running = list(self.running)
+        if not running:
+            # It was no forward, then; whoever comes next must not meet it again for ever.
+            if self.waiting:
+                self._fail(self.waiting.popleft(), error)
+            return
         if len(running) == 1:
             if isinstance(error, MemoryError) or "allocat" in str(error).lower():
                 error = MemoryLimitError(f"the device is out of memory: lower --kv-budget ({error})")

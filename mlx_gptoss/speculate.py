@@ -76,7 +76,7 @@ class ModelDrafter:
 
     @property
     def nbytes(self) -> int:
-        return self._cache.nbytes
+        return self._cache.committed
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """`limit` guesses, or none every now and then, so that their worth can be told."""

@@ -117,9 +117,9 @@ def test_any_split_into_chunks_gives_the_same_outputs(model: TinyModel, chunks: 
 
 
 def test_random_edit_scripts_equal_a_fresh_computation(model: TinyModel) -> None:
-    """60 scripts of appends, short and deep rewinds, branches and swaps between sequences."""
+    """40 scripts of appends, short and deep rewinds, branches and swaps between sequences."""
     worst = 0.0
-    for seed in range(60):
+    for seed in range(40):
         rng = random.Random(seed)
         live: list[tuple[SequenceCache, list[int], list[WindowState]]] = [
             (SequenceCache(CONFIG, mx.float32), [], []) for _ in range(2)
@@ -136,7 +136,7 @@ def test_random_edit_scripts_equal_a_fresh_computation(model: TinyModel) -> None
             elif action in ("deep", "branch"):
                 start = rng.randrange(start + 1)
             if action == "branch":
-                spans = [cache.export(0, start)]
+                spans = cache.export([(0, start)])
                 other = SequenceCache(CONFIG, mx.float32)
                 fed_from = other.load(spans, states if rng.random() < 0.5 else ())
                 states = [s for s in states if s.end <= start]
@@ -186,11 +186,11 @@ def test_full_layers_are_never_written_twice(model: TinyModel) -> None:
     cache = SequenceCache(CONFIG, mx.float32)
     model(tokens[:70], cache)
     model(tokens[70:], cache)
-    before = [np.array(a) for a in cache.export(0, 60)]
+    before = [np.array(a) for a in cache.export([(0, 60)])[0]]
     again = cache.rewind(60)
     assert again < 60
     model(tokens[again:], cache)
-    for old, new in zip(before, cache.export(0, 60), strict=True):
+    for old, new in zip(before, cache.export([(0, 60)])[0], strict=True):
         assert np.array_equal(old, np.array(new))
 
 
@@ -251,7 +251,7 @@ def test_quantised_caches_rewind_and_export_like_the_others() -> None:
     assert whole.rewind(25) == 25
     np.testing.assert_allclose(run(whole, tokens[25:]), want[25:], atol=1e-5)
     other = SequenceCache(QUANTIZABLE, mx.float32, (8, 8))
-    assert other.load([whole.export(0, 10), whole.export(10, 30)]) == 30
+    assert other.load(whole.export([(0, 10), (10, 30)])) == 30
     np.testing.assert_allclose(run(other, tokens[30:]), want[30:], atol=1e-5)
     assert whole.nbytes_at(1000) < 0.35 * SequenceCache(QUANTIZABLE, mx.float32).nbytes_at(1000)
 

@@ -1,0 +1,178 @@
+"""Properties of the scheduler, stepped by hand (no thread, no clock)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_gptoss.checkpoint import load_model
+from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.model import Model
+from mlx_gptoss.request import Request, TokenOutput, TokensDone
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.scheduler import Scheduler
+from tests.checkpoints import write_checkpoint
+from tests.random_weights import Shape
+
+SHAPE = Shape(layers=2, hidden=64, intermediate=64, experts=4, top_k=2, window=16, vocab=300)
+CHUNK = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(write_checkpoint(tmp_path_factory.mktemp("scheduler"), SHAPE))
+
+
+class Client:
+    """A request and what came of it; `at` holds the forward at which each token was delivered."""
+
+    def __init__(self, scheduler: Scheduler, tokens: list[int], max_tokens: int = 4, **more: Any) -> None:
+        self.scheduler = scheduler
+        self.tokens: list[int] = []
+        self.at: list[int] = []
+        self.end: TokensDone | Exception | None = None
+        params = SamplingParams(temperature=0.0)
+        self.request = Request(tokens, params, self.take, max_tokens=max_tokens, stop_ids=frozenset(), **more)
+        scheduler.add(self.request)
+
+    def take(self, item: Any) -> None:
+        if isinstance(item, TokenOutput):
+            self.tokens.append(item.token_id)
+            self.at.append(self.scheduler.counters.forwards)
+        else:
+            assert self.end is None, "the end came twice"
+            self.end = item
+
+
+def make(model: Any, **options: Any) -> Scheduler:
+    return Scheduler(model, **{"budget": 1 << 26, "chunk": CHUNK, "max_running": 8, **options})
+
+
+def prompt(seed: int, n: int) -> list[int]:
+    return [random.Random(f"{seed} {i}").randrange(299) for i in range(n)]
+
+
+def run(scheduler: Scheduler) -> None:
+    for _ in range(2000):
+        if not scheduler.step():
+            return
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def alone(model: Model, tokens: list[int], max_tokens: int = 4) -> list[int]:
+    client = Client(scheduler := make(model), tokens, max_tokens)
+    run(scheduler)
+    return client.tokens
+
+
+def test_a_short_request_waits_two_chunks_of_a_long_prefill_at_most(model: Model) -> None:
+    scheduler = make(model)
+    long = Client(scheduler, prompt(1, 40 * CHUNK))
+    for _ in range(3):
+        scheduler.step()
+    arrived = scheduler.counters.forwards
+    short = Client(scheduler, prompt(2, CHUNK // 2))
+    run(scheduler)
+    # Its token is computed by the next forward, and read while the one after that runs.
+    assert short.at[0] - arrived <= 2
+    assert isinstance(long.end, TokensDone) and long.tokens == alone(model, prompt(1, 40 * CHUNK))
+
+
+def test_running_streams_get_a_token_at_every_forward_beside_a_prefill(model: Model) -> None:
+    scheduler = make(model)
+    stream = Client(scheduler, prompt(3, 4), max_tokens=30)
+    for _ in range(4):
+        scheduler.step()
+    Client(scheduler, prompt(4, 20 * CHUNK))
+    run(scheduler)
+    assert [b - a for a, b in zip(stream.at, stream.at[1:], strict=False)][:-1] == [1] * 28
+
+
+def test_prompts_share_the_chunk_and_nobody_starves(model: Model) -> None:
+    scheduler = make(model)
+    clients = [Client(scheduler, prompt(10 + i, 50), max_tokens=10) for i in range(4)]
+    run(scheduler)
+    starts, ends = [c.at[0] for c in clients], [c.at[-1] for c in clients]
+    assert max(starts) - min(starts) <= 2 and max(ends) - min(ends) <= 2
+    for i, client in enumerate(clients):
+        assert client.tokens == alone(model, prompt(10 + i, 50), 10)
+
+
+def test_places_are_given_in_order_of_arrival(model: Model) -> None:
+    scheduler = make(model, max_running=2)
+    clients = [Client(scheduler, prompt(20 + i, 8)) for i in range(5)]
+    scheduler.step()
+    assert len(scheduler.running) == 2 and len(scheduler.waiting) == 3
+    run(scheduler)
+    starts = [c.at[0] for c in clients]
+    assert starts == sorted(starts)
+
+
+def test_cancelling_frees_memory_at_the_next_step(model: Model) -> None:
+    scheduler = make(model)
+    running = Client(scheduler, prompt(30, 10), max_tokens=500)
+    other = Client(scheduler, prompt(31, 10), max_tokens=10)
+    for _ in range(4):
+        scheduler.step()
+    running.request.cancelled = True
+    before = scheduler.live_bytes
+    scheduler.step()
+    assert isinstance(running.end, TokensDone) and running.end.finish_reason == "cancelled"
+    assert scheduler.live_bytes < before
+    run(scheduler)
+    assert other.tokens == alone(model, prompt(31, 10), 10)
+    assert scheduler.live_bytes == 0
+
+
+class Poisoned:
+    """A model that cannot stand one token."""
+
+    def __init__(self, model: Model, token: int) -> None:
+        self.model, self.token = model, token
+        self.config, self.dtype = model.config, model.dtype
+
+    def __call__(self, tokens: mx.array, *rest: Any) -> Any:
+        if self.token in tokens.tolist():  # type: ignore[operator]
+            raise RuntimeError("poison")
+        return self.model(tokens, *rest)
+
+
+def test_a_request_that_breaks_the_forward_breaks_it_for_itself_only(model: Model) -> None:
+    scheduler = make(Poisoned(model, 299))
+    good = [Client(scheduler, prompt(40 + i, 20), max_tokens=6) for i in range(3)]
+    bad = Client(scheduler, [1, 2, 299])
+    late = Client(scheduler, prompt(44, 20), max_tokens=6)
+    run(scheduler)
+    assert isinstance(bad.end, GptOssError) and "poison" in str(bad.end)
+    for client, seed in zip([*good, late], (40, 41, 42, 44), strict=True):
+        assert client.tokens == alone(model, prompt(seed, 20), 6)
+    assert scheduler.counters.failed == 1
+
+
+def test_memory_stays_within_the_budget(model: Model) -> None:
+    probe = make(model).make_cache()
+    budget = int(2.2 * probe.nbytes_at(500))
+    scheduler = make(model, budget=budget)
+    clients = [Client(scheduler, prompt(50 + i, 300), max_tokens=30) for i in range(4)]
+    peak = 0
+    while scheduler.step():
+        peak = max(peak, scheduler.live_bytes + scheduler.store.nbytes)
+    assert peak <= budget
+    for i, client in enumerate(clients):
+        assert client.tokens == alone(model, prompt(50 + i, 300), 30)
+
+
+def test_background_requests_give_way(model: Model) -> None:
+    scheduler = make(model)
+    quiet = Client(scheduler, prompt(60, 10 * CHUNK), max_tokens=0, background=True)
+    for _ in range(4):
+        scheduler.step()
+    asked = Client(scheduler, prompt(60, 10 * CHUNK))
+    run(scheduler)
+    assert isinstance(quiet.end, TokensDone) and quiet.end.finish_reason == "cancelled"
+    # What had been read in the background was not read again.
+    assert isinstance(asked.end, TokensDone) and asked.end.cached_tokens >= 2 * CHUNK
+    assert asked.tokens == alone(model, prompt(60, 10 * CHUNK))
