@@ -1,0 +1,211 @@
+"""`mlx-gptoss bench`: how fast a model runs on this machine, and the share of its bandwidth it reaches.
+
+Prompts are random tokens, so no text and no tokenizer is needed, and no prefix is shared between runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_gptoss.cli.options import ModelSource, model_options
+from mlx_gptoss.errors import RequestError
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine import Engine
+
+# Bytes read to measure the memory's bandwidth: more than any cache holds.
+STREAMED = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Rates are tokens a second, times seconds; `batch` sequences ran at once."""
+
+    runtime: str
+    context: int
+    batch: int
+    prefill_rate: float
+    first_token: float
+    warm_first_token: float | None
+    decode_rate: float
+    bandwidth_share: float | None
+
+
+@click.command()
+@model_options
+@click.option("--contexts", default="128,1024", show_default=True, help="Prompt lengths, in tokens.")
+@click.option("--batches", default="1,4", show_default=True, help="Requests at once.")
+@click.option("--tokens", default=32, show_default=True, help="Tokens to generate in each run.")
+@click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this runtime beside ours.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def bench(
+    source: ModelSource, contexts: str, batches: str, tokens: int, compare: str | None, as_json: bool
+) -> None:
+    """Measure MODEL's speed on this machine.
+
+    Reports prefill and decode at each context length and number of requests, the time to the first token
+    cold and with the prompt known, memory, and the share of the measured memory bandwidth that decoding one
+    request reaches.
+    """
+    lengths, counts = _numbers(contexts, "contexts"), _numbers(batches, "batches")
+    if tokens < 2:
+        raise RequestError(
+            f"tokens is {tokens}: expected at least 2, to tell decoding from prefill", "tokens"
+        )
+    from mlx_gptoss.plan import plan
+    from mlx_gptoss.platform import describe, peak_memory
+
+    folder = source.folder()
+    source = replace(source, model=str(folder))
+    memory = plan(folder, source.dtype)
+    bandwidth = measure_bandwidth()
+    with source.load() as llm:
+        rows = list(measure_engine(llm, lengths, counts, tokens, _share(memory, bandwidth)))
+    peak = peak_memory()
+    if compare:
+        rows += measure_mlx_lm(folder, lengths, tokens, _share(memory, bandwidth))
+    report = {
+        "model": Path(source.model).name,
+        "layout": memory.layout,
+        "dtype": str(memory.dtype).removeprefix("mlx.core."),
+        "weights_bytes": memory.weights,
+        "bytes_read_per_token": memory.read_per_token,
+        "peak_memory_bytes": peak,
+        "bandwidth_bytes_per_second": bandwidth,
+        "machine": describe(),
+        "rows": [asdict(row) for row in rows],
+    }
+    click.echo(json.dumps(report, indent=2) if as_json else table(report, rows))
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    """Whole numbers out of '128,1024'. Raises RequestError."""
+    words = [word for word in text.replace(",", " ").split() if word]
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise RequestError(f"--{name} is {text!r}: expected whole numbers such as '128,1024'", name)
+    return [int(word) for word in words]
+
+
+def _share(memory: Any, bandwidth: float) -> Callable[[int, float], float]:
+    """(context, decoded tokens a second) -> share of the bandwidth that reading weights and KV takes."""
+
+    def share(context: int, rate: float) -> float:
+        return (memory.read_per_token + memory.kv(context)) * rate / bandwidth
+
+    return share
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second at which the device reads memory: the best of some passes over a large array."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_gptoss.platform import on_gpu
+
+    data = mx.ones(STREAMED // 4, mx.float32)
+    mx.eval(data)
+    host = np.asarray(data)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        if on_gpu():
+            mx.eval(mx.max(data))
+        else:
+            host.max()  # MLX's own reduction on the CPU is slower than the memory
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def measure_engine(
+    llm: Engine, lengths: list[int], counts: list[int], tokens: int, share: Callable[[int, float], float]
+) -> Iterator[Row]:
+    """Our figures, a row for each context length and number of requests."""
+    import numpy as np
+
+    from mlx_gptoss.sampling import SamplingParams
+
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
+
+    def prompt(length: int) -> list[int]:
+        return rng.integers(0, llm.config.vocab_size, length).tolist()
+
+    list(llm.submit(prompt(8), params))  # the first run compiles kernels
+    for length in lengths:
+        for count in counts:
+            prompts = [prompt(length) for _ in range(count)]
+            streams = [llm.submit(p, params) for p in prompts]
+            for stream in streams:
+                list(stream)
+            first = max(s.time_to_first_token or 0.0 for s in streams)
+            spent = max(s.decode_seconds or 0.0 for s in streams)
+            rate = count * (tokens - 1) / spent
+            warm = None
+            if count == 1:
+                again = llm.submit(prompts[0], params)
+                list(again)
+                warm = again.time_to_first_token
+            reached = share(length, rate) if count == 1 else None
+            yield Row("mlx-gptoss", length, count, count * length / first, first, warm, rate, reached)
+
+
+def measure_mlx_lm(
+    folder: Path, lengths: list[int], tokens: int, share: Callable[[int, float], float]
+) -> list[Row]:
+    """mlx-lm's figures for one request, with its own defaults."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    model, config = load_model(folder)
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in lengths:
+        prompt = mx.array(rng.integers(0, config["vocab_size"], length))
+        marks = [time.perf_counter()]
+        for _ in generate_step(prompt, model, max_tokens=tokens):
+            marks.append(time.perf_counter())
+        first, rate = marks[1] - marks[0], (tokens - 1) / (marks[-1] - marks[1])
+        rows.append(Row("mlx-lm", length, 1, length / first, first, None, rate, share(length, rate)))
+    return rows
+
+
+def table(report: dict[str, Any], rows: list[Row]) -> str:
+    """The report as a Markdown table to paste."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
+    lines = [
+        f"{report['model']} ({report['layout']}, {report['dtype']}): "
+        f"weights {report['weights_bytes'] / 1e9:.2f} GB, "
+        f"{report['bytes_read_per_token'] / 1e9:.3f} GB read a token, "
+        f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"memory bandwidth measured here: {report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
+        machine,
+        "",
+        "| runtime | context | requests | prefill tok/s | first token s | again s | decode tok/s | bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        cells = (
+            r.runtime,
+            str(r.context),
+            str(r.batch),
+            number(r.prefill_rate, ".1f"),
+            number(r.first_token, ".3f"),
+            number(r.warm_first_token, ".3f"),
+            number(r.decode_rate, ".1f"),
+            number(r.bandwidth_share, ".1%"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
