@@ -48,6 +48,7 @@ class Script:
     finish_reason: str = "stop"
     delay: float = 0.0  # seconds before each delta
     fail_after: int | None = None
+    cut: bool = False  # the text ended at a stop text
     failure: Exception = field(default_factory=lambda: GptOssError("the engine failed"))
 
 
@@ -204,7 +205,8 @@ class ScriptedEngine:
             end(message)
 
         def end(message: Message) -> None:
-            tokens = tuple(self.tokenizer.encode(message.content))
+            cut = script.cut and message.channel == "final"
+            tokens = None if cut else tuple(self.tokenizer.encode(message.content))
             sampled = Message(**{**vars(message), "token_ids": tokens})
             messages.append(sampled)
             events.append(MessageDone(sampled))

@@ -172,6 +172,18 @@ def test_the_whole_request_reaches_the_engine(ask: Callable[..., Any], engine: S
     assert conversation.reasoning_effort == "high"
 
 
+def test_a_stop_sequence_is_named_where_it_ended_the_answer(
+    ask: Callable[..., Any], engine: ScriptedEngine
+) -> None:
+    def ended(cut: bool) -> tuple[str, str | None]:
+        engine.write = lambda *_: Script(text="one", cut=cut)
+        body = ask(stop_sequences=["two"])
+        return body["stop_reason"], body["stop_sequence"]
+
+    assert ended(True) == ("stop_sequence", "two")
+    assert ended(False) == ("end_turn", None)
+
+
 def test_a_format_is_asked_of_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     body = ask(output_config={"format": {"type": "json_schema", "schema": schema}})
