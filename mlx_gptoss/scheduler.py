@@ -22,6 +22,7 @@ import numpy as np
 from mlx_gptoss.cache import KVBits, SequenceCache, WindowState
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
 from mlx_gptoss.model import Model, Segment
+from mlx_gptoss.platform import on_gpu
 from mlx_gptoss.prefix import Match, PrefixStore, common_prefix
 from mlx_gptoss.prefix_disk import PrefixDisk
 from mlx_gptoss.request import FinishReason, Request, TokenOutput
@@ -166,8 +167,8 @@ class Scheduler:
         self._started = time.perf_counter()
         try:
             self._admit()
-            if any(r.speculation is not None and r.speculation.on for r in self.running):
-                self._read(self.running)  # guesses go on from tokens that are known
+            if self._reads_first():
+                self._read(self.running)
             pieces = self._plan()
             if not pieces and not any(r.decoding for r in self.running):
                 return bool(self.waiting) or self._idle()
@@ -177,6 +178,16 @@ class Scheduler:
         except Exception as error:
             self._recover(error)
         return True
+
+    def _reads_first(self) -> bool:
+        """True when the last step's tokens are wanted before the next forward is launched.
+
+        Guesses go on from tokens that are known; and the CPU backend works on a chunk of prompt while it
+        launches it, which would hold up the tokens that are ready.
+        """
+        if any(r.speculation is not None and r.speculation.on for r in self.running):
+            return True
+        return not on_gpu() and any(not r.decoding for r in self.running)
 
     def _idle(self) -> bool:
         """A piece of work that can wait for a quiet moment; False when there is none."""

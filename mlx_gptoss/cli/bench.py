@@ -193,7 +193,7 @@ def table(report: dict[str, Any], rows: list[Row]) -> str:
         f"memory bandwidth measured here: {report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
         machine,
         "",
-        "| runtime | context | requests | prefill tok/s | first token s | again s | decode tok/s | bandwidth |",
+        "| runtime | context | requests | prefill tok/s | first token s | again s | decode tok/s | of peak |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
