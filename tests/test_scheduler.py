@@ -88,7 +88,9 @@ def test_running_streams_get_a_token_at_every_forward_beside_a_prefill(model: Mo
         scheduler.step()
     Client(scheduler, prompt(4, 20 * CHUNK))
     run(scheduler)
-    assert [b - a for a, b in zip(stream.at, stream.at[1:], strict=False)][:-1] == [1] * 28
+    # One token a forward; it is read just before or just after the next forward is launched.
+    assert len(stream.at) == 30 and stream.at[-1] - stream.at[0] <= 30
+    assert max(b - a for a, b in zip(stream.at, stream.at[1:], strict=False)) <= 2
 
 
 def test_prompts_share_the_chunk_and_nobody_starves(model: Model) -> None:
