@@ -24,7 +24,7 @@ from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, Memory
 from mlx_gptoss.hub import resolve
 from mlx_gptoss.model import Model, Segment
 from mlx_gptoss.plan import MemoryPlan, gigabytes, plan_checkpoint
-from mlx_gptoss.platform import available_memory
+from mlx_gptoss.platform import available_memory, limit_memory
 from mlx_gptoss.prefix_disk import PrefixDisk, fingerprint
 from mlx_gptoss.request import Request, Sink, TokenStream
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint
@@ -133,12 +133,14 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Engine:
     """Load a model: a folder, a Hub id (downloaded unless `offline`), or "demo".
 
     dtype: "bfloat16", "float16" or "float32" for activations and dense weights (default: the device's).
-    progress(done, total) is called as parts are read, on another thread. options: see EngineOptions.
+    progress(done, total) is called as parts are read, on another thread; announce, before that, with one line
+    that tells what memory the model will take. options: see EngineOptions.
 
     Raises ModelNotFoundError, HubError, ConfigError, CheckpointError, MemoryLimitError or RequestError.
     """
@@ -154,8 +156,14 @@ def load(
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
     budget, context = plan_context(memory, chosen, free)
+    if announce is not None:
+        announce(
+            f"{folder.name}: weights {gigabytes(memory.weights)}, KV cache up to {gigabytes(budget)} "
+            f"(context {context:,} tokens), {gigabytes(free)} free"
+        )
     worker = Worker(f"engine {folder.name}")
     try:
+        worker.call(partial(limit_memory, memory.weights))
         loaded = worker.call(lambda: read_model(checkpoint, progress))
         drafters: DrafterFactory | None = PromptLookup if chosen.draft == LOOKUP else None
         if draft is not None:

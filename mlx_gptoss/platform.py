@@ -19,6 +19,10 @@ from mlx_gptoss.errors import RequestError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Freed buffers that MLX may keep for reuse, bytes.
+CACHE_LEAST = 64 * 2**20
+CACHE_MOST = 1024 * 2**20
+
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -76,6 +80,20 @@ def available_memory() -> int:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
     return total_memory()
+
+
+def limit_memory(weights: int) -> None:
+    """Bound what MLX keeps of freed buffers, and let a Mac wire the model's memory, so it is never paged out.
+
+    weights: bytes of the model. The wired limit is 95 % of the device's recommended working set: the rest is
+    a margin for other programs. Reuse of buffers pays for small ones; large ones would outgrow the plan.
+    """
+    mx.set_cache_limit(max(CACHE_LEAST, min(CACHE_MOST, weights // 32)))
+    if not mx.metal.is_available():
+        return
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    if working_set:
+        mx.set_wired_limit(int(working_set) * 95 // 100)
 
 
 def peak_rss() -> int:

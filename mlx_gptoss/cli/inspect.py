@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gptoss.cli.options import ModelSource, dtype_option, model_argument, offline_option, revision_option
+from mlx_gptoss.cli.options import dtype_option, model_argument, offline_option, revision_option
 
 if TYPE_CHECKING:
     from mlx_gptoss.plan import MemoryPlan
@@ -25,9 +25,10 @@ CONTEXTS = (4096, 32_768, 131_072)
 def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, as_json: bool) -> None:
     """Show the architecture and layout of MODEL, its bytes by part, the bytes one decoded token reads, and
     the memory it needs, without loading it."""
+    from mlx_gptoss.hub import resolve
     from mlx_gptoss.plan import plan
 
-    folder = ModelSource(model, dtype, revision, offline, None, None).folder()
+    folder = resolve(model, revision=revision, offline=offline)
     report = describe(model, plan(folder, dtype))
     if as_json:
         click.echo(json.dumps(report, indent=2))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -47,6 +48,9 @@ class ModelSource:
     offline: bool
     max_context: int | None
     kv_budget: int | None
+    kv_bits: str | None
+    prefix_cache: Path | None
+    draft: str | None
 
     def folder(self) -> Path:
         """The local folder of the model, downloaded if need be."""
@@ -67,7 +71,11 @@ class ModelSource:
                 offline=self.offline,
                 max_context=self.max_context,
                 kv_budget=self.kv_budget,
+                kv_bits=None if self.kv_bits is None else int(self.kv_bits),
+                prefix_cache=self.prefix_cache,
+                draft=self.draft,
                 progress=progress,
+                announce=_tell if sys.stderr.isatty() else None,
             )
 
 
@@ -100,6 +108,10 @@ class ChatOptions:
     show_reasoning: bool
 
 
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
 def _bundle(command: Command, name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]) -> Command:
     """Declare `options` on a command and pass their values as one `kind` under `name`."""
     members = [f.name for f in fields(kind)]
@@ -129,6 +141,21 @@ max_context_option = click.option(
 kv_budget_option = click.option(
     "--kv-budget", type=ByteSize(), help="Memory for KV caches, e.g. 4GB.  [default: what is left]"
 )
+kv_bits_option = click.option(
+    "--kv-bits",
+    type=click.Choice(["8", "4"]),
+    help="Quantise the KV cache of the full layers; 4 costs quality.  [default: off]",
+)
+prefix_cache_option = click.option(
+    "--prefix-cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps computed prompts from one run to the next; holds what users wrote.",
+)
+draft_option = click.option(
+    "--draft",
+    metavar="MODEL|lookup",
+    help="Guess tokens with a smaller model, or from the text so far, and verify them.  [default: off]",
+)
 
 
 def model_options(command: Command) -> Command:
@@ -140,6 +167,9 @@ def model_options(command: Command) -> Command:
         offline_option,
         max_context_option,
         kv_budget_option,
+        kv_bits_option,
+        prefix_cache_option,
+        draft_option,
     ]
     return _bundle(command, "source", ModelSource, options)
 
