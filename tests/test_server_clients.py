@@ -104,7 +104,7 @@ def test_openai_chat_has_text_and_reasoning(client: openai.OpenAI) -> None:
     options: Any = {"model": "any", "messages": messages, "temperature": 0, "reasoning_effort": "low"}
     whole = client.chat.completions.create(**options, max_completion_tokens=150)
     message = whole.choices[0].message
-    assert message.reasoning  # type: ignore[attr-defined]
+    assert message.reasoning
     stream = client.chat.completions.create(**options, max_completion_tokens=150, stream=True)
     chunks = [chunk.choices[0] for chunk in stream]
     assert "".join(choice.delta.content or "" for choice in chunks) == (message.content or "")
@@ -136,7 +136,7 @@ def test_openai_chat_runs_a_tool(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**options, messages=messages, tool_choice="none", max_tokens=100)
     assert answer.choices[0].message.tool_calls is None
     assert answer.usage and answer.usage.prompt_tokens_details
-    assert answer.usage.prompt_tokens_details.cached_tokens  # type: ignore[operator]
+    assert answer.usage.prompt_tokens_details.cached_tokens
 
 
 def test_openai_parse_gives_an_object(client: openai.OpenAI) -> None:
