@@ -32,7 +32,7 @@ from tests.random_weights import Shape
 SHAPE = Shape(
     layers=2, hidden=64, intermediate=64, experts=4, top_k=2, heads=4, kv_heads=1, window=16, vocab=300
 )
-BUDGET = 3 << 20
+BUDGET = 1 << 20
 CHECKED_ALONE = 5  # of so many finished requests one is run again alone
 
 
