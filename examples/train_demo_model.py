@@ -257,18 +257,18 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for tokenizer, state and exports")
     parser.add_argument("--export", type=Path, help="write the shipped checkpoint here and stop")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--tokens", type=int, default=4800, help="tokens a step, over all processes")
     parser.add_argument("--parts", type=int, default=3, help="batches of like length in a step and process")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
-    parser.add_argument("--muon-lr", type=float, default=0.015)
-    parser.add_argument("--adam-lr", type=float, default=0.004)
+    parser.add_argument("--muon-lr", type=float, default=0.01)
+    parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument(
         "--balance", type=float, default=0.01, help="weight of the experts' load-balancing loss"
     )
     parser.add_argument(
-        "--quantise-from", type=float, default=0.8, help="share of the steps before rounding starts"
+        "--quantise-from", type=float, default=0.86, help="share of the steps before rounding starts"
     )
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=400, help="conversations in an evaluation")

@@ -82,7 +82,7 @@ def tool_use(rng: random.Random, effort: str) -> Sample:
     # Only look-ups have a second question of the same kind.
     use = attribute(rng) if 0.2 <= kind < 0.4 else rng.choice(MAKERS)(rng)
     tools = distractors(rng, use, rng.choice((0, 0, 1, 1, 2)))
-    if kind < 0.2 and not use.key.startswith("numbers"):
+    if (kind < 0.2 or kind > 0.92) and not use.key.startswith("numbers"):
         tools = tools or distractors(rng, use, 1)
         rng.shuffle(tools)
         names = ", ".join(t.name for t in tools)

@@ -17,23 +17,23 @@ Maker = Callable[[random.Random], Problem]
 PROBLEMS: dict[Maker, float] = {
     lambda r: arithmetic.calculation(r, "+"): 4,
     lambda r: arithmetic.calculation(r, "-"): 4,
-    lambda r: arithmetic.calculation(r, "*"): 4,
+    lambda r: arithmetic.calculation(r, "*"): 6,
     arithmetic.story: 2,
-    arithmetic.compare: 3.5,
-    arithmetic.yes_no: 2,
+    arithmetic.compare: 5,
+    arithmetic.yes_no: 4,
     lists.count_letter: 3,
     lists.spell: 1.5,
     lists.reverse: 2,
-    lists.sort: 4.5,
+    lists.sort: 5,
     lists.pick: 1,
     lists.say: 0.7,
-    facts.capital: 3,
-    facts.calendar: 2.5,
+    facts.capital: 4,
+    facts.calendar: 4,
     facts.about: 1,
     facts.beyond: 1.5,
 }
 # Share of whole samples; what is left are problems.
-TOOLS, JSON = 0.36, 0.13
+TOOLS, JSON = 0.42, 0.16
 
 _NEUTRAL = (
     "You are a helpful assistant.",
