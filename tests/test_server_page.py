@@ -206,7 +206,7 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(page: tuple[Any
         assert control.accessible_name or not control.is_displayed(), control.get_attribute("outerHTML")
     driver.execute_script("document.activeElement.blur(); document.body.focus()")
     reached = set()
-    for _ in range(15):
+    for _ in range(50):  # past the list of conversations
         driver.switch_to.active_element.send_keys(Keys.TAB)
         reached.add(driver.switch_to.active_element.get_attribute("id"))
     assert {"new", "theme", "effort", "prompt", "send"} <= reached
