@@ -204,6 +204,7 @@ def twenty_b_costs() -> dict[str, float]:
         assert state is not None
         mx.eval(state.data)
         times.append(time.perf_counter() - start)
+    assert state is not None
     return {"bytes": state.nbytes, "seconds": sorted(times)[4], "branches": _branch_ratio(config)}
 
 

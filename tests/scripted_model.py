@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.config import FULL, SLIDING, ModelConfig, YarnConfig
-from mlx_gptoss.engine import Engine, EngineOptions
+from mlx_gptoss.engine import Engine
+from mlx_gptoss.engine_options import EngineOptions
 from mlx_gptoss.model import Segment
 from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mlx_gptoss.worker import Worker

@@ -53,11 +53,12 @@ def by_hand(llm: Engine, tokens: list[int], count: int) -> list[int]:
     def run() -> list[int]:
         model = llm._model
         assert model is not None
-        cache, out, feed = model.make_cache(), [], tokens
+        cache, feed = model.make_cache(), tokens
+        out: list[int] = []
         while len(out) < count and out[-1:] != [SHAPE.vocab - 1]:
             logits = model(mx.array(feed), [Segment(len(feed), cache)], [len(feed) - 1])
             assert logits is not None
-            feed = [int(mx.argmax(logits[0]).item())]
+            feed = np.array(mx.argmax(logits, axis=-1)).tolist()
             out += feed
         return out
 

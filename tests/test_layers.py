@@ -30,6 +30,7 @@ FLOORS = {
     "hub": 3,
     "plan": 3,
     "engine": 4,
+    "engine_options": 4,
     "generation": 4,
     "prefix": 4,
     "prefix_disk": 4,
