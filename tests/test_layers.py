@@ -35,6 +35,7 @@ FLOORS = {
     "prefix": 4,
     "prefix_disk": 4,
     "request": 4,
+    "running": 4,
     "scheduler": 4,
     "session": 4,
     "speculate": 4,
