@@ -22,7 +22,8 @@ from mlx_gptoss.harmony import (
 from mlx_gptoss.terminal.markdown import Blocks, plain
 from mlx_gptoss.terminal.screen import Screen
 
-FRAME_SECONDS = 0.05  # between two drawings
+FRAME_SECONDS = 0.05  # between two drawings, at least
+LONGEST_PAUSE = 0.5  # and at most
 PEEK_LINES = 4  # of the reasoning, while it is going on
 CODE_THEME = "ansi_dark"
 SHOWN_ARGUMENTS = 300  # characters of a call or of its result
@@ -85,8 +86,9 @@ class AnswerView:
         if self._clock() - self._drawn >= self._pause:
             began = time.monotonic()
             self._draw()
-            # A long block takes long to draw: never spend more than a fifth of the time on it.
-            self._pause = max(FRAME_SECONDS, 4 * (time.monotonic() - began))
+            # A long block takes long to draw: spend no more than a fifth of the time on it, unless that
+            # made the answer look stuck.
+            self._pause = min(LONGEST_PAUSE, max(FRAME_SECONDS, 4 * (time.monotonic() - began)))
 
     def waiting(self) -> None:
         """Show that something is going on before the first token."""
