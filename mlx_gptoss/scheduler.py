@@ -233,7 +233,9 @@ class Scheduler:
             n = min(common_prefix(tokens, np.array(r.tokens, np.int32)), r.live.length)
             if n > match.length:
                 here = r.live.snapshot(n)
-                states = [*match.states, *r.states, *([here] if here is not None else [])]
+                # States of the store that end beyond its own match belong to other branches.
+                shared = [s for s in match.states if s.end <= match.length]
+                states = [*shared, *r.states, *([here] if here is not None else [])]
                 match = Match(n, r.live.export([(0, n)]), states)
         return match
 

@@ -129,6 +129,22 @@ def test_cancelling_frees_memory_at_the_next_step(model: Model) -> None:
     assert scheduler.live_bytes == 0
 
 
+def test_a_prefix_of_a_running_request_is_not_mixed_with_another_branch(model: Model) -> None:
+    """The store knows a branch that leaves early, a running request the longer common prefix."""
+    scheduler = make(model)
+    document = prompt(70, 500)
+    Client(scheduler, document[:60] + prompt(71, 3), max_tokens=1)
+    run(scheduler)
+    Client(scheduler, document + prompt(72, 5), max_tokens=30)
+    while scheduler.counters.forwards < 45:
+        scheduler.step()
+    assert len(scheduler.running) == 1
+    third = Client(scheduler, document[:75] + prompt(73, 5))
+    run(scheduler)
+    assert isinstance(third.end, TokensDone) and third.end.cached_tokens == 75 - 15
+    assert third.tokens == alone(model, document[:75] + prompt(73, 5))
+
+
 class Poisoned:
     """A model that cannot stand one token."""
 
