@@ -6,7 +6,7 @@ MODEL = "demo"
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 with gptoss.load(MODEL) as llm:
-    for event in llm.stream("Sort these numbers: 42, 7, 19, 88", reasoning_effort="high", temperature=0.0):
+    for event in llm.stream("What is 358 + 267?", reasoning_effort="high", temperature=0.0):
         match event:
             case gptoss.ReasoningDelta(text=text):
                 print(f"{DIM}{text}{PLAIN}", end="", flush=True)

@@ -10,14 +10,9 @@ def get_weather(city: str) -> str:
     return {"Oslo": "4 degrees and snowy", "Rome": "21 degrees and sunny"}.get(city, "12 degrees and cloudy")
 
 
-def set_timer(minutes: int) -> str:
-    """Set a timer in minutes."""
-    return f"rings in {minutes} minutes"
-
-
 with gptoss.load(MODEL) as llm:
-    chat = llm.chat(tools=[get_weather, set_timer], temperature=0.0)
-    for prompt in ("What is the weather in Oslo?", "And in Rome?", "Set a timer for 12 minutes."):
+    chat = llm.chat(tools=[get_weather], temperature=0.0)
+    for prompt in ("What is the weather in Oslo?", "And in Rome?"):
         reply = chat.send(prompt)
         print(f"> {prompt}")
         for message in reply.messages:

@@ -80,9 +80,9 @@ def tool_use(rng: random.Random, effort: str) -> Sample:
     """One call or two and the answer, or a no when no tool fits."""
     kind = rng.random()
     # Only look-ups have a second question of the same kind.
-    use = attribute(rng) if 0.2 <= kind < 0.4 else rng.choice(MAKERS)(rng)
+    use = attribute(rng) if 0.1 <= kind < 0.28 else rng.choice(MAKERS)(rng)
     tools = distractors(rng, use, rng.choice((0, 0, 1, 1, 2)))
-    if (kind < 0.2 or kind > 0.92) and not use.key.startswith("numbers"):
+    if kind < 0.1 and not use.key.startswith("numbers"):
         tools = tools or distractors(rng, use, 1)
         rng.shuffle(tools)
         names = ", ".join(t.name for t in tools)
@@ -95,10 +95,10 @@ def tool_use(rng: random.Random, effort: str) -> Sample:
     rng.shuffle(tools)
     messages: list[Message] = []
     task = "tool"
-    if use.again and 0.2 <= kind < 0.4:
+    if use.again and 0.1 <= kind < 0.28:
         first = use
         question, second = use.again(rng)
-        if kind < 0.3:
+        if kind < 0.19:
             task = "two_tools"
             key = next(iter(first.arguments))
             one, other = first.arguments[key], second.arguments[key]

@@ -20,7 +20,7 @@ PROBLEMS: dict[Maker, float] = {
     lambda r: arithmetic.calculation(r, "*"): 6,
     arithmetic.story: 2,
     arithmetic.compare: 5,
-    arithmetic.yes_no: 4,
+    arithmetic.yes_no: 3,
     lists.count_letter: 3,
     lists.spell: 1.5,
     lists.reverse: 2,
@@ -33,7 +33,7 @@ PROBLEMS: dict[Maker, float] = {
     facts.beyond: 1.5,
 }
 # Share of whole samples; what is left are problems.
-TOOLS, JSON = 0.42, 0.16
+TOOLS, JSON = 0.45, 0.13
 
 _NEUTRAL = (
     "You are a helpful assistant.",
