@@ -33,7 +33,7 @@ SHAPE = Shape(
     layers=2, hidden=64, intermediate=64, experts=4, top_k=2, heads=4, kv_heads=1, window=16, vocab=300
 )
 BUDGET = 1 << 20
-CHECKED_ALONE = 5  # of so many finished requests one is run again alone
+CHECKED_ALONE = 2  # of so many finished requests one is run again alone
 
 
 class EvenTokens:
