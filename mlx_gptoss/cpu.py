@@ -1,9 +1,10 @@
-"""MLX's CPU backend, made usable: two streams for one token, the host's BLAS for many.
+"""MLX's CPU backend, made usable: the host's BLAS for dense matrices, two streams for quantised ones.
 
 The CPU backend is where this package is developed, tested and, on machines without a GPU, served. Measured
-there (benchmarks/decode.py): a stream is one core, so large matrices are applied by halves on two streams;
-and for more than a few rows numpy's BLAS is far faster than MLX's CPU matmul, so large products of float32
-rows go through it, expert by expert for the mixture of experts. Nothing here runs on a GPU.
+there (benchmarks/decode.py): numpy's BLAS reads a float32 matrix several times faster than the one that
+MLX's Linux wheel is linked with, so large dense products go through it, and for many rows those of the
+experts as well, expert by expert; and a stream is one core, so large quantised matrices are applied by
+halves on two streams. Nothing here runs on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
 
 
 class Halved:
-    """One matrix, its outputs computed by halves on two streams, or by the host's BLAS for many rows."""
+    """One large matrix: float32 through the host's BLAS, else its outputs by halves on two streams."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
@@ -59,7 +60,7 @@ class Halved:
 
     def __call__(self, x: mx.array) -> mx.array:
         m = self.matrix
-        if x.shape[0] > 2 and m.weight.dtype == x.dtype == mx.float32:
+        if m.weight.dtype == x.dtype == mx.float32:
             return mx.array(np.asarray(x) @ np.asarray(m.weight).T)
         upper = self._parts[0].apply(x)
         lower = self._parts[1].apply(x, stream=_side_stream())
