@@ -217,8 +217,9 @@ def test_a_process_killed_while_writing_leaves_no_damage(
             store = saved_store(tmp_path)
             for i in range(10**6):
                 length = store.match(some(i, 60)).length
-                if length == 0:
+                if length != 60:
+                    # Not written yet: at most its first tokens are, by chance, those of another.
+                    assert length < 6
                     break
-                assert length == 60
         assert "ignored" not in caplog.text
         assert not list(tmp_path.glob("*/*.partial"))
