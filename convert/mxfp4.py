@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlx_gptoss.linear import FP4_VALUES
+
 GROUP = 32
-TABLE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+TABLE = np.array(FP4_VALUES, np.float32)
 MAX_SCALE = 254  # 255 is NaN
 
 BLOCK = 2048  # groups worked on at a time: what they need stays in a core's cache

@@ -16,7 +16,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.linear import MXFP4, Dense, Matrix, Projection
+from mlx_gptoss.linear import FP4_VALUES, MXFP4, Dense, Matrix, Projection
 
 # A switch between streams costs about 25 us: only matrices of so many values are worth halving.
 HALVE_FROM = 1 << 20
@@ -141,8 +141,7 @@ def _mxfp4_tables() -> tuple[np.ndarray, np.ndarray]:
     """2^(s - 127) for each scale byte, and for each byte of blocks its two values side by side."""
     powers = np.exp2(np.arange(256, dtype=np.float64) - 127)
     powers[255] = np.nan  # E8M0 has no infinity; a checkpoint that holds it was refused at loading
-    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    table = np.concatenate([table, -table])
+    table = np.array(FP4_VALUES, np.float32)
     byte = np.arange(256)
     pairs = np.stack([table[byte & 15], table[byte >> 4]], axis=-1)
     return powers.astype(np.float32), pairs.view(np.uint64)[:, 0].copy()

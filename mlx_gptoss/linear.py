@@ -24,6 +24,8 @@ class Quantization:
 
 
 MXFP4 = Quantization("mxfp4", 4, 32)
+# What the sixteen codes of MXFP4 stand for, before their group's power of two (OCP Microscaling Formats 1.0).
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True)
