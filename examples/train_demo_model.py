@@ -20,6 +20,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+# The matmul library of torch on CPUs makes a kernel for each new size and keeps 1,024 of them: too few here.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16384")
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -123,7 +127,7 @@ def batches(encoder: Encoder, rng: random.Random, tokens: int, parts: int):
             bounds.append(i + 1)
     for start, stop in zip(bounds, [*bounds[1:], len(rows)], strict=True):
         part = rows[start:stop]
-        length = max(len(ids) for ids, _, _ in part) - 1
+        length = (max(len(ids) for ids, _, _ in part) + 14) // 16 * 16
         x = torch.zeros(len(part), length, dtype=torch.long)
         at, targets, owner = [], [], []
         for b, (ids, mask, _) in enumerate(part):
@@ -257,20 +261,20 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for tokenizer, state and exports")
     parser.add_argument("--export", type=Path, help="write the shipped checkpoint here and stop")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=17000)
     parser.add_argument("--tokens", type=int, default=4800, help="tokens a step, over all processes")
     parser.add_argument("--parts", type=int, default=3, help="batches of like length in a step and process")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
-    parser.add_argument("--muon-lr", type=float, default=0.01)
-    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--muon-lr", type=float, default=0.008)
+    parser.add_argument("--adam-lr", type=float, default=0.002)
     parser.add_argument(
         "--balance", type=float, default=0.01, help="weight of the experts' load-balancing loss"
     )
     parser.add_argument(
         "--quantise-from", type=float, default=0.86, help="share of the steps before rounding starts"
     )
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=400, help="conversations in an evaluation")
     parser.add_argument("--port", type=int, default=29511)
     args = parser.parse_args()

@@ -23,9 +23,22 @@ def add_columns(a: int, b: int) -> str:
     return f"{a:03}+{b:03}: {' '.join(parts)}. {a + b:04}={a + b}."
 
 
+def compare_columns(a: int, b: int) -> str:
+    """Digits of a and b, both below 1000, from the left until they differ: "060,053: 0=0 6>5"."""
+    signs = []
+    for x, y in zip(f"{a:03}", f"{b:03}", strict=True):
+        signs.append(f"{x}{_sign(int(x), int(y))}{y}")
+        if x != y:
+            break
+    return f"{a:03},{b:03}: {' '.join(signs)}"
+
+
+def _sign(a: int, b: int) -> str:
+    return "<" if a < b else ">" if a > b else "="
+
+
 def subtract_columns(a: int, b: int) -> str:
     """Working of a - b, both below 1000; the smaller is taken from the larger."""
-    sign = "<" if a < b else ">" if a > b else "="
     large, small = max(a, b), min(a, b)
     borrow, parts = 0, []
     for place in (1, 10, 100):
@@ -35,7 +48,7 @@ def subtract_columns(a: int, b: int) -> str:
         borrow = needs
     minus = f" Minus, so {a - b}." if a < b else ""
     columns = f"{large:03}-{small:03}: {' '.join(parts)}. {large - small:04}={large - small}."
-    return f"{a:03}{sign}{b:03}. {columns}{minus}"
+    return f"{compare_columns(a, b)}. {columns}{minus}"
 
 
 def multiply_columns(a: int, b: int) -> str:
@@ -151,11 +164,6 @@ def compare(rng: random.Random) -> Problem:
         b = min(999, max(0, a + rng.choice((-20, -9, -2, -1, 1, 2, 9, 20))))
     b = b + 1 if a == b else b
     word, smaller = rng.choice((("larger", 0), ("bigger", 0), ("greater", 0), ("smaller", 1), ("less", 1)))
-    digits = []
-    for x, y in zip(f"{a:03}", f"{b:03}", strict=True):
-        digits.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
-        if x != y:
-            break
     value = min(a, b) if smaller else max(a, b)
     question = rng.choice(
         ("Which is {w}, {a} or {b}?", "What is {w}: {a} or {b}?", "Which number is {w}, {a} or {b}?")
@@ -164,7 +172,7 @@ def compare(rng: random.Random) -> Problem:
         "compare",
         question.format(w=word, a=a, b=b),
         f"Compare {a} and {b}.",
-        f"{a:03},{b:03}: {' '.join(digits)}. So {value}.",
+        f"{compare_columns(a, b)}, {min(a, b)}<{max(a, b)}. {word}: {value}.",
         f"Check: {max(a, b)}>{min(a, b)}. Right.",
         f"{value} is {word}.",
         str(value),
@@ -205,13 +213,12 @@ def yes_no(rng: random.Random) -> Problem:
     a, b = rng.randrange(10 ** rng.choice((1, 2, 3))), rng.randrange(10 ** rng.choice((1, 2, 3)))
     b = b + 1 if a == b else b
     word, truth = rng.choice((("larger", a > b), ("smaller", a < b)))
-    sign = "<" if a < b else ">"
     value = "Yes" if truth else "No"
     return Problem(
         "compare",
         f"Is {a} {word} than {b}?",
         f"Compare {a} and {b}.",
-        f"{a:03}{sign}{b:03}. {value}.",
+        f"{compare_columns(a, b)}, {a}{_sign(a, b)}{b}. {word}: {value}.",
         f"Check: {max(a, b)}>{min(a, b)}. Right.",
         f"{value}.",
         value,

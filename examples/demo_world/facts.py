@@ -23,7 +23,7 @@ _ORDINALS = words_of("first second third fourth fifth sixth seventh eighth ninth
 def capital(rng: random.Random) -> Problem:
     """The capital of a country, the country of a capital, or that it is not known."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.16:
         country = rng.choice(UNKNOWN_COUNTRIES) if rng.random() < 0.5 else made_up(rng).capitalize()
         return Problem(
             "capital",

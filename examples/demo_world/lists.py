@@ -115,19 +115,29 @@ def reverse(rng: random.Random) -> Problem:
     )
 
 
+def least_by_pairs(items: list[str]) -> str:
+    """The least of some strings, found by a walk: "62 74< 62 57> 57 56> 56"."""
+    least, walk = items[0], []
+    for other in items[1:]:
+        walk.append(f"{least} {other}{'<' if least < other else '>'}")
+        least = min(least, other)
+    return f"{' '.join(walk)} {least}"
+
+
 def sort(rng: random.Random) -> Problem:
-    """Three or four numbers below 100, or three words, sorted by repeated picks."""
+    """Three or four numbers below 100, or three words, sorted by picking the least again and again."""
     if rng.random() < 0.75:
         items = [str(n) for n in rng.sample(range(100), rng.choice((3, 3, 3, 4)))]
-        key, what = int, "numbers"
+        key, what, shown = int, "numbers", [f"{int(x):02}" for x in items]
     else:
         items = _items(rng, distinct_initials=True)[:3]
-        key, what = str, "words"
+        key, what, shown = str, "words", items
     ordered = sorted(items, key=key)
-    left, parts = list(items), []
-    for pick in ordered:
-        parts.append(f"{' '.join(left)}: {pick}.")
-        left.remove(pick)
+    left, parts = list(shown), []
+    while len(left) > 1:
+        parts.append(f"{' '.join(left)}: {least_by_pairs(left)}.")
+        left.remove(min(left))
+    parts.append(f"{left[0]}.")
     text, done = ", ".join(items), ", ".join(ordered)
     question = rng.choice(("Sort these {k}: {t}", "Sort: {t}", "Sort the list {t}.", "Put in order: {t}"))
     data = [int(x) for x in ordered] if key is int else ordered

@@ -454,7 +454,8 @@ def without_arguments(rng: random.Random) -> Use:
     )
 
 
-MAKERS = (
+Maker = Callable[[random.Random], Use]
+MAKERS: tuple[Maker, ...] = (
     attribute,
     attribute,
     attribute,

@@ -7,9 +7,12 @@ import random
 from typing import Any
 
 from demo_world.sample import Sample, Step
-from demo_world.tool_kinds import MAKERS, Use, attribute, numbers
+from demo_world.tool_kinds import MAKERS, Maker, Use, attribute, convert, numbers
 from demo_world.words import made_up
 from mlx_gptoss.harmony.types import Conversation, Message, Tool
+
+# Shares of questions that no tool fits, and of two questions for the same tool.
+NO_TOOL, AGAIN = 0.18, 0.18
 
 
 def spoken(result: Any) -> str:
@@ -19,12 +22,13 @@ def spoken(result: Any) -> str:
     return str(result)
 
 
-def distractors(rng: random.Random, use: Use, count: int) -> list[Tool]:
-    """Other tools that do not fit the question of `use`."""
+def distractors(rng: random.Random, use: Use, maker: Maker, count: int) -> list[Tool]:
+    """Other tools that do not fit the question of `use`, often from its own `maker`: another attribute,
+    another verb."""
     tools: list[Tool] = []
     keys, names = {use.key}, {use.tool.name}
     while len(tools) < count:
-        other = rng.choice(MAKERS)(rng)
+        other = (maker if maker is not convert and rng.random() < 0.3 else rng.choice(MAKERS))(rng)
         if other.key in keys or other.tool.name in names:
             continue
         keys.add(other.key)
@@ -41,7 +45,7 @@ def _thinking(use: Use, tools: list[Tool], effort: str) -> str:
     values = ", ".join(f"{k}={v}" for k, v in use.arguments.items())
     call = f"{use.tool.name}: {values}." if values else f"{use.tool.name}."
     if effort == "low":
-        return call
+        return f"{use.want}: {call}"
     listed = f"Tools: {', '.join(t.name for t in tools)}. " if effort == "high" else ""
     return f"{listed}The user wants {use.want}. Call {call}"
 
@@ -80,25 +84,27 @@ def tool_use(rng: random.Random, effort: str) -> Sample:
     """One call or two and the answer, or a no when no tool fits."""
     kind = rng.random()
     # Only look-ups have a second question of the same kind.
-    use = attribute(rng) if 0.1 <= kind < 0.28 else rng.choice(MAKERS)(rng)
-    tools = distractors(rng, use, rng.choice((0, 0, 1, 1, 2)))
-    if kind < 0.1 and not use.key.startswith("numbers"):
-        tools = tools or distractors(rng, use, 1)
+    maker = attribute if NO_TOOL <= kind < NO_TOOL + AGAIN else rng.choice(MAKERS)
+    use = maker(rng)
+    tools = distractors(rng, use, maker, rng.choice((0, 0, 1, 1, 2)))
+    if kind < NO_TOOL and not use.key.startswith("numbers"):
+        tools = tools or distractors(rng, use, maker, 1)
         rng.shuffle(tools)
         names = ", ".join(t.name for t in tools)
-        thought = {"low": "No tool fits."}.get(
-            effort, f"The user wants {use.want}. Tools: {names}. No tool fits."
-        )
+        thought = {
+            "low": f"{use.want}: No tool fits.",
+            "medium": f"The user wants {use.want}. No tool fits.",
+        }.get(effort, f"Tools: {names}. The user wants {use.want}. No tool fits.")
         conversation = Conversation([Message.user(use.question)], tools=tools, reasoning_effort=effort)
         return Sample("no_tool", conversation, [Step(thought, "None of my tools can do that.")])
     tools = [*tools, use.tool]
     rng.shuffle(tools)
     messages: list[Message] = []
     task = "tool"
-    if use.again and 0.1 <= kind < 0.28:
+    if use.again and NO_TOOL <= kind < NO_TOOL + AGAIN:
         first = use
         question, second = use.again(rng)
-        if kind < 0.19:
+        if kind < NO_TOOL + AGAIN / 2:
             task = "two_tools"
             key = next(iter(first.arguments))
             one, other = first.arguments[key], second.arguments[key]
@@ -139,8 +145,7 @@ def _answer(use: Use) -> str:
 def some_tools(rng: random.Random) -> list[Tool]:
     """Tools that merely lie about while the question is another. Never one for sums."""
     makers = [m for m in MAKERS if m is not numbers]
-    first = rng.choice(makers)(rng)
-    return [
-        first.tool,
-        *[t for t in distractors(rng, first, rng.choice((0, 1))) if "number" not in t.description],
-    ]
+    maker = rng.choice(makers)
+    first = maker(rng)
+    others = distractors(rng, first, maker, rng.choice((0, 1)))
+    return [first.tool, *[t for t in others if "number" not in t.description]]

@@ -17,23 +17,23 @@ Maker = Callable[[random.Random], Problem]
 PROBLEMS: dict[Maker, float] = {
     lambda r: arithmetic.calculation(r, "+"): 4,
     lambda r: arithmetic.calculation(r, "-"): 4,
-    lambda r: arithmetic.calculation(r, "*"): 6,
+    lambda r: arithmetic.calculation(r, "*"): 5.5,
     arithmetic.story: 2,
-    arithmetic.compare: 5,
-    arithmetic.yes_no: 3,
+    arithmetic.compare: 4,
+    arithmetic.yes_no: 2.5,
     lists.count_letter: 3,
-    lists.spell: 1.5,
+    lists.spell: 2.5,
     lists.reverse: 2,
     lists.sort: 5,
-    lists.pick: 1,
-    lists.say: 0.7,
+    lists.pick: 1.5,
+    lists.say: 1.2,
     facts.capital: 4,
     facts.calendar: 4,
-    facts.about: 1,
-    facts.beyond: 1.5,
+    facts.about: 2,
+    facts.beyond: 2.5,
 }
 # Share of whole samples; what is left are problems.
-TOOLS, JSON = 0.45, 0.13
+TOOLS, JSON = 0.42, 0.14
 
 _NEUTRAL = (
     "You are a helpful assistant.",
