@@ -288,7 +288,7 @@ def _projection(parts: list[Matrix]) -> Projection:
     joined = stack_rows(parts)
     if joined is None:
         return Stacked([_projection([p]) for p in parts])
-    return Dense(joined) if on_gpu() else cpu.projection(joined)
+    return Dense(joined) if on_gpu() else cpu.HostProjection(joined)
 
 
 def _checked_scales(scales: mx.array, name: str) -> mx.array:

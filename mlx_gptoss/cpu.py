@@ -1,10 +1,10 @@
 """MLX's CPU backend, made usable: the host's BLAS for dense matrices, two streams for quantised ones.
 
 The CPU backend is where this package is developed, tested and, on machines without a GPU, served. Measured
-there (benchmarks/decode.py): numpy's BLAS reads a float32 matrix several times faster than the one that
-MLX's Linux wheel is linked with, so large dense products go through it, and for many rows those of the
-experts as well, expert by expert; and a stream is one core, so large quantised matrices are applied by
-halves on two streams. Nothing here runs on a GPU.
+there (benchmarks/decode.py, benchmarks/engine.py): numpy's BLAS is several times faster than the one that
+MLX's Linux wheel is linked with, so dense products go through it, and for many rows those of the experts as
+well, expert by expert; and a stream is one core, so large quantised matrices are applied by halves on two
+streams. Nothing here runs on a GPU.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.linear import FP4_VALUES, MXFP4, Dense, Matrix, Projection
+from mlx_gptoss.linear import FP4_VALUES, MXFP4, Matrix
 
-# A switch between streams costs about 25 us: only matrices of so many values are worth halving.
-HALVE_FROM = 1 << 20
+# A switch between streams, or a wait for the array that the BLAS is to read, costs about 25 us: for one row,
+# only matrices of so many values are worth it.
+LARGE = 1 << 20
 # Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
-UNPACK_FROM = 8
-# Rows of a matrix unpacked at a time: they fit in a core's cache.
+UNPACK_FROM = 6
+# Rows of a matrix unpacked at a time by one core, whose cache they fit in, and by all before the product reads
+# them, which then finds them in the cache that the cores share.
 UNPACK_ROWS = 128
+PRODUCT_ROWS = 1024
 
 
 @cache
@@ -36,14 +39,13 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="unpack")
 
 
-def projection(matrix: Matrix) -> Projection:
-    """How to apply this matrix on the CPU backend."""
-    return Halved(matrix) if matrix.outputs * matrix.inputs >= HALVE_FROM else Dense(matrix)
-
-
 def expert_stack(matrix: Matrix) -> Matrix | HalvedStack:
     """How to apply this stack of experts on the CPU backend."""
-    return HalvedStack(matrix) if matrix.outputs * matrix.inputs >= HALVE_FROM else matrix
+    return HalvedStack(matrix) if _is_large(matrix) else matrix
+
+
+def _is_large(matrix: Matrix) -> bool:
+    return matrix.outputs * matrix.inputs >= LARGE
 
 
 def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
@@ -51,17 +53,20 @@ def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
     return matrix.rows(0, middle), matrix.rows(middle, matrix.outputs)
 
 
-class Halved:
-    """One large matrix: float32 through the host's BLAS, else its outputs by halves on two streams."""
+class HostProjection:
+    """One matrix: float32 through the host's BLAS where that pays, a large one by halves on two streams."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
+        self._large = _is_large(matrix)
         self._parts = _halves(matrix)
 
     def __call__(self, x: mx.array) -> mx.array:
         m = self.matrix
-        if m.weight.dtype == x.dtype == mx.float32:
+        if m.weight.dtype == x.dtype == mx.float32 and (self._large or x.shape[0] > 1):
             return mx.array(np.asarray(x) @ np.asarray(m.weight).T)
+        if not self._large:
+            return m.apply(x)
         upper = self._parts[0].apply(x)
         lower = self._parts[1].apply(x, stream=_side_stream())
         return mx.concatenate([upper, lower], axis=-1)
@@ -113,23 +118,27 @@ def apply_unpacked(
     scales = np.asarray(matrix.scales)
     out = np.empty((len(x), matrix.outputs), np.float32)
     starts = np.flatnonzero(np.diff(expert_of_row[order], prepend=-1))
-    dense = np.empty((matrix.outputs, matrix.inputs), np.float32)
+    dense = np.empty((min(PRODUCT_ROWS, matrix.outputs), matrix.inputs), np.float32)
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         rows = order[start:end]
-        expert = int(expert_of_row[rows[0]])
-        _unpack(blocks[expert], scales[expert], dense)
-        out[rows] = x[rows] @ dense.T
+        expert, inputs = int(expert_of_row[rows[0]]), x[rows]
+        for first in range(0, matrix.outputs, PRODUCT_ROWS):
+            part = slice(first, min(first + PRODUCT_ROWS, matrix.outputs))
+            values = dense[: part.stop - first]
+            _unpack(blocks[expert, part], scales[expert, part], values)
+            out[rows, part] = inputs @ values.T
     return out
 
 
 def _unpack(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     """MXFP4 blocks uint8 [O, I / 2] and scales uint8 [O, I / 32] -> float32 [O, I], on every core."""
-    powers, pairs = _mxfp4_tables()
+    powers, quads = _mxfp4_tables()
+    codes = blocks.view(np.uint16)
 
     def part(first: int) -> None:
         last = min(first + UNPACK_ROWS, len(out))
         values = out[first:last]
-        np.take(pairs, blocks[first:last], out=values.view(np.uint64), mode="clip")
+        np.take(quads, codes[first:last], out=values.view(np.complex128), mode="clip")
         groups = values.reshape(last - first, -1, 32)
         groups *= powers[scales[first:last]][..., None]
 
@@ -138,10 +147,13 @@ def _unpack(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
 
 @cache
 def _mxfp4_tables() -> tuple[np.ndarray, np.ndarray]:
-    """2^(s - 127) for each scale byte, and for each byte of blocks its two values side by side."""
+    """2^(s - 127) for each scale byte, and for each two bytes of blocks their four values side by side.
+
+    numpy has no type of 16 plain bytes that it takes as fast: the four float32 values pose as a complex128.
+    """
     powers = np.exp2(np.arange(256, dtype=np.float64) - 127)
     powers[255] = np.nan  # E8M0 has no infinity; a checkpoint that holds it was refused at loading
     table = np.array(FP4_VALUES, np.float32)
-    byte = np.arange(256)
-    pairs = np.stack([table[byte & 15], table[byte >> 4]], axis=-1)
-    return powers.astype(np.float32), pairs.view(np.uint64)[:, 0].copy()
+    codes = np.arange(1 << 16)
+    quads = np.stack([table[codes >> shift & 15] for shift in (0, 4, 8, 12)], axis=-1)
+    return powers.astype(np.float32), quads.view(np.complex128)[:, 0].copy()

@@ -31,12 +31,14 @@ def affine() -> Matrix:
     return Matrix(weight, scales, biases, Quantization("affine", 4, 64))
 
 
+@pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("make", [lambda: Matrix(dense()), affine])
-def test_a_large_matrix_is_applied_as_a_whole_one(make, rows):
+def test_a_matrix_is_applied_as_mlx_applies_it(make, rows, large, monkeypatch):
+    monkeypatch.setattr(cpu, "LARGE", 1 if large else 1 << 30)
     matrix = make()
     x = mx.array(RNG.standard_normal((rows, IN)).astype(np.float32))
-    assert np.abs(np.array(cpu.Halved(matrix)(x) - matrix.apply(x))).max() < 1e-4
+    assert np.abs(np.array(cpu.HostProjection(matrix)(x) - matrix.apply(x))).max() < 1e-4
 
 
 def test_halves_of_a_stack_of_experts_are_the_whole():
@@ -47,7 +49,8 @@ def test_halves_of_a_stack_of_experts_are_the_whole():
     assert np.array_equal(np.array(halves), np.array(matrix.gather(x, chosen, rows)))
 
 
-def test_unpacked_experts_give_what_the_packed_ones_give():
+def test_unpacked_experts_give_what_the_packed_ones_give(monkeypatch):
+    monkeypatch.setattr(cpu, "PRODUCT_ROWS", 170)
     matrix = stack()
     x = RNG.standard_normal((11, IN)).astype(np.float32)
     experts = RNG.integers(0, 2, 11)  # the last expert has no row
