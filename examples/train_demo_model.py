@@ -261,7 +261,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for tokenizer, state and exports")
     parser.add_argument("--export", type=Path, help="write the shipped checkpoint here and stop")
-    parser.add_argument("--steps", type=int, default=17000)
+    parser.add_argument("--steps", type=int, default=12500)
     parser.add_argument("--tokens", type=int, default=4800, help="tokens a step, over all processes")
     parser.add_argument("--parts", type=int, default=3, help="batches of like length in a step and process")
     parser.add_argument("--processes", type=int, default=2)

@@ -5,16 +5,21 @@ there (benchmarks/decode.py, benchmarks/engine.py): numpy's BLAS is several time
 MLX's Linux wheel is linked with, so dense products go through it, and for many rows those of the experts as
 well, expert by expert; and a stream is one core, so large quantised matrices are applied by halves on two
 streams. Nothing here runs on a GPU.
+
+Large products are shared among threads of our own, and the BLAS keeps to one: its threads spin for some
+20 ms after each product, on the cores that MLX's streams then need. That alone makes decoding a third slower.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from mlx_gptoss.linear import FP4_VALUES, MXFP4, Matrix
 
@@ -22,11 +27,11 @@ from mlx_gptoss.linear import FP4_VALUES, MXFP4, Matrix
 # only matrices of so many values are worth it.
 LARGE = 1 << 20
 # Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
-UNPACK_FROM = 6
-# Rows of a matrix unpacked at a time by one core, whose cache they fit in, and by all before the product reads
-# them, which then finds them in the cache that the cores share.
+UNPACK_FROM = 4
+# Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
 UNPACK_ROWS = 128
-PRODUCT_ROWS = 1024
+
+_own = threading.local()
 
 
 @cache
@@ -36,7 +41,31 @@ def _side_stream() -> mx.ThreadLocalStream:
 
 @cache
 def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="unpack")
+    return ThreadPoolExecutor(_cores(), thread_name_prefix="product")
+
+
+def _cores() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x [N, I] @ weight [O, I].T, float32, by the host's BLAS; large ones on every core."""
+    with _blas().limit(limits=1):
+        if weight.size < LARGE:
+            return x @ weight.T
+        out = np.empty((len(x), len(weight)), np.float32)
+        bounds = np.linspace(0, len(weight), _cores() + 1, dtype=int).tolist()
+
+        def part(first: int, last: int) -> None:
+            np.matmul(x, weight[first:last].T, out=out[:, first:last])
+
+        list(_workers().map(part, bounds[:-1], bounds[1:]))
+        return out
 
 
 def expert_stack(matrix: Matrix) -> Matrix | HalvedStack:
@@ -64,7 +93,7 @@ class HostProjection:
     def __call__(self, x: mx.array) -> mx.array:
         m = self.matrix
         if m.weight.dtype == x.dtype == mx.float32 and (self._large or x.shape[0] > 1):
-            return mx.array(np.asarray(x) @ np.asarray(m.weight).T)
+            return mx.array(product(np.asarray(x), np.asarray(m.weight)))
         if not self._large:
             return m.apply(x)
         upper = self._parts[0].apply(x)
@@ -118,31 +147,40 @@ def apply_unpacked(
     scales = np.asarray(matrix.scales)
     out = np.empty((len(x), matrix.outputs), np.float32)
     starts = np.flatnonzero(np.diff(expert_of_row[order], prepend=-1))
-    dense = np.empty((min(PRODUCT_ROWS, matrix.outputs), matrix.inputs), np.float32)
-    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
-        rows = order[start:end]
-        expert, inputs = int(expert_of_row[rows[0]]), x[rows]
-        for first in range(0, matrix.outputs, PRODUCT_ROWS):
-            part = slice(first, min(first + PRODUCT_ROWS, matrix.outputs))
-            values = dense[: part.stop - first]
-            _unpack(blocks[expert, part], scales[expert, part], values)
-            out[rows, part] = inputs @ values.T
+
+    def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
+        some = slice(first, min(first + UNPACK_ROWS, matrix.outputs))
+        values = _unpack(blocks[expert, some], scales[expert, some])
+        out[rows, some] = inputs @ values.T
+
+    with _blas().limit(limits=1):
+        jobs = []
+        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+            rows = order[start:end]
+            expert, inputs = int(expert_of_row[rows[0]]), x[rows]
+            for first in range(0, matrix.outputs, UNPACK_ROWS):
+                jobs.append(_workers().submit(part, rows, inputs, expert, first))
+        for job in jobs:
+            job.result()
     return out
 
 
-def _unpack(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    """MXFP4 blocks uint8 [O, I / 2] and scales uint8 [O, I / 32] -> float32 [O, I], on every core."""
+def _unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """MXFP4 blocks uint8 [O, I / 2] and scales uint8 [O, I / 32] -> float32 [O, I], O <= UNPACK_ROWS.
+
+    The result is this thread's own and holds until its next call.
+    """
     powers, quads = _mxfp4_tables()
     codes = blocks.view(np.uint16)
-
-    def part(first: int) -> None:
-        last = min(first + UNPACK_ROWS, len(out))
-        values = out[first:last]
-        np.take(quads, codes[first:last], out=values.view(np.complex128), mode="clip")
-        groups = values.reshape(last - first, -1, 32)
-        groups *= powers[scales[first:last]][..., None]
-
-    list(_workers().map(part, range(0, len(out), UNPACK_ROWS)))
+    shape = (UNPACK_ROWS, codes.shape[1] * 4)
+    values = getattr(_own, "values", None)
+    if values is None or values.shape != shape:
+        _own.values = values = np.empty(shape, np.float32)
+    values = values[: len(codes)]
+    np.take(quads, codes, out=values.view(np.complex128), mode="clip")
+    groups = values.reshape(len(codes), -1, 32)
+    groups *= powers[scales][..., None]
+    return values
 
 
 @cache

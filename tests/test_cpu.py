@@ -50,7 +50,7 @@ def test_halves_of_a_stack_of_experts_are_the_whole():
 
 
 def test_unpacked_experts_give_what_the_packed_ones_give(monkeypatch):
-    monkeypatch.setattr(cpu, "PRODUCT_ROWS", 170)
+    monkeypatch.setattr(cpu, "UNPACK_ROWS", 70)
     matrix = stack()
     x = RNG.standard_normal((11, IN)).astype(np.float32)
     experts = RNG.integers(0, 2, 11)  # the last expert has no row
