@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -68,9 +69,15 @@ def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return out
 
 
-def expert_stack(matrix: Matrix) -> Matrix | HalvedStack:
+def expert_stack(matrix: Matrix) -> Matrix | HalvedStack | SmallStack:
     """How to apply this stack of experts on the CPU backend."""
-    return HalvedStack(matrix) if _is_large(matrix) else matrix
+    if _is_large(matrix):
+        return HalvedStack(matrix)
+    return SmallStack(matrix) if matrix.outputs * matrix.inputs * _experts(matrix) < LARGE else matrix
+
+
+def _experts(matrix: Matrix) -> int:
+    return int(matrix.weight.shape[0])
 
 
 def _is_large(matrix: Matrix) -> bool:
@@ -126,43 +133,77 @@ class HalvedStack:
     def arrays(self) -> list[mx.array]:
         return self.matrix.arrays()
 
+    def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
+        """Whether `by_expert` is the faster way for these rows."""
+        if self.matrix.quantization != MXFP4 or x.dtype != mx.float32:
+            return False
+        return bool(chosen.size >= UNPACK_FROM * min(_experts(self.matrix), chosen.size))
 
-def unpacks(stack: Matrix | HalvedStack, x: mx.array, chosen: mx.array) -> bool:
-    """True when `apply_unpacked` is the faster way to run these rows through a stack of MXFP4 experts."""
-    if not isinstance(stack, HalvedStack) or stack.matrix.quantization != MXFP4 or x.dtype != mx.float32:
-        return False
-    return bool(chosen.size >= UNPACK_FROM * min(stack.matrix.weight.shape[0], chosen.size))
+    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
+        """Each row through its expert, unpacked: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
+        matrix = self.matrix
+        blocks = np.asarray(matrix.weight).view(np.uint8)
+        scales = np.asarray(matrix.scales)
+        out = np.empty((len(x), matrix.outputs), np.float32)
+
+        def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
+            some = slice(first, min(first + UNPACK_ROWS, matrix.outputs))
+            values = _unpack(blocks[expert, some], scales[expert, some])
+            out[rows, some] = inputs @ values.T
+
+        with _blas().limit(limits=1):
+            jobs = [
+                _workers().submit(part, rows, x[rows], expert, first)
+                for expert, rows in _rows_of_experts(expert_of_row)
+                for first in range(0, matrix.outputs, UNPACK_ROWS)
+            ]
+            for job in jobs:
+                job.result()
+        return out
 
 
-def apply_unpacked(
-    stack: Matrix | HalvedStack, x: np.ndarray, expert_of_row: np.ndarray, order: np.ndarray
-) -> np.ndarray:
-    """Each row through its expert, expert by expert: x float32 [N, inputs] -> [N, outputs].
+class SmallStack:
+    """A stack of few values, 4 MB at most when unpacked: kept so for more than one row at a time.
 
-    expert_of_row int [N]; order int [N] sorts the rows by expert.
+    Stands in for a Matrix.
     """
-    assert isinstance(stack, HalvedStack)
-    matrix = stack.matrix
-    blocks = np.asarray(matrix.weight).view(np.uint8)
-    scales = np.asarray(matrix.scales)
-    out = np.empty((len(x), matrix.outputs), np.float32)
-    starts = np.flatnonzero(np.diff(expert_of_row[order], prepend=-1))
 
-    def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
-        some = slice(first, min(first + UNPACK_ROWS, matrix.outputs))
-        values = _unpack(blocks[expert, some], scales[expert, some])
-        out[rows, some] = inputs @ values.T
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._dense = np.asarray(matrix.dense(mx.float32))
 
-    with _blas().limit(limits=1):
-        jobs = []
-        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
-            rows = order[start:end]
-            expert, inputs = int(expert_of_row[rows[0]]), x[rows]
-            for first in range(0, matrix.outputs, UNPACK_ROWS):
-                jobs.append(_workers().submit(part, rows, inputs, expert, first))
-        for job in jobs:
-            job.result()
-    return out
+    @property
+    def outputs(self) -> int:
+        return self.matrix.outputs
+
+    def gather(
+        self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
+    ) -> mx.array:
+        """As Matrix.gather."""
+        return self.matrix.gather(x, experts, rows, in_order=in_order)
+
+    def arrays(self) -> list[mx.array]:
+        return self.matrix.arrays()
+
+    def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
+        """Whether `by_expert` is the faster way for these rows."""
+        return bool(x.dtype == mx.float32 and x.shape[0] > 1)
+
+    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
+        """Each row through its expert: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
+        out = np.empty((len(x), self.outputs), np.float32)
+        with _blas().limit(limits=1):
+            for expert, rows in _rows_of_experts(expert_of_row):
+                out[rows] = x[rows] @ self._dense[expert].T
+        return out
+
+
+def _rows_of_experts(expert_of_row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each expert that has rows, and which."""
+    order = np.argsort(expert_of_row, kind="stable")
+    starts = np.flatnonzero(np.diff(expert_of_row[order], prepend=-1)).tolist()
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield int(expert_of_row[order[start]]), order[start:end]
 
 
 def _unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ class Batch:
         self.tokens = sum(s.length for s in segments)
         spans = [np.arange(s.cache.offset, s.cache.offset + s.length, dtype=np.int32) for s in segments]
         self.positions = mx.array(np.concatenate(spans))
+        self.bounds = np.cumsum([s.length for s in segments])[:-1].tolist()
         self.masks: list[dict[str, Mask]] = [s.cache.masks(s.length) for s in segments]
         k = experts_per_token
         pairs = np.arange(self.tokens * k, dtype=np.uint32).reshape(self.tokens, k)
@@ -95,17 +96,16 @@ class Attention:
             offset=batch.positions,
             freqs=self.frequencies,
         )
-        q, k, v = (part.transpose(2, 1, 0, 3) for part in (qk[:, :h], qk[:, h:], qkv[:, h + kv :]))
-        outputs, start = [], 0
-        for segment, masks in zip(batch.segments, batch.masks, strict=True):
-            end = start + segment.length
-            cut = (slice(None), slice(None), slice(start, end))
-            attended = segment.cache.layers[self.index].attend(
-                q[cut], k[cut], v[cut], scale=self.scale, sinks=self.sinks, mask=masks[self.kind]
+        parts = (qk[:, :h], qk[:, h:], qkv[:, h + kv :])
+        split = (mx.split(part.transpose(2, 1, 0, 3), batch.bounds, axis=2) for part in parts)
+        outputs = [
+            segment.cache.layers[self.index].attend(
+                q, k, v, scale=self.scale, sinks=self.sinks, mask=masks[self.kind]
             )
-            outputs.append(attended.transpose(0, 2, 1, 3).reshape(segment.length, h * c))
-            start = end
-        merged = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
+            for segment, masks, q, k, v in zip(batch.segments, batch.masks, *split, strict=True)
+        ]
+        merged = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        merged = merged.transpose(0, 2, 1, 3).reshape(batch.tokens, h * c)
         return _add_bias_and_residual(self.out(merged), self.out_bias, x)
 
     def arrays(self) -> list[mx.array]:
@@ -149,8 +149,8 @@ class Experts:
         """x [T, D], chosen experts [T, k] -> their outputs [T, k, D]."""
         if on_gpu() and chosen.size >= SORT_FROM:
             return self._sorted(x, chosen)
-        if not on_gpu() and cpu.unpacks(self.gate_up, x, chosen):
-            return self._unpacked(x, chosen)
+        if not isinstance(self.gate_up, Matrix) and self.gate_up.pays_by_expert(x, chosen):
+            return self._by_expert(x, chosen)
         bias = self.bias[chosen]
         h = self.gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
         h = self.activate(h, bias[..., : self.width])
@@ -171,15 +171,15 @@ class Experts:
         y = y + bias[..., self.width :]
         return y[mx.argsort(order)].reshape(*chosen.shape, -1)
 
-    def _unpacked(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The same on the CPU backend for many rows: each expert unpacked once, products by the host BLAS."""
+    def _by_expert(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """The same on the CPU backend for many rows: expert by expert, products by the host's BLAS."""
+        assert not isinstance(self.gate_up, Matrix) and not isinstance(self.down, Matrix)
         experts = np.asarray(chosen).reshape(-1)
-        order = np.argsort(experts, kind="stable")
         rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
         bias = self.bias[chosen].reshape(len(experts), -1)
-        h = mx.array(cpu.apply_unpacked(self.gate_up, rows, experts, order))
+        h = mx.array(self.gate_up.by_expert(rows, experts))
         h = self.activate(h, bias[:, : self.width])
-        y = mx.array(cpu.apply_unpacked(self.down, np.asarray(h), experts, order))
+        y = mx.array(self.down.by_expert(np.asarray(h), experts))
         return (y + bias[:, self.width :]).reshape(*chosen.shape, -1)
 
     def arrays(self) -> list[mx.array]:
