@@ -1,7 +1,7 @@
 """Train the demo model: transformers' GptOssForCausalLM from scratch on the generated demo world.
 
     pip install "mlx-gptoss[train]"
-    python examples/train_demo_model.py --work demo_training            # about 75 minutes on 2 CPU cores
+    python examples/train_demo_model.py --work demo_training            # under two hours on 2 CPU cores
     python examples/train_demo_model.py --work demo_training --export mlx_gptoss/demo_model
 
 Two single-threaded processes share every batch. The work folder holds the tokenizer, `state.pt` (written
