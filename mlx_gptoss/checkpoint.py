@@ -196,7 +196,6 @@ class Checkpoint:
         }
 
     def _experts(self, name: dict[str, str]) -> Experts:
-        limit = self.config.swiglu_limit
         if self.layout == "mlx":
             halves = [self._matrix(name["moe.gate"]), self._matrix(name["moe.up"])]
             gate_up = stack_rows(halves)
@@ -207,7 +206,7 @@ class Checkpoint:
                 )
             biases = [self._vector(name[p] + ".bias") for p in ("moe.gate", "moe.up", "moe.down")]
             bias = mx.concatenate(biases, axis=-1)
-            return Experts(gate_up, self._matrix(name["moe.down"]), bias, interleaved=False, limit=limit)
+            return Experts(gate_up, self._matrix(name["moe.down"]), bias, self.config, interleaved=False)
         bias = mx.concatenate(
             [self._vector(name["moe.gate_up_bias"]), self._vector(name["moe.down_bias"])], axis=-1
         )
@@ -215,7 +214,7 @@ class Checkpoint:
             matrices = [Matrix(self._vector(name[p]).swapaxes(-1, -2)) for p in ("moe.gate_up", "moe.down")]
         else:
             matrices = [self._mxfp4(name[p], name[p + "_scales"]) for p in ("moe.gate_up", "moe.down")]
-        return Experts(matrices[0], matrices[1], bias, interleaved=True, limit=limit)
+        return Experts(matrices[0], matrices[1], bias, self.config, interleaved=True)
 
     # --- tensors
 
@@ -303,19 +302,20 @@ def _checked_scales(scales: mx.array, name: str) -> mx.array:
 
 def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[str, Quantization | None]]:
     """config.json's `quantization` (or mlx-lm's copy of it): the default, and what differs by path."""
-    block = raw.get("quantization")
+    key = "quantization" if raw.get("quantization") is not None else "quantization_config"
+    block = raw.get(key)
     if block is None:
-        block = raw.get("quantization_config")
-        if block is None or "group_size" not in block:
-            method = (block or {}).get("quant_method", "mxfp4")
-            if method != "mxfp4":
-                raise ConfigError(
-                    f"config.json: quantization_config.quant_method is {method!r}: expected 'mxfp4', "
-                    "which is how gpt-oss is published; convert the model from an MXFP4 or bf16 checkpoint"
-                )
-            return None, {}
+        return None, {}
     if not isinstance(block, dict):
-        raise ConfigError(f"config.json: quantization is {block!r}: expected an object")
+        raise ConfigError(f"config.json: {key} is {block!r}: expected an object")
+    if key == "quantization_config" and "group_size" not in block:
+        method = block.get("quant_method", "mxfp4")
+        if method != "mxfp4":
+            raise ConfigError(
+                f"config.json: quantization_config.quant_method is {method!r}: expected 'mxfp4', "
+                "which is how gpt-oss is published; convert the model from an MXFP4 or bf16 checkpoint"
+            )
+        return None, {}
 
     def read(where: str, entry: dict[str, Any]) -> Quantization:
         mode = entry.get("mode", "affine")
@@ -323,13 +323,12 @@ def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[s
         fits = (mode == "affine" and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)) or (
             mode == "mxfp4" and (bits, group) == (4, 32)
         )
-        if not fits:
+        if not (fits and isinstance(bits, int) and isinstance(group, int)):
             raise ConfigError(
                 f"config.json: {where} is mode {mode!r}, bits {bits!r}, group_size {group!r}: expected "
                 "affine with 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128, or mxfp4 with 4 bits and "
                 "groups of 32"
             )
-        assert isinstance(bits, int) and isinstance(group, int)
         return Quantization(mode, bits, group)
 
     default = read("quantization", block) if "bits" in block else None

@@ -8,7 +8,7 @@ ConfigError that names it.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,10 @@ from mlx_gptoss.errors import ConfigError
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+
+LARGEST = 2**31 - 1  # what MLX takes as a size
+MOST_LAYERS = 1000  # bounds the tables that are made a layer; gpt-oss-120b has 36
+SWIGLU_ALPHA = 1.702  # fixed in the published reference, and absent from its config
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ModelConfig:
     rope: YarnConfig
     swiglu_limit: float
     max_position: int
+    swiglu_alpha: float = SWIGLU_ALPHA  # the slope in gate * sigmoid(alpha * gate)
 
     def __post_init__(self) -> None:
         _check_shape(self)
@@ -65,7 +70,7 @@ class ModelConfig:
                 "This package runs gpt-oss models and their fine-tunes only"
             )
         get = _Reader(raw, "config.json")
-        layers = get.whole("num_hidden_layers")
+        layers = get.whole("num_hidden_layers", most=MOST_LAYERS)
         rope, theta = _read_hf_rope(raw, get)
         experts_per_token = get.whole("num_experts_per_tok", "experts_per_token")
         for flag, expected in (("tie_word_embeddings", False), ("attention_bias", True)):
@@ -87,6 +92,7 @@ class ModelConfig:
             rope_theta=theta,
             rope=rope,
             swiglu_limit=get.number("swiglu_limit", default=7.0),
+            swiglu_alpha=get.number("swiglu_alpha", default=SWIGLU_ALPHA),
             max_position=get.whole("max_position_embeddings"),
         )
 
@@ -94,9 +100,14 @@ class ModelConfig:
     def from_original(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read OpenAI's keys (`original/config.json`). Raises ConfigError naming the field at fault."""
         get = _Reader(raw, "original/config.json")
-        layers = get.whole("num_hidden_layers")
+        layers = get.whole("num_hidden_layers", most=MOST_LAYERS)
         factor = get.number("rope_scaling_factor")
         initial = get.whole("initial_context_length")
+        if initial * factor > LARGEST:
+            raise ConfigError(
+                f"original/config.json: rope_scaling_factor is {factor!r}: expected a context of at most "
+                f"{LARGEST:,} tokens with initial_context_length, {initial}"
+            )
         return cls(
             num_layers=layers,
             hidden_size=get.whole("hidden_size"),
@@ -121,11 +132,14 @@ class ModelConfig:
                 truncate=False,
             ),
             swiglu_limit=get.number("swiglu_limit", default=7.0),
+            swiglu_alpha=get.number("swiglu_alpha", default=SWIGLU_ALPHA),
             max_position=round(initial * factor),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The same shape in Hugging Face's keys, as openai/gpt-oss-20b writes them."""
+        # The published configs have no such key, and conversions of them stay as they are.
+        other_alpha = {} if self.swiglu_alpha == SWIGLU_ALPHA else {"swiglu_alpha": self.swiglu_alpha}
         return {
             "architectures": ["GptOssForCausalLM"],
             "attention_bias": True,
@@ -155,6 +169,7 @@ class ModelConfig:
             },
             "rope_theta": self.rope_theta,
             "sliding_window": self.sliding_window,
+            **other_alpha,
             "swiglu_limit": self.swiglu_limit,
             "tie_word_embeddings": False,
             "vocab_size": self.vocab_size,
@@ -163,18 +178,25 @@ class ModelConfig:
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The configuration of the checkpoint in `folder`, and its raw JSON. Raises ConfigError."""
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder}: no config.json: expected the folder of a gpt-oss checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}): download the file again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a {type(raw).__name__}: expected a JSON object")
+    raw = read_object(folder / "config.json")
     if "model_type" not in raw and "num_experts" in raw and "rope_ntk_alpha" in raw:
         return ModelConfig.from_original(raw), raw
     return ModelConfig.from_hf(raw), raw
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a checkpoint's files. Raises ConfigError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path.parent}: no {path.name}: expected the folder of a gpt-oss checkpoint"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}): download the file again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}: expected a JSON object")
+    return raw
 
 
 class _Reader:
@@ -191,14 +213,16 @@ class _Reader:
             raise ConfigError(f"{self.where}: {told} contradict each other")
         return next(iter(present.values()), None)
 
-    def whole(self, *names: str) -> int:
+    def whole(self, *names: str, most: int = LARGEST) -> int:
         value = self._take(names)
         if value is None:
             raise ConfigError(f"{self.where}: {names[0]} is missing")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a whole number >= 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(
+                f"{self.where}: {names[0]} is {value!r}: expected a whole number from 1 to {most:,}"
+            )
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
@@ -210,8 +234,7 @@ class _Reader:
         if (
             not isinstance(value, (int, float))
             or isinstance(value, bool)
-            or not value > 0
-            or math.isinf(value)
+            or not 0 < value <= sys.float_info.max
         ):
             raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a number above 0")
         return float(value)
@@ -257,7 +280,7 @@ def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, flo
         raise ConfigError("config.json: rope_parameters and rope_scaling contradict each other")
     yarn, theta = found[0]
     outer = raw.get("rope_theta")
-    if outer is not None and float(outer) != theta:
+    if outer is not None and get.number("rope_theta") != theta:
         raise ConfigError(
             f"config.json: rope_theta is {outer!r} and rope_parameters.rope_theta is {theta!r}: "
             "they contradict each other"

@@ -8,6 +8,7 @@ import errno
 import fnmatch
 import glob
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_gptoss.config import read_config
 from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ def resolve(
     gguf: a .gguf file will do as well, and a repository of one (or of the parts of one), for `convert`.
     A folder that holds nothing but ``original/`` resolves to that.
 
-    Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline),
-    and HubError when the Hub refuses, can't be reached, or the disk is full.
+    Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline)
+    or the folder may not be entered, HubError when the Hub refuses, can't be reached, or the disk is full,
+    and ConfigError, before anything else is downloaded, when config.json is not of a gpt-oss model.
     """
     text = str(model)
     if text == DEMO:
@@ -64,18 +67,31 @@ def resolve(
                 f"the demo model is not part of this installation ({DEMO_FOLDER} is missing)"
             )
         return DEMO_FOLDER
-    folder = Path(text).expanduser()
+    try:
+        local = _local(text, gguf)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{text!r} cannot be read: {error.strerror}; expected a folder that you may enter, or a Hub id"
+        ) from None
+    if local is not None:
+        return local
+    if isinstance(model, Path) or not is_repo_id(text):
+        raise ModelNotFoundError(
+            f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', or 'demo'"
+        )
+    return _from_hub(text, revision, offline, gguf)
+
+
+def _local(text: str, gguf: bool) -> Path | None:
+    """The folder (or .gguf file) at the path `text`, None when nothing is there. Raises OSError."""
+    folder = Path(os.path.expanduser(text))
     if text and folder.is_dir():
         return _layout_folder(folder)
     if gguf and folder.suffix == ".gguf" and folder.is_file():
         return folder
     if text and folder.exists():
         raise ModelNotFoundError(f"{text!r} is a file; expected a model's folder (the one that holds it?)")
-    if isinstance(model, Path) or not is_repo_id(text):
-        raise ModelNotFoundError(
-            f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', or 'demo'"
-        )
-    return _from_hub(text, revision, offline, gguf)
+    return None
 
 
 def is_repo_id(text: str) -> bool:
@@ -192,6 +208,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Pat
         raise explain(error, repo, revision=revision) from error
     selection = _select(repo, info.siblings or [], info.sha, gguf)
     _check_space(repo, selection.size, Path(constants.HF_HUB_CACHE))
+    _check_config(repo, selection.names, info.sha)
     return _layout_folder(_download(repo, revision, selection.names))
 
 
@@ -239,6 +256,19 @@ def _check_space(repo: str, size: int, cache: Path) -> None:
             f"{repo!r} needs {size / 1e9:.1f} GB more in {cache}, where {free / 1e9:.1f} GB are free; "
             "free some space or set HF_HOME to another disk"
         )
+
+
+def _check_config(repo: str, names: Sequence[str], commit: str | None) -> None:
+    """Download config.json alone and refuse what is no gpt-oss model, before gigabytes of weights follow."""
+    from huggingface_hub import hf_hub_download
+
+    for name in names:
+        if name in ("config.json", "original/config.json"):
+            try:
+                path = Path(hf_hub_download(repo, name, revision=commit))
+            except Exception as error:
+                raise explain(error, repo) from error
+            read_config(path.parent)
 
 
 def _download(repo: str, revision: str | None, names: Sequence[str]) -> Path:

@@ -27,7 +27,6 @@ from mlx_gptoss.platform import fuse, on_gpu
 
 # Below this many (token, expert) pairs, sorting the pairs by expert costs a GPU more than it saves.
 SORT_FROM = 64
-SWIGLU_ALPHA = 1.702
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,15 @@ class Experts:
     """
 
     def __init__(
-        self, gate_up: Matrix, down: Matrix, bias: mx.array, *, interleaved: bool, limit: float
+        self, gate_up: Matrix, down: Matrix, bias: mx.array, config: ModelConfig, *, interleaved: bool
     ) -> None:
         self.gate_up = gate_up if on_gpu() else cpu.expert_stack(gate_up)
         self.down = down if on_gpu() else cpu.expert_stack(down)
         self.bias = bias
         self.width = gate_up.outputs
         self.interleaved = interleaved
-        self.activate = partial(_swiglu_interleaved if interleaved else _swiglu_halves, limit=limit)
+        swiglu = _swiglu_interleaved if interleaved else _swiglu_halves
+        self.activate = partial(swiglu, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
         """x [T, D], chosen experts [T, k] -> their outputs [T, k, D]."""
@@ -316,21 +316,21 @@ def _add_bias_and_residual(y: mx.array, bias: mx.array, x: mx.array) -> mx.array
     return x + (y + bias)
 
 
-def _swiglu(gate: mx.array, up: mx.array, limit: float) -> mx.array:
-    """gate clamped from above only, up on both sides: gate * sigmoid(1.702 gate) * (up + 1)."""
+def _swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
+    """gate clamped from above only, up on both sides: gate * sigmoid(alpha * gate) * (up + 1)."""
     gate = mx.minimum(gate, limit)
     up = mx.clip(up, -limit, limit)
-    return gate * mx.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+    return gate * mx.sigmoid(alpha * gate) * (up + 1)
 
 
 @fuse
-def _swiglu_interleaved(h: mx.array, bias: mx.array, limit: float) -> mx.array:
+def _swiglu_interleaved(h: mx.array, bias: mx.array, limit: float, alpha: float) -> mx.array:
     """Rows gate, up, gate, up .. [.., 2F] with their bias -> [.., F]."""
-    return _swiglu(h[..., ::2] + bias[..., ::2], h[..., 1::2] + bias[..., 1::2], limit)
+    return _swiglu(h[..., ::2] + bias[..., ::2], h[..., 1::2] + bias[..., 1::2], limit, alpha)
 
 
 @fuse
-def _swiglu_halves(h: mx.array, bias: mx.array, limit: float) -> mx.array:
+def _swiglu_halves(h: mx.array, bias: mx.array, limit: float, alpha: float) -> mx.array:
     """All gates, then all ups, [.., 2F] with their bias -> [.., F]."""
     width = h.shape[-1] // 2
-    return _swiglu(h[..., :width] + bias[..., :width], h[..., width:] + bias[..., width:], limit)
+    return _swiglu(h[..., :width] + bias[..., :width], h[..., width:] + bias[..., width:], limit, alpha)

@@ -92,11 +92,14 @@ class Tokenizer:
         return frozenset((self.special.return_, self.special.call, self.special.endoftext))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text."""
+        """Token ids of ordinary text. Raises RequestError for text that UTF-8 cannot hold."""
+        check_text(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, encoded in parallel."""
+        """Token ids of several texts, encoded in parallel. Raises RequestError like `encode`."""
+        for text in texts:
+            check_text(text)
         return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def is_special(self, token_id: int) -> bool:
@@ -148,6 +151,18 @@ class StreamDetokenizer:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def check_text(text: str, what: str = "the text", field: str | None = None) -> None:
+    """Raise RequestError for half a surrogate pair: what Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} holds U+{ord(text[error.start]):04X} at position {error.start}, half a surrogate pair: "
+            "expected whole characters, read from UTF-8",
+            field,
+        ) from None
 
 
 def _byte_characters() -> dict[str, int]:

@@ -28,7 +28,9 @@ class Forward:
     router_margin: np.ndarray
 
 
-def forward(shape: Shape, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> Forward:
+def forward(
+    shape: Shape, weights: Mapping[str, np.ndarray], tokens: np.ndarray, swish_slope: float = SWISH_SLOPE
+) -> Forward:
     """All logits of a whole sequence of T token ids."""
     x = weights["model.embed_tokens.weight"][tokens].astype(np.float64)
     cos, sin = rotary_table(shape, len(tokens))
@@ -37,7 +39,8 @@ def forward(shape: Shape, weights: Mapping[str, np.ndarray], tokens: np.ndarray)
         layer = {n.split(".", 3)[3]: w for n, w in weights.items() if n.startswith(f"model.layers.{i}.")}
         window = shape.window if kind == "sliding_attention" else None
         x = x + attention(shape, layer, rms_norm(x, layer["input_layernorm.weight"]), cos, sin, window)
-        y, margin = experts(shape, layer, rms_norm(x, layer["post_attention_layernorm.weight"]))
+        rows = rms_norm(x, layer["post_attention_layernorm.weight"])
+        y, margin = experts(shape, layer, rows, swish_slope)
         x = x + y
         margins.append(margin)
     logits = linear(rms_norm(x, weights["model.norm.weight"]), weights["lm_head.weight"])
@@ -114,7 +117,9 @@ def attention(
     return linear(np.concatenate(heads, -1), layer["self_attn.o_proj.weight"], layer["self_attn.o_proj.bias"])
 
 
-def experts(shape: Shape, layer: Mapping[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def experts(
+    shape: Shape, layer: Mapping[str, np.ndarray], x: np.ndarray, swish_slope: float
+) -> tuple[np.ndarray, np.ndarray]:
     """x [T, hidden] normed -> weighted sum of its experts [T, hidden], router margin [T]."""
     scores = linear(x, layer["mlp.router.weight"], layer["mlp.router.bias"])
     ranked = np.argsort(-scores, -1, kind="stable")
@@ -131,7 +136,7 @@ def experts(shape: Shape, layer: Mapping[str, np.ndarray], x: np.ndarray) -> tup
         )
         gate = np.minimum(both[:, 0::2], shape.swiglu_limit)
         up = np.clip(both[:, 1::2], -shape.swiglu_limit, shape.swiglu_limit)
-        inner = gate / (1 + np.exp(-SWISH_SLOPE * gate)) * (up + 1)
+        inner = gate / (1 + np.exp(-swish_slope * gate)) * (up + 1)
         y = linear(inner, layer["mlp.experts.down_proj"][e], layer["mlp.experts.down_proj_bias"][e])
         out[token] += y * share[token, rank][:, None]
     return out, margin

@@ -14,8 +14,10 @@ import pytest
 from mlx_gptoss.checkpoint import Checkpoint, load_model
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.linear import Matrix, Quantization, Stacked, stack_rows
+from mlx_gptoss.model import Segment
 from tests.checkpoints import write_checkpoint
-from tests.random_weights import MlxRecipe, Shape
+from tests.oracle import forward
+from tests.random_weights import MlxRecipe, Shape, truth
 
 SHAPE = Shape(vocab=64)
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -78,6 +80,15 @@ def test_ten_problems_are_listed_and_all_are_counted(folder):
     assert "\n" not in text
 
 
+def test_counts_beyond_all_models_are_refused_before_tables_are_made(folder):
+    edit_config(folder, num_hidden_layers=10**9, layer_types=None)
+    with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000: expected .* to 1,000"):
+        Checkpoint(folder)
+    edit_config(folder, num_hidden_layers=SHAPE.layers, num_local_experts=10**9)
+    with pytest.raises(CheckpointError, match=r"expected \[1000000000, "):
+        Checkpoint(folder)
+
+
 def _names(folder: Path) -> list[str]:
     tensors = mx.load(str(folder / "model.safetensors"))
     assert isinstance(tensors, dict)
@@ -104,6 +115,13 @@ def test_a_nan_scale_is_refused_by_name(folder):
 def test_an_unknown_quantisation_method_is_refused(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ConfigError, match="quant_method is 'gptq': expected 'mxfp4'"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", ["mxfp4", ["mxfp4"], 4, True, "group_size"])
+def test_a_quantisation_that_is_no_object_is_refused(folder, value):
+    edit_config(folder, quantization_config=value)
+    with pytest.raises(ConfigError, match="quantization_config is .*expected an object"):
         Checkpoint(folder)
 
 
@@ -145,6 +163,8 @@ def test_an_index_cannot_point_outside_the_folder(tmp_path):
         ({"mode": "nvfp4", "bits": 4, "group_size": 16}, "mode 'nvfp4'"),
         ({"bits": 7, "group_size": 64}, "bits 7"),
         ({"bits": 4, "group_size": 48}, "group_size 48"),
+        ({"bits": 4.0, "group_size": 64}, r"bits 4\.0"),
+        ({"bits": [4], "group_size": 64}, r"bits \[4\]"),
         ("four", "quantization is 'four'"),
     ],
 )
@@ -176,6 +196,19 @@ def test_matrices_packed_differently_are_applied_side_by_side():
     together = Stacked([p.apply for p in parts])(x)  # type: ignore[list-item]
     expected = mx.concatenate([x @ p.dense(mx.float32).T for p in parts], axis=-1)
     assert np.abs(np.array(together - expected)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("layout", "recipe"), [("hf", None), ("original", None), ("bf16", None), ("mlx", MlxRecipe(8))]
+)
+def test_the_experts_use_the_slope_that_the_config_gives(tmp_path, layout, recipe):
+    folder = write_checkpoint(tmp_path, SHAPE, layout=layout, recipe=recipe)
+    edit_config(folder, swiglu_alpha=0.8)
+    model = load_model(folder, "float32")
+    tokens = np.arange(12) % SHAPE.vocab
+    logits = model(mx.array(tokens), [Segment(len(tokens), model.make_cache())])
+    expected = forward(SHAPE, truth(SHAPE, 0, layout, recipe), tokens, swish_slope=0.8).logits
+    np.testing.assert_allclose(np.array(logits), expected, rtol=0, atol=1e-3)
 
 
 def test_loading_tells_its_progress(folder):

@@ -157,6 +157,24 @@ def test_the_prompt_may_come_from_standard_input(text_folder):
     assert json.loads(piped.stdout)["tokens"] == json.loads(given.stdout)["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "printf 'abc\\377' | PYTHONUTF8=1 PYTHONIOENCODING=utf-8:strict $CLI generate {0}",
+            "standard input",
+        ),
+        ("printf 'abc\\377' | PYTHONIOENCODING=utf-8:surrogateescape $CLI generate {0}", "the prompt"),
+        ("""$CLI generate {0} -p "$(printf 'abc\\377')" """, "the prompt"),
+        ("""$CLI generate {0} --chat -p "$(printf 'abc\\377')" """, "the prompt"),
+    ],
+)
+def test_a_prompt_that_is_not_utf_8_is_one_line_before_the_model_is_looked_at(line, told):
+    done = shell(line.format("/no/such/folder"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert told in done.stderr and "position 3" in done.stderr
+
+
 def test_ctrl_c_ends_cleanly(bare_folder):
     args = [
         sys.executable,
@@ -184,6 +202,47 @@ def test_a_closed_pipe_is_no_traceback(bare_folder):
     line = f"{sys.executable} -m mlx_gptoss generate {bare_folder} --tokens 1 --max-tokens 2000 | head -c 5"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
     assert len(done.stdout) == 5 and "Traceback" not in done.stderr
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell line in which $CLI is the command."""
+    line = line.replace("$CLI", f"{sys.executable} -m mlx_gptoss")
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "what", ["inspect {0} --json", "inspect {0}", "generate {0} --tokens 1 --max-tokens 3"]
+)
+def test_output_that_cannot_be_written_is_one_line(bare_folder, what):
+    done = shell(f"$CLI {what.format(bare_folder)} > /dev/full")
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "inspect {0} --json",
+        "inspect {0}",
+        "generate {0} -p Hello --max-tokens 3",
+        "generate {0} -p Hello --max-tokens 3 --chat",
+    ],
+)
+def test_a_closed_standard_output_is_output_thrown_away(text_folder, what):
+    done = shell(f"$CLI {what.format(text_folder)} >&-")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_closed_standard_input_is_an_empty_prompt(text_folder):
+    done = shell(f"$CLI generate {text_folder} <&-")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the prompt is empty") and done.stderr.count("\n") == 1
+
+
+def test_a_prefix_cache_that_cannot_be_made_is_one_line(command, bare_folder, tmp_path):
+    (tmp_path / "file").touch()
+    line = only_line(command("generate", bare_folder, "--tokens", 1, "--prefix-cache", tmp_path / "file/in"))
+    assert str(tmp_path / "file/in") in line and "Not a directory" in line
 
 
 # --------------------------------------------------------------------------------------------- inspect
@@ -329,9 +388,35 @@ def test_a_request_that_cannot_be_met_is_one_line(command, bare_folder, what):
     assert expected in only_line(command("generate", bare_folder, *options))
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 100_000, '{"eos_token_id": "2"}', '{"eos_token_id": [1, 2.5]}', "\xff"]
+)
+def test_stop_ids_that_cannot_be_read_are_one_line_before_loading(
+    command, whole, tmp_path, monkeypatch, content
+):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    (folder / "generation_config.json").write_text(content, encoding="latin-1")
+    monkeypatch.setattr("mlx_gptoss.engine.read_model", lambda *_: pytest.fail("the weights were read"))
+    assert "generation_config.json" in only_line(command("generate", folder, "--tokens", "1"))
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "9" * 9000])
+def test_a_schema_that_is_not_json_is_one_line(command, text_folder, tmp_path, content):
+    (tmp_path / "schema.json").write_text(content)
+    line = only_line(
+        command("generate", text_folder, "--chat", "-p", "x", "--schema", tmp_path / "schema.json")
+    )
+    assert "is not JSON" in line
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "not a model", ""])
 def test_a_model_that_is_nowhere_is_one_line(command, model):
     assert "expected an existing folder" in only_line(command("inspect", model))
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["convert"], ["verify"], ["generate", "--tokens", "1"]])
+def test_a_name_longer_than_a_file_name_may_be_is_one_line(command, words):
+    assert "File name too long" in only_line(command(*words, "a" * 300))
 
 
 def test_too_little_memory_is_said_before_loading(command, whole, monkeypatch):

@@ -26,8 +26,26 @@ def test_the_original_config_reads_as_the_hf_config_of_the_same_model():
 
 
 def test_a_config_survives_the_way_to_json_and_back():
-    config = ModelConfig.from_hf(hf_config(Shape(swiglu_limit=5.0)))
+    config = ModelConfig.from_hf(hf_config(Shape(swiglu_limit=5.0)) | {"swiglu_alpha": 1.25})
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    ("read", "raw"),
+    [(ModelConfig.from_hf, hf_config(Shape())), (ModelConfig.from_original, original_config(Shape()))],
+)
+def test_the_slope_of_swiglu_is_read_and_the_published_one_where_none_is_given(read, raw):
+    assert read(raw).swiglu_alpha == 1.702
+    assert read(raw | {"swiglu_alpha": 1.0}).swiglu_alpha == 1.0
+
+
+def test_the_published_slope_adds_no_key_to_the_published_config():
+    assert "swiglu_alpha" not in ModelConfig.from_hf(hf_config(Shape())).to_hf()
+
+
+def test_an_original_context_that_overflows_is_refused():
+    with pytest.raises(ConfigError, match="rope_scaling_factor is 1e[+]308"):
+        ModelConfig.from_original(original_config(Shape()) | {"rope_scaling_factor": 1e308})
 
 
 def test_even_layers_slide_when_the_config_does_not_say():
@@ -61,6 +79,9 @@ def test_a_missing_field_is_named(field):
         ModelConfig.from_hf(raw)
 
 
+YARN = hf_config(Shape(), rope_parameters=True)["rope_parameters"]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -74,8 +95,13 @@ def test_a_missing_field_is_named(field):
         ({"layer_types": ["linear_attention"] * 2}, "layer_types is"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0"),
+        ({"swiglu_alpha": 0}, "swiglu_alpha is 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_theta": [1], "rope_scaling": None, "rope_parameters": YARN}, r"rope_theta is \[1\]"),
+        ({"rope_theta": "150000", "rope_scaling": None, "rope_parameters": YARN}, "rope_theta is '150000'"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000.*expected a whole number from 1 to"),
+        ({"swiglu_limit": 10**400}, "swiglu_limit is 1000.*expected a number above 0"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 3.0, "rope_theta": 150000.0}}, "contradict"),
     ],
 )
@@ -97,7 +123,13 @@ def test_yarn_is_never_half_read(key, value):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "no config.json"), ("{", "not readable as JSON"), ("[1]", "expected a JSON object")],
+    [
+        (None, "no config.json"),
+        ("{", "not readable as JSON"),
+        ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"hidden_size": ' + "9" * 9000 + "}", "not readable as JSON"),
+    ],
 )
 def test_a_folder_without_a_usable_config_is_told_so(tmp_path, content, told):
     if content is not None:

@@ -1,6 +1,7 @@
 """Resolving a model: demo, folder or Hub id; downloads from a stand-in of the Hub, whole, broken, offline."""
 
 import errno
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from mlx_gptoss import hub
-from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
+from mlx_gptoss.errors import ConfigError, GptOssError, HubError, ModelNotFoundError
+from tests.checkpoints import hf_config, original_config
 from tests.hub_server import HubServer
+from tests.random_weights import Shape
 
 REPO = "someone/tiny-gpt-oss"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
 FILES = {
-    "config.json": b'{"model_type": "gpt_oss"}',
+    "config.json": json.dumps(hf_config(Shape())).encode(),
     "generation_config.json": b"{}",
     "model.safetensors": WEIGHTS,
     "tokenizer.json": b"{}",
@@ -22,7 +25,7 @@ FILES = {
     "LICENSE": b"Apache",
     "README.md": b"# card",
     ".gitattributes": b"*",
-    "original/config.json": b"{}",
+    "original/config.json": json.dumps(original_config(Shape())).encode(),
     "original/model.safetensors": b"copy",
     "metal/model.bin": b"copy",
 }
@@ -49,6 +52,27 @@ def test_a_hub_id_downloads_only_what_loading_reads(server: HubServer) -> None:
     }
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert not any("metal" in path or "original" in path for path in server.paths("GET"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "config", "told"),
+    [
+        ("", {"model_type": "llama"}, "model_type is 'llama'"),
+        ("", hf_config(Shape()) | {"hidden_size": "big"}, "hidden_size is 'big'"),
+        ("original/", original_config(Shape()) | {"head_dim": 0}, "head_dim is 0"),
+    ],
+)
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_another_models_config_is_all_that_is_downloaded_of_it(
+    server: HubServer, prefix: str, config: dict[str, object], told: str, revision: str | None
+) -> None:
+    files = {prefix + "config.json": json.dumps(config).encode(), prefix + "model.safetensors": WEIGHTS}
+    server.add_repo(REPO, files, ref=revision or "main")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=told):
+            hub.resolve(REPO, revision=revision)
+    fetched = [path.split("/resolve/")[1] for path in server.paths("GET") if "/resolve/" in path]
+    assert [path.partition("/")[2] for path in fetched] == [prefix + "config.json"]
 
 
 def test_a_second_resolve_transfers_no_file(server: HubServer) -> None:
@@ -108,7 +132,7 @@ def test_an_incomplete_download_does_not_pass_for_a_cached_model(server: HubServ
         "model-2.safetensors": b"two",
         "model.safetensors.index.json": index,
     }
-    server.add_repo(REPO, {"config.json": b"{}"} | shards)
+    server.add_repo(REPO, {"config.json": FILES["config.json"]} | shards)
     folder = hub.resolve(REPO)
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match="offline was asked for"):
@@ -258,6 +282,27 @@ def test_a_mistyped_path_that_looks_like_an_id_mentions_the_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFoundError, match="no folder of that name in 'models'"):
         hub.resolve("models/gpt-oss-20b")
+
+
+def test_a_name_longer_than_a_file_name_may_be_is_no_model(server: HubServer) -> None:
+    with pytest.raises(ModelNotFoundError, match="a' cannot be read: File name too long"):
+        hub.resolve("a" * 300)
+    assert server.requests == []
+
+
+def test_a_folder_that_may_not_be_entered_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)  # a folder of mode 0 is no obstacle to root
+    with pytest.raises(ModelNotFoundError, match="cannot be read: Permission denied") as caught:
+        hub.resolve(tmp_path)
+    assert_one_line(caught.value)
+
+
+def test_the_home_of_nobody_is_a_mistyped_folder() -> None:
+    with pytest.raises(ModelNotFoundError, match="no folder '~no-such-user/model'"):
+        hub.resolve("~no-such-user/model")
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_a_cut_character_shows_as_a_replacement_once(tokenizer):
     assert stream.finish() == ""
 
 
+@pytest.mark.parametrize(
+    "encode", [lambda t, text: t.encode(text), lambda t, text: t.encode_batch(["a", text])]
+)
+def test_half_a_surrogate_pair_is_refused_by_its_position(tokenizer, encode):
+    with pytest.raises(RequestError, match=r"U\+DCFF at position 3.*expected"):
+        encode(tokenizer, "abc\udcffd")
+
+
 def test_ids_outside_the_vocabulary(tokenizer):
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
     with pytest.raises(RequestError, match="token id -1"):

@@ -1,8 +1,8 @@
 """The command `mlx-gptoss`: a click group that imports a command's module only when that command runs.
 
 A command NAME lives in the module `mlx_gptoss/cli/NAME.py`, as a click command of the same name; its line in
-the help stands in COMMANDS, so that `--help` imports nothing. Expected failures (GptOssError) end as one line
-on stderr and exit status 1, Ctrl-C as status 130.
+the help stands in COMMANDS, so that `--help` imports nothing. Expected failures (GptOssError, OSError) end as
+one line on stderr and exit status 1, Ctrl-C as status 130.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    _open_closed_streams()
     try:
         status = cli.main(args, prog_name="mlx-gptoss", standalone_mode=False)
         sys.stdout.flush()
@@ -79,8 +80,26 @@ def run(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _flush_or_drop()
+        return 1
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
+        _flush_or_drop()
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that the caller closed (`>&-`) are None in Python: read and write nothing there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _flush_or_drop() -> None:
+    """Write what stdout still holds; if that fails, drop it, or Python complains again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -122,7 +122,7 @@ def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None
             raise RequestError(
                 f"{schema}: {error.strerror}: give a file with a JSON schema", "schema"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{schema} is not JSON ({error}): give a JSON schema", "schema") from None
     return request
 
@@ -157,12 +157,23 @@ def parse_tokens(text: str) -> list[int]:
 
 
 def _read_prompt(prompt: str | None) -> str:
+    """The text of --prompt, else of standard input. Raises RequestError when it is empty or not UTF-8."""
+    from mlx_gptoss.tokenizer import check_text
+
     if prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: give one with -p, or on standard input")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"standard input holds the byte {error.object[error.start]:#04x} at position {error.start}: "
+                f"expected text in {error.encoding}",
+                "prompt",
+            ) from None
     if not prompt:
         raise RequestError("the prompt is empty: give at least one character", "prompt")
+    check_text(prompt, "the prompt", "prompt")
     return prompt
 
 
