@@ -19,11 +19,13 @@ from mlx_gptoss.cache import SLACK, SPARE
 from mlx_gptoss.checkpoint import FLOATS, Checkpoint
 from mlx_gptoss.config import FULL, ModelConfig
 from mlx_gptoss.errors import MemoryLimitError
-from mlx_gptoss.platform import available_memory
+from mlx_gptoss.platform import available_memory, on_gpu
 from mlx_gptoss.safetensors_file import TensorInfo
 
-# Python, MLX and its libraries, the tokenizer's table, and the activations of one decoded token.
+# Python, MLX and its libraries, the tokenizer's table, and the activations of one decoded token. A GPU's
+# working set, which is what is counted there, holds the activations alone.
 RUNTIME_BYTES = 400 * 2**20
+GPU_RUNTIME_BYTES = 64 * 2**20
 
 PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
 _PART_OF = {"moe.router": "router", "norm": "norms", "attention.norm": "norms", "moe.norm": "norms"}
@@ -92,16 +94,18 @@ class MemoryPlan:
     def total(self, context: int = 0) -> int:
         """Bytes a process needs to run one sequence of `context` tokens: weights, caches, the runtime."""
         running = self.kv(context) if context else 0
-        return self.weights + max(running, self.transient) + RUNTIME_BYTES
+        runtime = GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
+        return self.weights + max(running, self.transient) + runtime
 
     def require(self, available: int | None = None) -> None:
         """Raise MemoryLimitError when the weights do not fit into `available` (default: free) bytes."""
         room = available_memory() if available is None else available
         if self.total() > room:
+            cure = ", or let the GPU have more (sudo sysctl iogpu.wired_limit_mb=N)" if on_gpu() else ""
             raise MemoryLimitError(
                 f"the model needs {gigabytes(self.total())} (weights {gigabytes(self.weights)} as "
-                f"{_name(self.dtype)}) and {gigabytes(room)} are free: close other programs, or use a "
-                "smaller or more strongly quantised model",
+                f"{_name(self.dtype)}) and {gigabytes(room)} are free: close other programs, use a smaller "
+                f"or more strongly quantised model (mlx-gptoss convert makes 4 bits){cure}",
                 needed=self.total(),
                 available=room,
             )
