@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint import Checkpoint, read_model
-from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.config import ModelConfig, read_object
 from mlx_gptoss.engine_options import LOOKUP, EngineOptions, plan_context
-from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, RequestError
+from mlx_gptoss.errors import BusyError, ConfigError, ContextLengthError, GptOssError, RequestError
 from mlx_gptoss.hub import resolve
 from mlx_gptoss.model import Model, Segment
 from mlx_gptoss.plan import gigabytes, plan_checkpoint
@@ -93,6 +93,8 @@ def load(
     chosen = EngineOptions(**options)
     folder = resolve(model, revision=revision, offline=offline)
     checkpoint = Checkpoint(folder, dtype)
+    if not (folder / "tokenizer.json").is_file():
+        _configured_stops(folder)  # what is wrong with them is told before the weights are read
     memory = plan_checkpoint(checkpoint)
     memory.require()
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
@@ -258,6 +260,11 @@ class Engine:
                     f"logit_bias names token {token}: the ids are 0 to {self.config.vocab_size - 1}",
                     "logit_bias",
                 )
+        if params.logprobs is not None and params.logprobs > self.config.vocab_size:
+            raise RequestError(
+                f"logprobs is {params.logprobs}: the vocabulary has {self.config.vocab_size} tokens",
+                "logprobs",
+            )
         stops = params.stop_token_ids
         room = self.max_context - len(tokens)
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -271,8 +278,15 @@ class Engine:
             stop_text=stop_text,
         )
         scheduler = self._scheduler
-        self._worker.post(lambda: scheduler.add(request))
-        return TokenStream(request, items, self._worker.wake)
+
+        def add() -> None:
+            try:
+                scheduler.add(request)
+            except Exception as error:
+                request.fail(error)
+
+        self._worker.post(add)
+        return TokenStream(request, items if sink is None else None, self._worker.wake)
 
     def _checked(self, token_ids: Sequence[int], room: int) -> list[int]:
         """The tokens as ints. Raises RequestError or ContextLengthError."""
@@ -330,6 +344,7 @@ class Engine:
             choices=choices,
             json_object=json_object,
             reasoning_budget=reasoning_budget,
+            called=any(m.role == "assistant" and m.recipient for m in conversation.messages),
         )
         tokens = self._checked(harmony.render(conversation, self.tokenizer), room=1)
         structured = schema is not None or json_object
@@ -467,13 +482,14 @@ def _parse(schema: Schema | None, text: str) -> Any:
 
 
 def _configured_stops(folder: Path) -> frozenset[int]:
-    """Stop ids of a folder without a tokenizer: those of its config files."""
-    import json
-
+    """Stop ids of a folder without a tokenizer: those of its config files. Raises ConfigError."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found.update([ids] if isinstance(ids, int) else ids or [])
+            ids = read_object(path).get("eos_token_id")
+            listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(isinstance(i, int) for i in listed):
+                raise ConfigError(f"{path}: eos_token_id is {ids!r}: expected a token id or a list of them")
+            found.update(listed)
     return frozenset(found)

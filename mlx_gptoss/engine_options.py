@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gptoss.cache import KVBits, SequenceCache
+from mlx_gptoss.cache import GROW_LEAST, GROW_MOST, KVBits, SequenceCache
 from mlx_gptoss.errors import MemoryLimitError, RequestError
 from mlx_gptoss.plan import MemoryPlan, gigabytes
 
@@ -93,8 +93,9 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
     holds = (budget - probe.nbytes_at(0, options.prefill_chunk)) // max(
         1, probe.nbytes_at(1) - probe.nbytes_at(0)
     )
-    # A slab grows in steps, so a sequence of the longest context must not need all of it.
-    holds -= min(max(holds // 3, 256), 4096 + 256)
+    # A slab grows in steps, so a sequence of the longest context must not need all of it: what is left is the
+    # longest n with n + _step(n) <= holds.
+    holds -= min(max(holds // 2 + GROW_LEAST // 2, 2 * GROW_LEAST), GROW_MOST + GROW_LEAST)
     wanted = config.max_position if options.max_context is None else options.max_context
     if wanted > config.max_position:
         raise RequestError(
@@ -103,7 +104,7 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
     context = min(wanted, holds)
     if context < (wanted if options.max_context is not None else LEAST_CONTEXT):
         asked = options.max_context or LEAST_CONTEXT
-        needed = probe.nbytes_at(asked, options.prefill_chunk)
+        needed = probe.nbytes_at(asked + _step(asked), options.prefill_chunk)
         raise MemoryLimitError(
             f"a context of {asked} tokens needs {gigabytes(needed)} for KV and the steps it grows in, and "
             f"the budget is {gigabytes(max(budget, 0))}: lower max_context or raise kv_budget",
@@ -111,3 +112,8 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
             available=max(budget, 0),
         )
     return budget, context
+
+
+def _step(tokens: int) -> int:
+    """The most room, tokens, that a slab of so many tokens has beyond them (see FullCache.capacity_for)."""
+    return min(max(tokens, GROW_LEAST), GROW_MOST) + GROW_LEAST

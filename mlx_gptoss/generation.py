@@ -170,6 +170,11 @@ class Generation:
             except GptOssError as error:
                 self._send(error)
                 return
+            except Exception as error:  # a validator of the caller's may raise anything
+                failure = GptOssError(f"the reply could not be read ({type(error).__name__}: {error})")
+                failure.__cause__ = error
+                self._send(failure)
+                return
         self.reply = self._builder.build(reason, usage, parsed)
         if self._on_done is not None:
             self._on_done(self.reply)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +109,7 @@ class Request:
     def _send(self, item: TokenOutput | TokensDone | Exception) -> None:
         try:
             self._sink(item)
-        except Exception:
+        except BaseException:  # SystemExit or CancelledError of a caller must not end the engine's thread
             logger.warning("a request's sink raised; the request is cancelled", exc_info=True)
             self.cancelled = True
 
@@ -117,20 +118,25 @@ class TokenStream:
     """The tokens of a submitted request, as an iterator of TokenOutput.
 
     The iterator ends at the generation's end and raises the GptOssError that ended it instead. With a sink
-    there is nothing to iterate; the counts and times are there either way.
+    there is nothing to iterate (`items` is None); the counts and times are there either way. A stream to
+    iterate that is forgotten before the end cancels the generation.
     """
 
-    def __init__(self, request: Request, items: queue.SimpleQueue[Any], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, request: Request, items: queue.SimpleQueue[Any] | None, wake: Callable[[], None]
+    ) -> None:
         self._request = request
         self._items = items
         self._wake = wake
         self._over = False
+        if items is not None:
+            weakref.finalize(self, _abandon, request, wake).atexit = False
 
     def __iter__(self) -> TokenStream:
         return self
 
     def __next__(self) -> TokenOutput:
-        if self._over:
+        if self._over or self._items is None:
             raise StopIteration
         item = self._items.get()
         if isinstance(item, TokenOutput):
@@ -179,3 +185,10 @@ class TokenStream:
         """Seconds from the first token to the end; None before the end."""
         first, last = self._request.first_token, self._request.finished
         return None if first is None or last is None else last - first
+
+
+def _abandon(request: Request, wake: Callable[[], None]) -> None:
+    """Cancel a request whose tokens nobody can read any more."""
+    if not request.ended:
+        request.cancelled = True
+        wake()

@@ -30,6 +30,7 @@ class Running:
         self.branch = 0  # where this timeline left another one
         self.next: mx.array | None = None
         self.logprobs: tuple[mx.array, mx.array, mx.array] | None = None
+        self.undrawn = sampler.state  # the sampler's before `next` was drawn
         self.sampled = 0
         self.alone = False  # runs by itself, after a forward with it failed
         self.speculation: Speculation | None = None

@@ -7,7 +7,8 @@ top-k, top-p, min-p, then one draw. Temperature 0 takes the largest logit. Filte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -17,12 +18,16 @@ import numpy as np
 
 from mlx_gptoss.errors import RequestError
 
+# Below this, logits / temperature could overflow float32, and any lead of a logit decides the draw anyway.
+LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample one sequence. Every field is checked; a wrong one raises RequestError naming it.
 
-    temperature: 0 for greedy, else > 0. top_p in (0, 1]. top_k: 0 for all. min_p in [0, 1].
+    temperature: 0 for greedy, else > 0 (below 1e-30 it is taken for 0). top_p in (0, 1]. top_k: 0 for all.
+    min_p in [0, 1].
     seed: makes the draws of this request repeatable, whatever else runs beside it.
     max_tokens: tokens to generate at most; None for as many as the context holds.
     repetition_penalty: > 0, divides positive and multiplies negative logits of tokens already seen (prompt
@@ -60,6 +65,8 @@ class SamplingParams:
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
         require(number("temperature") and self.temperature >= 0, "temperature", "a number >= 0 (0 is greedy)")
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         require(number("top_p") and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1")
         require(whole("top_k", 0), "top_k", "a whole number >= 0 (0 keeps all tokens)")
         require(number("min_p") and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1")
@@ -83,10 +90,12 @@ class SamplingParams:
         )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        require(isinstance(self.stop, Iterable), "stop", "a text or several")
         object.__setattr__(self, "stop", tuple(self.stop))
         require(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty texts")
         require(self.logprobs is None or whole("logprobs", 0), "logprobs", "None or a whole number >= 0")
         if self.stop_token_ids is not None:
+            require(isinstance(self.stop_token_ids, Iterable), "stop_token_ids", "None or token ids")
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
             require(
                 all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids or ()),
@@ -104,11 +113,6 @@ class SamplingParams:
             and self.presence_penalty == 0.0
             and self.frequency_penalty == 0.0
         )
-
-    @property
-    def needs_history(self) -> bool:
-        """True when the draw depends on the tokens that came before."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Sampler:
         self._key: mx.array | None = None
         if params.temperature > 0:
             # A request without a seed takes one from the system, never from a global state that others share.
-            seed = params.seed if params.seed is not None else int.from_bytes(np.random.bytes(8), "little")
+            seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
             self._key = mx.random.key(seed % 2**63)
         self._bias: mx.array | None = None
         if params.logit_bias:
@@ -165,10 +169,12 @@ class Sampler:
             self._bias = mx.array(dense)
         self._counts: mx.array | None = None  # of generated tokens, int32 [vocab]
         self._seen: mx.array | None = None  # prompt or output, bool [vocab]
-        if params.needs_history:
+        # Only what every draw reads: the lazy graph of anything else would grow with each token.
+        if params.repetition_penalty != 1.0:
             seen = np.zeros(vocab_size, bool)
             seen[prompt] = True
             self._seen = mx.array(seen)
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             self._counts = mx.zeros(vocab_size, mx.float32)
 
     def process(self, logits: mx.array, allowed: np.ndarray | None = None) -> mx.array:
@@ -177,11 +183,11 @@ class Sampler:
             logits = mx.where(unpack_bits(allowed, self._vocab_size), logits, -mx.inf)
         if self._bias is not None:
             logits = logits + self._bias
-        if self._seen is not None and self._counts is not None:
-            p = self.params
-            if p.repetition_penalty != 1.0:
-                r = p.repetition_penalty
-                logits = mx.where(self._seen, mx.where(logits > 0, logits / r, logits * r), logits)
+        p = self.params
+        if self._seen is not None:
+            r = p.repetition_penalty
+            logits = mx.where(self._seen, mx.where(logits > 0, logits / r, logits * r), logits)
+        if self._counts is not None:
             if p.presence_penalty != 0.0:
                 logits = logits - p.presence_penalty * (self._counts > 0)
             if p.frequency_penalty != 0.0:
@@ -210,8 +216,9 @@ class Sampler:
 
     def record(self, token: mx.array) -> None:
         """Count a token, int [1], that was appended to the sequence (sampled, or accepted from a draft)."""
-        if self._seen is not None and self._counts is not None:
+        if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, token, mx.array(True), axis=0)
+        if self._counts is not None:
             self._counts = self._counts.at[token].add(1.0)
 
 

@@ -116,9 +116,9 @@ class Scheduler:
 
     def step(self) -> bool:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
-        self._drop_cancelled()
         self._started = time.perf_counter()
         try:
+            self._drop_cancelled()
             self._admit()
             if self._reads_first():
                 self._read(self.running)
@@ -160,6 +160,7 @@ class Scheduler:
             pass
         self.store.clear()
         del self.model
+        self._drafters = None
         mx.clear_cache()
 
     # --- who runs
@@ -180,8 +181,10 @@ class Scheduler:
         for r in list(self.waiting):
             if len(self.running) >= self.max_running or any(x.alone for x in self.running):
                 return
-            if (r.alone and self.running) or (r.request.background and foreground):
+            if r.request.background and foreground:
                 continue
+            if r.alone and self.running:
+                return  # nobody overtakes it, so its moment comes
             tokens = np.array(r.tokens, np.int32)
             if self._soon_computed(tokens):
                 continue
@@ -223,7 +226,7 @@ class Scheduler:
             r.request.cached_tokens = start
             self.counters.cached += start
         if self._drafters is not None and r.request.constraint is None and not r.request.background:
-            r.speculation = r.speculation or Speculation(self._drafters(), self._draft_tokens)
+            r.speculation = Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
 
     def _best_match(self, tokens: np.ndarray) -> Match:
@@ -280,7 +283,11 @@ class Scheduler:
     def _send_back(self, r: Running) -> None:
         """Free a sequence's caches; it will read its timeline again."""
         self.running.remove(r)
-        r.cache, r.next, r.logprobs, r.states = None, None, None, []
+        if r.next is not None:
+            # Drawn and never read: it is drawn again.
+            r.sampler.state = r.undrawn
+            r.sampled -= 1
+        r.cache, r.next, r.logprobs, r.states, r.speculation = None, None, None, [], None
         self.waiting.appendleft(r)
 
     def _forward(self, pieces: list[Piece]) -> mx.array | None:
@@ -348,6 +355,7 @@ class Scheduler:
             if r not in self.running or logits is None:
                 continue
             params = r.request.params
+            r.undrawn = r.sampler.state
             try:
                 if r.speculation is not None and (r.speculation.on or p.draft):
                     self._verify(p, logits[at : at + p.rows])
@@ -441,9 +449,19 @@ class Scheduler:
 
     def _finish(self, r: Running, reason: FinishReason) -> None:
         """Keep what was computed, free the caches, and tell the caller."""
-        self.store.shrink(self.budget - self.live_bytes)
         self.running.remove(r)
         cache, r.cache, r.next = r.live, None, None
+        try:
+            self._keep(r, cache)
+        except Exception:
+            logger.exception("what a request computed is not kept")
+            self.store.clear()  # it may be half written
+        r.states = []
+        self._close(r, reason)
+
+    def _keep(self, r: Running, cache: SequenceCache) -> None:
+        """Move what a sequence's caches hold to the store."""
+        self.store.shrink(self.budget - self.live_bytes - cache.committed)
         n = min(cache.offset, len(r.tokens))
         if n == cache.length or n == len(r.tokens):
             last = cache.snapshot(n, cache.window_history + STATE_SLACK)
@@ -451,8 +469,6 @@ class Scheduler:
             tokens = np.array(r.tokens[:n], np.int32)
             self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
             self.store.shrink(self.budget - self.live_bytes)
-        r.states = []
-        self._close(r, reason)
 
     def _close(self, r: Running, reason: FinishReason) -> None:
         if not r.request.background:
@@ -466,7 +482,7 @@ class Scheduler:
         """End one sequence with an error; its caches are dropped, as they may be half written."""
         if r in self.running:
             self.running.remove(r)
-        r.cache, r.next, r.states = None, None, []
+        r.cache, r.next, r.states, r.speculation = None, None, [], None
         self.counters.failed += 1
         r.request.fail(error)
 

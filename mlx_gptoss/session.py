@@ -7,6 +7,7 @@ prefix store at every turn, also after `undo`, `rewind` or an edit.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,14 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
 
 
 def events_of(generation: Generation) -> Iterator[Event]:
-    """The events of a generation; leaving the iteration cancels it."""
+    """The events of a generation; leaving the iteration, or never starting it, cancels it."""
+    events = _events(generation)
+    # The finally of a generator that never started does not run.
+    weakref.finalize(events, generation.cancel).atexit = False
+    return events
+
+
+def _events(generation: Generation) -> Iterator[Event]:
     try:
         yield from generation
     finally:

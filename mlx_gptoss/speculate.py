@@ -24,6 +24,8 @@ LONGEST, SHORTEST = 4, 2
 LEAST_RIGHT, AFTER = 0.1, 32
 # .. or when, after so many rounds of each, a token costs more time with guessing than without.
 ROUNDS = 8
+# A draft model reads at least so many tokens a round, to overtake a timeline that grows.
+LEAST_READ = 16
 # With a draft model every n-th round goes without a guess, to know what a token costs then.
 PLAIN_EVERY = 12
 
@@ -36,6 +38,11 @@ class Drafter(Protocol):
         """Bytes it holds."""
         ...
 
+    @property
+    def behind(self) -> bool:
+        """True when the last `propose` had no guesses because it is still reading the timeline."""
+        ...
+
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         """At most `limit` guesses of what follows `tokens`; may be none. Called with growing timelines."""
         ...
@@ -45,6 +52,7 @@ class PromptLookup:
     """Guesses that a run of tokens continues as it did when it was last seen, in the prompt or the output."""
 
     nbytes = 0
+    behind = False
 
     def __init__(self) -> None:
         self._after: dict[tuple[int, ...], int] = {}  # a run of tokens -> the position after its last place
@@ -69,30 +77,36 @@ class ModelDrafter:
 
     def __init__(self, model: Model, chunk: int) -> None:
         self._model = model
-        self._chunk = chunk
+        self._chunk = max(chunk, LEAST_READ)
         self._cache: SequenceCache = model.make_cache()
-        self._fed: list[int] = []
+        self._fed: list[int] = []  # what its caches hold
         self._rounds = 0
+        self.behind = False
 
     @property
     def nbytes(self) -> int:
         return self._cache.committed
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
-        """`limit` guesses, or none every now and then, so that their worth can be told."""
+        """`limit` guesses; none every now and then, so that their worth can be told, and none yet while it
+        reads `tokens`, a chunk a call, so that nobody waits long for it.
+        """
         self._rounds += 1
+        self.behind = False
         if self._rounds % PLAIN_EVERY == 0:
             return []
         same = next((i for i, (a, b) in enumerate(zip(self._fed, tokens, strict=False)) if a != b), None)
         keep = min(len(self._fed), len(tokens) - 1) if same is None else min(same, len(tokens) - 1)
-        start = self._cache.rewind(keep)
-        logits: mx.array | None = None
-        for at in range(start, len(tokens), self._chunk):
-            part = tokens[at : at + self._chunk]
-            rows = [len(part) - 1] if at + len(part) == len(tokens) else []
-            logits = self._model(mx.array(part, mx.int32), [Segment(len(part), self._cache)], rows)
-            if logits is None:
-                mx.eval(self._cache.arrays())
+        # A replay that takes several calls goes on where it was.
+        start = self._cache.offset if keep == len(self._fed) else self._cache.rewind(keep)
+        part = tokens[start : start + self._chunk]
+        self.behind = start + len(part) < len(tokens)
+        rows = [] if self.behind else [len(part) - 1]
+        logits = self._model(mx.array(part, mx.int32), [Segment(len(part), self._cache)], rows)
+        if self.behind:
+            mx.eval(self._cache.arrays())
+            self._fed = tokens[: self._cache.length]
+            return []
         guesses = []
         for i in range(limit):
             assert logits is not None
@@ -127,6 +141,8 @@ class Speculation:
 
     def record(self, proposed: int, accepted: int, seconds: float) -> bool:
         """Note a round; True when it makes this request stop guessing."""
+        if self.drafter.behind:
+            return False  # its time went into reading
         if not proposed:
             self.plain_rounds += 1
             self.plain_seconds += seconds

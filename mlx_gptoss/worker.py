@@ -30,6 +30,7 @@ class Worker:
         self.step: Callable[[], bool] | None = None
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._closed = False
+        self._lock = threading.Lock()  # no job is put behind the end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -40,9 +41,10 @@ class Worker:
 
     def post(self, job: Callable[[], object]) -> None:
         """Run a job soon, without waiting for it. Raises GptOssError when the worker is closed."""
-        if self._closed:
-            raise GptOssError("the engine is closed: load the model again")
-        self._jobs.put(job)
+        with self._lock:
+            if self._closed:
+                raise GptOssError("the engine is closed: load the model again")
+            self._jobs.put(job)
 
     def call(self, job: Callable[[], T]) -> T:
         """Run a job soon and return what it returns, or raise what it raises."""
@@ -65,12 +67,13 @@ class Worker:
 
     def close(self, last: Callable[[], object] | None = None) -> None:
         """Run a last job and end the thread. Safe to call again."""
-        if self._closed:
-            return
-        self._closed = True
-        if last is not None:
-            self._jobs.put(last)
-        self._jobs.put(None)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if last is not None:
+                self._jobs.put(last)
+            self._jobs.put(None)
         if not self.inside:
             self._thread.join(PATIENCE)
 
@@ -85,7 +88,7 @@ class Worker:
                 return
             try:
                 more = job()
-            except Exception:
+            except BaseException:  # nothing else would ever answer those who wait
                 logger.exception("a job of the engine failed")
                 more = True
             # After a job there may be new requests; after a step it says itself whether there is more.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import queue
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import mlx_gptoss
-from mlx_gptoss.engine import Engine, load
+from mlx_gptoss.engine import Engine, EngineStats, load
 from mlx_gptoss.errors import (
     BusyError,
     ContextLengthError,
@@ -22,9 +24,12 @@ from mlx_gptoss.errors import (
     RequestError,
     TokenizerError,
 )
+from mlx_gptoss.generation import Generation
 from mlx_gptoss.model import Segment
 from mlx_gptoss.request import TokensDone
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import Sampler, SamplingParams
+from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.worker import Worker
 from tests.checkpoints import write_checkpoint
 from tests.random_weights import Shape
 
@@ -45,6 +50,13 @@ def llm(folder: Path) -> Iterator[Engine]:
 
 def prompt(seed: int, n: int) -> list[int]:
     return [random.Random(f"{seed} {i}").randrange(SHAPE.vocab - 1) for i in range(n)]
+
+
+def when_quiet(llm: Engine) -> EngineStats:
+    """The engine's counts once every request is over."""
+    while (stats := llm.stats()).running or stats.waiting:
+        pass
+    return stats
 
 
 def by_hand(llm: Engine, tokens: list[int], count: int) -> list[int]:
@@ -129,6 +141,32 @@ def test_cancelling_frees_memory_and_says_so(llm: Engine) -> None:
     assert llm.stats().running == 0 and llm.stats().live_kv_bytes == 0
 
 
+def test_a_stream_that_is_dropped_is_cancelled(llm: Engine) -> None:
+    before = llm.stats()
+    params = SamplingParams(temperature=0.0, stop_token_ids=())
+    for _ in llm.submit(prompt(61, 50), params):
+        break
+    llm.submit(prompt(62, 50), params)
+    stats = when_quiet(llm)
+    assert stats.cancelled - before.cancelled == 2
+
+
+def test_a_sink_is_served_without_its_stream(llm: Engine) -> None:
+    got: queue.SimpleQueue[object] = queue.SimpleQueue()
+    llm.submit(prompt(63, 10), GREEDY, sink=got.put)
+    items = [got.get(timeout=5) for _ in range(13)]
+    assert isinstance(items[-1], TokensDone) and items[-1].finish_reason == "length"
+
+
+def test_events_that_are_dropped_are_cancelled(text_folder: Path) -> None:
+    with load(text_folder, kv_budget=8 * 2**20) as llm:
+        llm.stream("hello", stop_token_ids=())  # before the first event
+        for _ in llm.stream("hello", stop_token_ids=()):
+            break
+        stats = when_quiet(llm)
+    assert stats.cancelled == 2
+
+
 def test_a_bad_constraint_harms_only_its_own_request(llm: Engine) -> None:
     class Broken:
         def allowed(self) -> np.ndarray | None:
@@ -141,6 +179,31 @@ def test_a_bad_constraint_harms_only_its_own_request(llm: Engine) -> None:
     with pytest.raises(GptOssError, match="broken"):
         list(bad)
     assert [o.token_id for o in good] == by_hand(llm, prompt(70, 40), 12)
+
+
+def test_requests_without_a_seed_share_no_global_state(llm: Engine) -> None:
+    drawn = []
+    for _ in range(2):
+        np.random.seed(0)
+        drawn.append(list(llm.generate(prompt(22, 10), SamplingParams(max_tokens=12))))
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.2}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}]
+)
+def test_what_a_sampler_remembers_does_not_grow(tmp_path: Path, penalty: dict[str, float]) -> None:
+    sampler = Sampler(SamplingParams(**penalty), SHAPE.vocab, np.arange(3))  # type: ignore[arg-type]
+    logits = mx.random.normal((SHAPE.vocab,), key=mx.random.key(0))
+
+    def graph(draws: int) -> int:
+        """Length of the graph that is not computed yet, as text."""
+        for _ in range(draws):
+            mx.eval(sampler.sample(logits))
+        mx.export_to_dot(str(tmp_path / "graph"), *[a for a in sampler.state if a is not None])
+        return len((tmp_path / "graph").read_text())
+
+    assert abs(graph(30) - graph(30)) < 100
 
 
 def test_a_constraint_forces_tokens(llm: Engine) -> None:
@@ -218,6 +281,73 @@ def test_wrong_requests_are_told_before_they_run(llm: Engine) -> None:
         _ = llm.tokenizer
 
 
+def test_what_the_vocabulary_does_not_hold_is_told_before_it_runs(llm: Engine) -> None:
+    with pytest.raises(RequestError, match="logprobs is 301"):
+        llm.submit([1], SamplingParams(logprobs=SHAPE.vocab + 1))
+
+
+def test_a_request_that_cannot_be_queued_ends_with_the_error(
+    llm: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(request: object) -> None:
+        raise IndexError("no such place")
+
+    got: queue.SimpleQueue[object] = queue.SimpleQueue()
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._scheduler, "add", add)
+        llm.submit([1], GREEDY, sink=got.put)
+        end = got.get(timeout=5)
+    assert isinstance(end, GptOssError) and "no such place" in str(end)
+
+
+def test_a_check_of_the_reply_that_raises_is_the_end(text_folder: Path) -> None:
+    def parse(text: str) -> None:
+        raise KeyError("colour")
+
+    got: list[object] = []
+    generation = Generation(Tokenizer.from_folder(text_folder), parse=parse, sink=got.append)
+    generation.take(TokensDone("stop", 1, 0, 0))
+    end = got[-1]
+    assert isinstance(end, GptOssError) and isinstance(end.__cause__, KeyError) and "colour" in str(end)
+
+
+def test_a_job_that_was_accepted_runs_although_the_worker_closes() -> None:
+    worker = Worker("closing")
+    jobs = worker._jobs
+
+    class Slow:
+        """The queue, with someone closing the worker just before a job is put."""
+
+        get = staticmethod(jobs.get)
+
+        def put(self, job: Callable[[], object] | None) -> None:
+            if job == done.set:
+                closer.start()
+                closer.join(0.2)
+            jobs.put(job)
+
+    done = threading.Event()
+    closer = threading.Thread(target=worker.close)
+    worker._jobs = Slow()  # type: ignore[assignment]
+    worker.post(done.set)
+    assert done.wait(5)
+    closer.join(5)
+    assert not worker._thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+def test_no_job_ends_the_thread(error: type[BaseException]) -> None:
+    def job() -> None:
+        raise error
+
+    worker = Worker("raising")
+    worker.post(job)
+    done = threading.Event()
+    worker.post(done.set)
+    assert done.wait(5)
+    worker.close()
+
+
 def test_a_full_queue_is_busy(folder: Path) -> None:
     with load(folder, kv_budget=8 * 2**20, max_running=1, max_waiting=2) as llm:
         streams = []
@@ -235,6 +365,27 @@ def test_a_budget_too_small_is_refused_with_numbers(folder: Path) -> None:
     assert caught.value.available == 100_000 and caught.value.needed
     with pytest.raises(MemoryLimitError, match="the weights leave"):
         load(folder, kv_budget=10**15)
+
+
+@pytest.mark.parametrize("kv_budget", [640_000, 700_000, 1_000_000, 1_400_000])
+def test_the_longest_context_stays_within_the_budget(folder: Path, kv_budget: int) -> None:
+    """Wherever the caches grow last on the way there."""
+    with load(folder, kv_budget=kv_budget, prefill_chunk=64) as llm:
+        scheduler, peak = llm._scheduler, 0
+
+        def watch(item: object) -> None:
+            nonlocal peak
+            peak = max(peak, scheduler.live_bytes)
+            got.put(item)
+
+        longest = llm.max_context
+        for start in {1, longest // 2, max(1, (longest - 1) // 256 * 256 - 1), longest - 4}:
+            got: queue.SimpleQueue[object] = queue.SimpleQueue()
+            params = SamplingParams(temperature=0.0, stop_token_ids=(), max_tokens=6)
+            llm.submit(prompt(start, start), params, sink=watch)
+            while not isinstance(end := got.get(timeout=20), TokensDone):
+                assert not isinstance(end, Exception)
+    assert peak <= kv_budget
 
 
 def test_a_small_budget_serves_everyone_in_turn(folder: Path) -> None:

@@ -50,8 +50,11 @@ def kept(params: SamplingParams) -> set[int]:
         ("logit_bias", {"a": 1.0}),
         ("logit_bias", {3: float("nan")}),
         ("stop", ("",)),
+        ("stop", 5),
+        ("stop", None),
         ("logprobs", -1),
         ("stop_token_ids", (-1,)),
+        ("stop_token_ids", 5),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value):
@@ -69,6 +72,13 @@ def test_a_bias_outside_the_vocabulary_is_refused():
 
 def test_temperature_zero_takes_the_largest_logit():
     assert draw(SamplingParams(temperature=0.0), 3) == [int(LOGITS.argmax())] * 3
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-36, 1e-38, 1e-40, 5e-46, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_near_zero_takes_the_largest_logit(temperature, filters):
+    params = SamplingParams(temperature=temperature, seed=3, **filters)
+    assert draw(params, 5) == [int(LOGITS.argmax())] * 5
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():

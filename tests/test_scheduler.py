@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.checkpoint import load_model
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model import Model
 from mlx_gptoss.request import Request, TokenOutput, TokensDone
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.scheduler import Scheduler
+from mlx_gptoss.speculate import ModelDrafter
 from tests.checkpoints import write_checkpoint
 from tests.random_weights import Shape
 
 SHAPE = Shape(layers=2, hidden=64, intermediate=64, experts=4, top_k=2, window=16, vocab=300)
 CHUNK = 16
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +34,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 class Client:
     """A request and what came of it; `at` holds the forward at which each token was delivered."""
 
-    def __init__(self, scheduler: Scheduler, tokens: list[int], max_tokens: int = 4, **more: Any) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokens: list[int],
+        max_tokens: int = 4,
+        params: SamplingParams = GREEDY,
+        **more: Any,
+    ) -> None:
         self.scheduler = scheduler
         self.tokens: list[int] = []
         self.at: list[int] = []
         self.end: TokensDone | Exception | None = None
-        params = SamplingParams(temperature=0.0)
         self.request = Request(tokens, params, self.take, max_tokens=max_tokens, stop_ids=frozenset(), **more)
         scheduler.add(self.request)
 
@@ -62,8 +73,8 @@ def run(scheduler: Scheduler) -> None:
     raise AssertionError("the scheduler does not come to an end")
 
 
-def alone(model: Model, tokens: list[int], max_tokens: int = 4) -> list[int]:
-    client = Client(scheduler := make(model), tokens, max_tokens)
+def alone(model: Model, tokens: list[int], max_tokens: int = 4, params: SamplingParams = GREEDY) -> list[int]:
+    client = Client(scheduler := make(model), tokens, max_tokens, params)
     run(scheduler)
     return client.tokens
 
@@ -170,6 +181,81 @@ def test_a_request_that_breaks_the_forward_breaks_it_for_itself_only(model: Mode
     assert scheduler.counters.failed == 1
 
 
+def test_requests_that_start_again_are_not_overtaken(model: Model) -> None:
+    scheduler = make(Poisoned(model, 299))
+    good = [Client(scheduler, prompt(45 + i, 20), max_tokens=6) for i in range(2)]
+    Client(scheduler, [1, 2, 299])
+    later = []
+    for i in range(40):
+        scheduler.step()
+        later.append(Client(scheduler, prompt(100 + i, 4), max_tokens=6))
+    run(scheduler)
+    assert max(c.at[0] for c in good) < min(c.at[0] for c in later)
+
+
+class FailsOnce:
+    """A model whose n-th forward fails."""
+
+    def __init__(self, model: Model, n: int) -> None:
+        self.model, self.left = model, n
+        self.config, self.dtype = model.config, model.dtype
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("a bad moment")
+        return self.model(*args)
+
+
+@pytest.mark.parametrize("n", [3, 4, 7])
+def test_a_failed_forward_changes_no_tokens(model: Model, n: int) -> None:
+    asked = [
+        GREEDY,
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(seed=11),
+        SamplingParams(seed=12, presence_penalty=0.5),
+    ]
+    scheduler = make(FailsOnce(model, n))
+    clients = [Client(scheduler, prompt(80 + i, 4), 12, params) for i, params in enumerate(asked)]
+    run(scheduler)
+    assert scheduler.counters.failed == 0
+    for i, (client, params) in enumerate(zip(clients, asked, strict=True)):
+        assert client.tokens == alone(model, prompt(80 + i, 4), 12, params)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_cannot_be_kept_ends_all_the_same(
+    model: Model, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    scheduler = make(model)
+    client = Client(scheduler, prompt(90, 10), max_tokens=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceCache, "export", lambda *args, **more: 1 / 0)
+        scheduler.step()
+        client.request.cancelled = cancelled
+        run(scheduler)
+    assert isinstance(client.end, TokensDone)
+    assert client.end.finish_reason == ("cancelled" if cancelled else "length")
+    assert scheduler.live_bytes == scheduler.store.nbytes == 0
+    # The half of it that was written down misleads nobody.
+    again = Client(scheduler, prompt(90, 10), max_tokens=4)
+    run(scheduler)
+    assert again.tokens == alone(model, prompt(90, 10))
+
+
+def test_a_sink_may_raise_anything(model: Model) -> None:
+    scheduler = make(model)
+
+    def sink(item: Any) -> None:
+        raise SystemExit
+
+    scheduler.add(Request(prompt(91, 5), GREEDY, sink, max_tokens=50, stop_ids=frozenset()))
+    other = Client(scheduler, prompt(92, 5), max_tokens=6)
+    run(scheduler)
+    assert other.tokens == alone(model, prompt(92, 5), 6)
+    assert scheduler.counters.cancelled == 1
+
+
 def test_memory_stays_within_the_budget(model: Model) -> None:
     probe = make(model).make_cache()
     budget = int(2.2 * probe.nbytes_at(500))
@@ -181,6 +267,29 @@ def test_memory_stays_within_the_budget(model: Model) -> None:
     assert peak <= budget
     for i, client in enumerate(clients):
         assert client.tokens == alone(model, prompt(50 + i, 300), 30)
+
+
+def test_a_waiting_or_closed_scheduler_holds_no_draft_caches(model: Model) -> None:
+    held: weakref.WeakSet[ModelDrafter] = weakref.WeakSet()
+
+    def drafter() -> ModelDrafter:
+        held.add(made := ModelDrafter(model, CHUNK))
+        return made
+
+    # Not all of them fit, once they grow.
+    budget = int(2.2 * make(model).make_cache().nbytes_at(1000))
+    scheduler = make(model, budget=budget, drafters=drafter)
+    factory = weakref.ref(drafter)
+    del drafter
+    clients = [Client(scheduler, prompt(93 + i, 300), max_tokens=250) for i in range(3)]
+    while not scheduler.counters.preempted:
+        assert scheduler.step()
+    gc.collect()
+    assert len(held) == len(scheduler.running)
+    scheduler.close()
+    gc.collect()
+    assert not held and factory() is None
+    assert all(isinstance(c.end, GptOssError) for c in clients)
 
 
 def test_background_requests_give_way(model: Model) -> None:

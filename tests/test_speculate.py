@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from mlx_gptoss.checkpoint import load_model
 from mlx_gptoss.engine import Engine, load
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.speculate import AFTER, PromptLookup, Speculation
+from mlx_gptoss.speculate import AFTER, PLAIN_EVERY, ModelDrafter, PromptLookup, Speculation
 from tests.checkpoints import write_checkpoint
 from tests.random_weights import Shape
 
@@ -102,6 +105,7 @@ def test_lookup_continues_the_longest_run_seen_before() -> None:
 def test_guessing_ends_when_it_is_wrong() -> None:
     class Wrong:
         nbytes = 0
+        behind = False
 
         def propose(self, tokens: list[int], limit: int) -> list[int]:
             return [0] * limit
@@ -119,6 +123,51 @@ def test_guessing_ends_when_it_costs_time() -> None:
         speculation.record(0, 0, 0.01)
     assert not any(speculation.record(4, 3, 0.03) for _ in range(10)) and speculation.on
     assert any(speculation.record(4, 1, 0.2) for _ in range(10)) and not speculation.on
+
+
+def test_a_draft_model_reads_one_chunk_at_a_time(folders: tuple[Path, Path]) -> None:
+    model = load_model(folders[0])
+    lengths: list[int] = []
+
+    class Counting:
+        make_cache = staticmethod(model.make_cache)
+
+        def __call__(self, tokens: mx.array, *rest: Any) -> Any:
+            lengths.append(tokens.size)
+            return model(tokens, *rest)
+
+    drafter = ModelDrafter(Counting(), 32)  # type: ignore[arg-type]
+    speculation = Speculation(drafter, 4)
+    tokens = prompts()[2] * 4
+    for _ in range(PLAIN_EVERY - 1):
+        lengths.clear()
+        guesses = speculation.propose(tokens, 9)
+        assert sum(lengths) <= 32 + 3
+        speculation.record(len(guesses), len(guesses), 1.0)
+        if guesses:
+            break
+        tokens.append(7)
+    # A round in which the draft model was still reading tells nothing of what a token costs.
+    assert speculation.plain_rounds == 0
+    assert len(tokens) == 160 + 5
+    fresh = ModelDrafter(model, 512)
+    assert guesses == fresh.propose(tokens, 4)
+    # It goes on from there, also after guesses that were all wrong.
+    tokens += [8, 9]
+    assert drafter.propose(tokens, 4) == fresh.propose(tokens, 4) != []
+
+
+def test_a_draft_model_reads_again_what_its_window_lost(folders: tuple[Path, Path]) -> None:
+    """More wrong guesses than its caches can go back by, and a chunk shorter than the replay."""
+    model = load_model(folders[0])
+    drafter, tokens = ModelDrafter(model, 16), prompts()[2] * 8
+    guesses: list[int] = []
+    for limit in (300, 4):
+        tokens = [*tokens, 5]
+        for _ in range(2 * PLAIN_EVERY):
+            guesses = guesses or drafter.propose(tokens, limit)
+        assert guesses == ModelDrafter(model, 512).propose(tokens, limit)
+        guesses = []
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
