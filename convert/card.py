@@ -85,17 +85,26 @@ def _source_name(manifest: Manifest) -> str:
 
 
 def _parts_table(manifest: Manifest) -> str:
-    """One row a part: how it is stored, its size, its relative error against the source."""
-    rows = [("part", "stored as", "GB", "relative error")]
+    """One row a part: how it is stored, its bits a weight and weights a group, size and relative error."""
+    rows = [("part", "stored as", "bits", "group", "GB", "relative error")]
     reports = {report.part: report for report in part_reports(manifest.tensors)}
     for part in [p for p in _PARTS if p in reports] + sorted(reports.keys() - set(_PARTS)):
         report = reports[part]
         formats = ", ".join(_FORMATS[action] for action in report.actions)
         error = f"{report.recorded:.2%}" if report.recorded else "exact"
-        rows.append((part, formats, f"{report.bytes / 1e9:.3f}", error))
+        rows.append((part, formats, *_packing(manifest, part), f"{report.bytes / 1e9:.3f}", error))
     return _table(rows) + (
         "\nThe relative error is that of the weights: root of the squared error over the squared norm.\n"
     )
+
+
+def _packing(manifest: Manifest, part: str) -> tuple[str, str]:
+    """Bits and group size of a part's packed weights, "4, 8" where they differ; of one without any, 16."""
+    entries = [entry for entry in manifest.tensors.values() if entry.part == part]
+    bits, groups = ({getattr(e, key) for e in entries} - {None} for key in ("bits", "group_size"))
+    if {entry.dtype for entry in entries} == {"BF16"}:
+        bits = {16}
+    return ", ".join(map(str, sorted(bits))), ", ".join(map(str, sorted(groups)))
 
 
 def _quality_section(quality: Mapping[str, Any] | None) -> str:

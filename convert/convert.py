@@ -19,12 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.convert.finite import Watch, not_finite
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
 from mlx_gptoss.convert.plan import Chunk, Job, Plan, make_config, make_plan
 from mlx_gptoss.convert.recipes import Recipe, make_recipe
 from mlx_gptoss.convert.sidecars import Sidecar, find_sidecars
-from mlx_gptoss.convert.sources import Source, open_source
+from mlx_gptoss.convert.sources import Source, is_gguf, open_source
 from mlx_gptoss.convert.writer import (
     Layout,
     ShardWriter,
@@ -94,7 +95,7 @@ def convert(
     """
     recipe = recipe or make_recipe()
     if shard_size < 1:
-        raise ConversionError(f"shard size {shard_size} is not possible, expected a number of bytes")
+        raise ConversionError(f"shard size {shard_size} is not possible, expected bytes such as 5GB")
     opened = _open(source, revision, offline)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
     plan = make_plan(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
@@ -107,10 +108,12 @@ def convert(
         "options": {"fast": fast, "mxfp4_search": mxfp4_search, "shard_size": shard_size},
         "tokenizer": {s.name: hashlib.sha256(s.content()).hexdigest() for s in sidecars},
     }
-    work = _Workplace(Path(target).expanduser())
+    names = {shard.name for shard in layout.shards} | {sidecar.name for sidecar in sidecars}
+    work = _Workplace(Path(target).expanduser(), names | {INDEX_NAME, "config.json", MANIFEST_NAME})
     if (finished := work.prepare(identity, restart=restart)) is not None:
         return Converted(work.target, finished, tuple(plan.notes))
-    with Journal(work.partial, identity) as journal:
+    with Journal(work.partial, identity, restart=restart) as journal:
+        work.open_output(restart=restart)
         work.check_space(layout)
         run = _Run(opened, plan, layout, journal, progress, hash_files=not fast)
         with ShardWriter(work.output, layout, run.check_stop) as writer:
@@ -125,12 +128,10 @@ def convert(
 
 def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.exists() and is_gguf(path):
         return open_source(path)
     from mlx_gptoss.hub import is_repo_id, resolve
 
-    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
-        return open_source(path)
     folder = resolve(source, revision=revision, offline=offline, gguf=True)
     hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None
     return open_source(folder, id=hub_id)
@@ -164,34 +165,73 @@ def _finish(
 
 
 class _Workplace:
-    """TARGET, and TARGET.partial where it comes into being."""
+    """TARGET, and TARGET.partial where it comes into being; `names` are the files that TARGET may get."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, names: set[str]) -> None:
         if target.name in ("", "..") or target.is_mount():
             raise ConversionError(f"{str(target)!r}: cannot be replaced; name a new folder inside it")
-        self.target = target
+        self.target, self.names = target, names
         self.partial = target.with_name(target.name + ".partial")
         self.output = self.partial / "output"
 
     def prepare(self, identity: dict[str, Any], *, restart: bool) -> Manifest | None:
-        """Make the folders. The manifest, if an earlier run was stopped between its last two steps."""
-        if restart and self.partial.exists():
-            shutil.rmtree(self.partial)
+        """Make TARGET.partial. The manifest, if an earlier run was stopped between its last two steps."""
+        self._check_partial()
         occupied = self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir()))
         if occupied:
-            if self.partial.exists() and not self.output.exists() and (self.target / MANIFEST_NAME).exists():
-                if (self.partial / JOURNAL_NAME).exists():
-                    Journal(self.partial, identity).close()  # refuses if that was another conversion
-                shutil.rmtree(self.partial)
+            begun = (self.partial / JOURNAL_NAME).exists() and not self.output.exists()
+            if begun and not restart and (self.target / MANIFEST_NAME).exists():
+                with Journal(self.partial, identity):  # refuses if that was another conversion
+                    self._forget()
                 return read_manifest(self.target)
             raise ConversionError(
                 f"{self.target}: is not an empty folder; choose a new one, nothing was written"
             )
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.partial, error) from error
         return None
+
+    def open_output(self, *, restart: bool) -> None:
+        """Make the folder of results, or take up the one that is there. Needs the journal's lock."""
+        try:
+            if restart and self.output.exists() and not self.output.is_symlink():
+                shutil.rmtree(self.output)
+            self.output.mkdir(exist_ok=True)
+            self.check_output()
+        except OSError as error:
+            raise write_error(self.output, error) from error
+
+    def check_output(self) -> None:
+        """Raise ConversionError for anything in the folder of results that is no file of this conversion.
+
+        Hidden files may lie there: a Mac makes them by itself.
+        """
+        there = [self.output] if self.output.is_symlink() else sorted(self.output.iterdir())
+        for path in there:
+            known = path.name in self.names or path.name.startswith(".")
+            if not known or path.is_symlink() or not path.is_file():
+                raise ConversionError(
+                    f"{path}: is not of this conversion, nothing was published; "
+                    "move it away and run the same command again"
+                )
+
+    def _check_partial(self) -> None:
+        """Refuse a TARGET.partial that no conversion made: one that is neither empty nor has a journal."""
+        journal = self.partial / JOURNAL_NAME
+        try:
+            folder = self.partial.is_dir() and not self.partial.is_symlink()
+            ours = folder and (
+                not any(self.partial.iterdir()) or (journal.is_file() and not journal.is_symlink())
+            )
+        except OSError as error:
+            raise write_error(self.partial, error) from error
+        if os.path.lexists(self.partial) and not ours:
+            raise ConversionError(
+                f"{self.partial}: was not made by a conversion, expected a folder with a {JOURNAL_NAME}; "
+                "move it away or choose another target"
+            )
 
     def check_space(self, layout: Layout) -> None:
         """Refuse before the first byte when the disk cannot hold what is still to be written."""
@@ -209,6 +249,7 @@ class _Workplace:
 
     def publish(self) -> None:
         """Give the finished folder its name, then forget the journal."""
+        self.check_output()
         sync_folder(self.output)
         try:
             if self.target.exists():
@@ -217,7 +258,13 @@ class _Workplace:
         except OSError as error:
             raise write_error(self.target, error) from error
         sync_folder(self.target.parent)
-        shutil.rmtree(self.partial)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Remove the journal and its folder, unless something else lies in it: then that stays."""
+        with suppress(OSError):
+            (self.partial / JOURNAL_NAME).unlink()
+            self.partial.rmdir()
 
 
 class _Stopped(Exception):
@@ -294,6 +341,7 @@ class _Run:
             exact = action in ("copy", "relayout")
             for index, output in enumerate(job.outputs):
                 error = 0.0 if exact else record.relative_error
+                packing = self.plan.packing(output)
                 yield (
                     output.name,
                     TensorEntry(
@@ -305,6 +353,8 @@ class _Run:
                         bytes=output.nbytes,
                         sha256=record.digests[output.name],
                         relative_error=error if index == 0 else None,
+                        bits=None if packing is None else packing.bits,
+                        group_size=None if packing is None else packing.group_size,
                     ),
                 )
 
@@ -365,7 +415,12 @@ class _Run:
             self._note(writer, job, *pending.totals())
 
     def _note(self, writer: ShardWriter, job: Job, squared_error: float, squared_norm: float) -> None:
-        digests = {output.name: writer.digest(output.name) for output in job.outputs}
+        digests = {}
+        for output in job.outputs:
+            watch = Watch(output.name, output.dtype)
+            digests[output.name] = writer.digest(output.name, watch.see)
+            if watch.found:
+                raise not_finite(job.sources)
         with self._lock:
             self.journal.add(job.name, Record(digests, squared_error, squared_norm))
 

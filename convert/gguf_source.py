@@ -6,6 +6,7 @@ and value j + 16 in its high one. Gate and up are apart. Dense parts may be in a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError
 
 ARCHITECTURE = "gpt-oss"
 BLOCK_BYTES = 17  # of MXFP4: a scale byte and 32 nibbles
+FLOATS = {"F16", "BF16", "F32"}
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the files of a model that is split
 
 # Part -> name in GGUF, without .weight / .bias; `post_attention_norm` was `ffn_norm` in early files.
 _NAMES = {
@@ -53,14 +56,12 @@ class _Tensor:
 
 
 def open_gguf(path: Path, *, id: str | None = None) -> Source:
-    """The model in a GGUF file, or in the (split) files of a folder.
+    """The model in a GGUF file (any part of one that is split), or in the files of a folder.
 
     Raises ConversionError when the `gguf` package is missing or the file is not gpt-oss, CheckpointError when
     it is broken or lacks something.
     """
-    files = tuple(sorted(path.glob("*.gguf"))) if path.is_dir() else (path,)
-    if not files:
-        raise CheckpointError(f"{path}: no .gguf file in this folder")
+    files = gguf_files(path)
     model = _Model(path, files)
     config = model.config()
     folder = path if path.is_dir() else path.parent
@@ -78,6 +79,32 @@ def open_gguf(path: Path, *, id: str | None = None) -> Source:
         raw_config=config.to_hf(),
         tensors=tensors,
     )
+
+
+def gguf_files(path: Path) -> tuple[Path, ...]:
+    """The files of one model, in order: a .gguf file, with its siblings where it is a part; or a folder's.
+
+    Raises CheckpointError when a part is absent, and for a folder that holds no model or several.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("[!.]*.gguf"))
+        models = {_PART.sub(r"-of-\2.gguf", file.name) for file in found}
+        if len(models) != 1:
+            shown = ", ".join(file.name for file in found[:10]) + (" .." if len(found) > 10 else "")
+            raise CheckpointError(
+                f"{path}: holds {len(models)} models in GGUF ({shown}), expected one; name the file to take"
+            )
+        path = found[0]
+    part = _PART.search(path.name)
+    if part is None:
+        return (path,)
+    stem, count = path.name[: part.start()], part[2]
+    files = tuple(path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1))
+    absent = [file.name for file in files if not file.is_file()]
+    if absent or path not in files:
+        shown = ", ".join(absent[:10]) + (" .." if len(absent) > 10 else "") or "a part of that number"
+        raise CheckpointError(f"{path}: is one of {int(count)} parts, without {shown}; download all of them")
+    return files
 
 
 class _Model:
@@ -210,11 +237,15 @@ class _Model:
             weights = [self.take(old[p] + ".weight", (e, rows, columns)) for p in parts]
             biases = [self.take(old[p] + ".bias", (e, rows)) for p in parts]
             yield _joined(new[f"{target}_bias"], [_dense_reader(b) for b in biases], "F32", biases, (rows,))
-            if any(w.type.name != "MXFP4" for w in weights):
-                kinds = " and ".join(sorted({w.type.name for w in weights}))
+            kinds = {w.type.name for w in weights}
+            if kinds <= FLOATS:
+                name = new[target].removesuffix("_blocks")
+                yield _joined(name, [_dense_reader(w) for w in weights], "F32", weights, (rows, columns))
+                continue
+            if kinds != {"MXFP4"}:
                 raise ConversionError(
-                    f"{weights[0].path}: {weights[0].name} is {kinds}, expected MXFP4; other types have lost "
-                    "the published weights, convert another file"
+                    f"{weights[0].path}: {weights[0].name} is {' and '.join(sorted(kinds))}, expected MXFP4 "
+                    "or floats; other types have lost the published weights, convert another file"
                 )
             blocks = [_block_reader(w) for w in weights]
             scales = [_scale_reader(w) for w in weights]

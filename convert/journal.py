@@ -39,19 +39,21 @@ class Record:
 class Journal:
     """The journal of one conversion, locked against a second one; use it in a with statement.
 
-    `identity` tells what is converted and how. Raises ConversionError when the folder holds the work of
-    another conversion, or one that is still running.
+    `identity` tells what is converted and how. restart: forget what is noted. Raises ConversionError when the
+    folder holds the work of another conversion, or one that is still running.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self.path = folder / JOURNAL_NAME
         self.records: dict[str, Record] = {}
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise write_error(self.path, error) from error
         try:
             self._lock()
+            if restart:
+                os.ftruncate(self._file, 0)
             self._load(identity)
         except BaseException:
             os.close(self._file)

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ FORMAT = 1
 # "affine-search": the same format, scale and bias searched.  "mxfp4", "mxfp4-search": OCP microscaling.
 ACTIONS = ("copy", "relayout", "cast", "affine", "affine-search", "mxfp4", "mxfp4-search")
 SOURCE_KINDS = ("hf-mxfp4", "original", "hf-bf16", "mlx", "gguf")
+
+_FIGURES = ("kl", "kl_p99", "top1", "perplexity_source", "perplexity")  # of `quality`
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -53,7 +57,8 @@ class TensorEntry:
     `sources` names the source's tensors it was made from; `part` the part of the model it belongs to
     (embedding, head, attention, router, experts, norms).  `relative_error` is sqrt(squared error / squared
     norm) of the dequantised weight against the source: 0 for exact actions; for a quantised weight it is
-    stated once, with the packed weight, and None on its scales and biases.
+    stated once, with the packed weight, and None on its scales and biases.  So are its `bits` and
+    `group_size`, the number of weights that share a scale.
     """
 
     action: str
@@ -64,6 +69,8 @@ class TensorEntry:
     bytes: int
     sha256: str
     relative_error: float | None = None
+    bits: int | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,22 +89,27 @@ class Manifest:
     tool: str = "mlx_gptoss"
 
     def to_json(self) -> str:
-        """Canonical text: sorted keys, so that equal manifests are equal bytes."""
+        """Canonical text: sorted keys, so that equal manifests are equal bytes.  Raises ConversionError."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        try:
+            return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise ConversionError(f"{MANIFEST_NAME}: an error or figure is not finite ({error})") from error
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `manifest.json` into the folder, whole or not at all.  Raises ConversionError."""
         path = Path(folder) / MANIFEST_NAME
         temporary = path.with_name(f".{MANIFEST_NAME}.tmp")
+        text = self.to_json()
         try:
             with open(temporary, "w", encoding="utf-8") as stream:
-                stream.write(self.to_json())
+                stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
 
 
@@ -136,10 +148,10 @@ class _Check:
             raise self.fail(f"{where}.{key}", values, "a list of whole numbers")
         return tuple(values)
 
-    def size(self, holder: Any, where: str, key: str) -> int:
-        value = self.value(holder, where, key, int, "a number of bytes")
+    def size(self, holder: Any, where: str, key: str, expected: str = "a number of bytes") -> int:
+        value = self.value(holder, where, key, int, expected)
         if value < 0:
-            raise self.fail(f"{where}.{key}", value, "a number of bytes")
+            raise self.fail(f"{where}.{key}", value, expected)
         return value
 
     def digest(self, holder: Any, where: str) -> str:
@@ -186,7 +198,21 @@ class _Check:
             bytes=self.size(entry, where, "bytes"),
             sha256=self.digest(entry, where),
             relative_error=None if error is None else float(error),
+            bits=self.value(entry, where, "bits", (int, type(None)), "a whole number or null"),
+            group_size=self.value(entry, where, "group_size", (int, type(None)), "a whole number or null"),
         )
+
+    def quality(self, entry: Any) -> dict[str, Any] | None:
+        """What the model card prints of it is there and a number."""
+        if entry is None:
+            return None
+        self.value(entry, "quality", "text", str, "a string")
+        self.size(entry, "quality", "tokens", "a number of tokens")
+        for key in _FIGURES:
+            value = self.value(entry, "quality", key, (float, int), "a number")
+            if not abs(value) <= sys.float_info.max:  # false for NaN, and for whole numbers beyond floats
+                raise self.fail(f"quality.{key}", value, "a finite number; set quality to null, measure anew")
+        return dict(entry)
 
     def manifest(self, content: Any) -> Manifest:
         version = self.value(content, "manifest", "format", int, str(FORMAT))
@@ -200,7 +226,7 @@ class _Check:
             recipe=self.value(content, "manifest", "recipe", dict, "an object"),
             tensors={name: self.tensor(entry, f"tensors[{name!r}]") for name, entry in tensors.items()},
             files=self.files(content, "manifest"),
-            quality=self.value(content, "manifest", "quality", (dict, type(None)), "an object or null"),
+            quality=self.quality(content.get("quality")),
         )
 
 

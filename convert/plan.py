@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_gptoss.convert import affine, mxfp4
+from mlx_gptoss.convert.finite import not_finite
 from mlx_gptoss.convert.recipes import Recipe
 from mlx_gptoss.convert.sources import Extent, Source, SourceTensor, to_float32
-from mlx_gptoss.errors import CheckpointError, ConversionError
+from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.linear import MXFP4, Quantization
 from mlx_gptoss.safetensors_file import DTYPES
 
@@ -109,6 +110,17 @@ class Plan:
     def outputs(self) -> list[Output]:
         return [output for job in self.jobs for output in job.outputs]
 
+    def note(self, text: str) -> None:
+        """A remark, once however many tensors of a part call for it."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def packing(self, output: Output) -> Quantization | None:
+        """The format of a packed weight; None for its scales, and for what is not packed."""
+        if output.name.endswith("_blocks"):
+            return MXFP4
+        return self.quantizations.get(output.name.removesuffix(".weight"))
+
 
 def make_plan(source: Source, recipe: Recipe, *, search: bool = True, mxfp4_search: bool = False) -> Plan:
     """Decide what is made of every tensor. Raises ConversionError for what cannot be done."""
@@ -196,8 +208,8 @@ def _matrix_jobs(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe, se
         yield from (_plain_job(packed, part) for packed in tensor.packed.values())
         return
     if tensor.quantization is not None and kept.bits >= tensor.quantization.bits:
-        plan.notes.append(
-            f"{path} was quantised to {tensor.quantization.bits} bits before: {kept.bits} bits cannot bring "
+        plan.note(
+            f"{part} was quantised to {tensor.quantization.bits} bits before: {kept.bits} bits cannot bring "
             "back what was lost; convert from the original checkpoint where you can"
         )
     rows, columns = tensor.shape
@@ -223,12 +235,10 @@ def _wanted(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe) -> Quan
         if columns % group == 0:
             break
     else:
-        plan.notes.append(
-            f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16"
-        )
+        plan.note(f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16")
         return None
     if group != recipe.group_size:
-        plan.notes.append(
+        plan.note(
             f"{part}: {columns} columns do not divide into groups of {recipe.group_size}, "
             f"quantised in groups of {group}"
         )
@@ -249,7 +259,7 @@ def _fast_rows(tensor: SourceTensor, q: Quantization, chunk_rows: int, first: in
     if measure:
         norm = _square_sum(tensor, to_float32(values))
     elif ((values & 0x7F80) == 0x7F80).any():
-        raise _not_finite(tensor)
+        raise not_finite(tensor.sources[:1])
     result = affine.quantize(values, q.bits, q.group_size, measure=measure)
     return Chunk(result[:3], result.squared_error or 0.0, norm if measure else 0.0)
 
@@ -292,11 +302,5 @@ def _square_sum(tensor: SourceTensor, values: np.ndarray) -> float:
     flat = values.reshape(-1)
     total = float(np.einsum("i,i->", flat, flat))
     if not np.isfinite(total) and not np.isfinite(flat).all():
-        raise _not_finite(tensor)
+        raise not_finite(tensor.sources[:1])
     return total
-
-
-def _not_finite(tensor: SourceTensor) -> CheckpointError:
-    return CheckpointError(
-        f"{tensor.sources[0]}: holds NaN or infinity; the checkpoint is broken, download it again"
-    )

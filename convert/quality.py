@@ -12,7 +12,6 @@ probability of the next token.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -94,8 +93,9 @@ def compare(
 ) -> Quality:
     """Run `tokens`, in windows of `window`, through the source's weights and the conversion's.
 
-    `progress(done, total)` counts layers. Raises ConversionError when the two are different models or there
-    are fewer than two tokens, CheckpointError and ConfigError when a folder cannot be read.
+    `progress(done, total)` counts layers. Raises ConversionError when the two are different models, there are
+    fewer than two tokens, one that the models do not know, or predictions that are not finite,
+    CheckpointError and ConfigError when a folder cannot be read.
     """
     if len(tokens) < 2:
         raise ConversionError(
@@ -105,6 +105,12 @@ def compare(
         raise ConversionError(f"{source}: predictions need a source in safetensors with its config.json")
     sides = [Checkpoint(Path(source), mx.float32), Checkpoint(Path(folder), mx.float32)]
     _check_same_model(*sides)
+    vocabulary = sides[0].config.vocab_size
+    if max(tokens) >= vocabulary:
+        raise ConversionError(
+            f"the text has token {max(tokens)}, the model knows {vocabulary}; "
+            "expected the model's own tokenizer.json beside its weights"
+        )
     windows = [np.array(tokens[i : i + window], dtype=np.int32) for i in range(0, len(tokens), window)]
     windows = [w for w in windows if len(w) > 1]
     hidden = [
@@ -129,7 +135,11 @@ def compare(
                     picked = mx.take_along_axis(log[: len(targets)], mx.array(targets)[:, None], axis=-1)
                     loss.append(-np.array(picked))
     divergence = np.maximum(np.concatenate(kl), 0.0)  # rounding may leave -1e-9
-    perplexities = [math.exp(float(np.concatenate(loss).mean())) for loss in losses]
+    perplexities = [float(np.exp(np.concatenate(loss).mean(dtype=np.float64))) for loss in losses]
+    if not np.isfinite([*divergence, *perplexities]).all():
+        raise ConversionError(
+            f"{folder}: its predictions or those of {source} are not finite; run `mlx-gptoss verify` on both"
+        )
     return Quality(
         text=name,
         tokens=len(divergence),

@@ -74,14 +74,15 @@ def make_recipe(
     head: int | None = None,
     group_size: int | None = None,
 ) -> Recipe:
-    """A recipe of the table with some values replaced; 16 bits keeps a part as it is.
+    """A recipe of the table with some values replaced, told in its name; 16 bits keeps a part as it is.
 
     Raises ConversionError for a name, bits or group size that does not exist.
     """
     if name not in RECIPES:
         raise ConversionError(f"recipe {name!r} does not exist, expected one of {', '.join(RECIPES)}")
+    base = RECIPES[name]
     changes: dict[str, Any] = {}
-    for part, bits in (("embedding", embedding), ("attention", attention), ("head", head)):
+    for part, bits in (("head", head), ("attention", attention), ("embedding", embedding)):
         if bits is None:
             continue
         if bits not in (*BITS, 16):
@@ -92,4 +93,17 @@ def make_recipe(
         if group_size not in GROUP_SIZES:
             raise ConversionError(f"group size {group_size!r} is not possible, expected 32, 64 or 128")
         changes["group_size"] = group_size
-    return dataclasses.replace(RECIPES[name], **changes)
+    changes = {key: value for key, value in changes.items() if value != getattr(base, key)}
+    if not changes:
+        return base
+    words = [f"{key.removesuffix('_size')} {'bf16' if n is KEEP else n}" for key, n in changes.items()]
+    changed = dataclasses.replace(base, name=", ".join([name, *words]), **changes)
+    return dataclasses.replace(changed, summary=_summary(changed))
+
+
+def _summary(recipe: Recipe) -> str:
+    parts = [
+        f"{part} {'as in the source' if (bits := recipe.bits(part)) is KEEP else f'in {bits} bits'}"
+        for part in ("attention", "embedding", "head")
+    ]
+    return f"experts verbatim, {', '.join(parts)}, groups of {recipe.group_size}"

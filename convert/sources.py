@@ -120,7 +120,7 @@ def open_source(folder: Path, *, id: str | None = None) -> Source:
 
     Raises ConfigError, CheckpointError or ConversionError naming what does not fit.
     """
-    if folder.suffix == ".gguf" or (not (folder / "config.json").exists() and any(folder.glob("*.gguf"))):
+    if is_gguf(folder):
         from mlx_gptoss.convert.gguf_source import open_gguf
 
         return open_gguf(folder, id=id)
@@ -139,6 +139,14 @@ def open_source(folder: Path, *, id: str | None = None) -> Source:
         raw_config=raw,
         tensors=tensors,
     )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a .gguf file, or a folder whose only weights are such files."""
+    if not path.is_dir():
+        return path.suffix == ".gguf"
+    others = any(path.glob("[!.]*.safetensors")) or (path / st.INDEX_NAME).exists()
+    return not others and any(path.glob("[!.]*.gguf"))
 
 
 def to_float32(rows: np.ndarray) -> np.ndarray:
@@ -212,25 +220,31 @@ def _experts(
 def _mlx_experts(
     checkpoint: Checkpoint, source: dict[str, str], target: dict[str, str]
 ) -> Iterator[SourceTensor]:
-    """gate and up apart, MXFP4 as uint32 words -> Hugging Face's interleaved blocks and scales."""
+    """gate and up apart, MXFP4 as uint32 words -> Hugging Face's interleaved blocks and scales.
+
+    Dense experts (`mlx_lm.convert --dequantize`) stay floats, under the name without `_blocks`.
+    """
     tensors = checkpoint.tensors
-    for part in ("moe.gate", "moe.up", "moe.down"):
-        if (quantization := checkpoint.quantization_of(source[part])) is None:
+    gate, up, down = (source[p] for p in ("moe.gate", "moe.up", "moe.down"))
+    formats = {path: checkpoint.quantization_of(path) for path in (gate, up, down)}
+    for path, quantization in formats.items():
+        if quantization is not None and quantization.mode != "mxfp4":
             raise ConversionError(
-                f"{checkpoint.folder}: {source[part]} is dense in mlx-lm's layout; convert the checkpoint it "
-                "was made from instead"
-            )
-        if quantization.mode != "mxfp4":
-            raise ConversionError(
-                f"{checkpoint.folder}: {source[part]} was requantised to {quantization.bits}-bit "
+                f"{checkpoint.folder}: {path} was requantised to {quantization.bits}-bit "
                 f"{quantization.mode}, and the MXFP4 weights cannot be restored from it; "
                 "convert the checkpoint it was made from instead"
             )
-    gate, up, down = (source[p] for p in ("moe.gate", "moe.up", "moe.down"))
+    weights = [tensors[n + ".weight"] for n in (gate, up)]
     yield _interleaved([tensors[n + ".bias"] for n in (gate, up)], target["moe.gate_up_bias"])
-    yield _interleaved([tensors[n + ".weight"] for n in (gate, up)], target["moe.gate_up"], block=True)
-    yield _interleaved([tensors[n + ".scales"] for n in (gate, up)], target["moe.gate_up_scales"])
+    if formats[gate] is None:
+        yield _interleaved(weights, target["moe.gate_up"].removesuffix("_blocks"))
+    else:
+        yield _interleaved(weights, target["moe.gate_up"], block=True)
+        yield _interleaved([tensors[n + ".scales"] for n in (gate, up)], target["moe.gate_up_scales"])
     yield _float(checkpoint, down + ".bias", target["moe.down_bias"])
+    if formats[down] is None:
+        yield _float(checkpoint, down + ".weight", target["moe.down"].removesuffix("_blocks"))
+        return
     words = tensors[down + ".weight"]
     blocks = _verbatim(words, target["moe.down"])
     yield SourceTensor(

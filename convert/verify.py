@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.convert.against_source import Comparison, compare_with_source
+from mlx_gptoss.convert.finite import Watch
+from mlx_gptoss.convert.gguf_source import gguf_files
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from mlx_gptoss.convert.sources import is_gguf
 from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
 from mlx_gptoss.safetensors_file import TensorInfo, read_folder, read_header
 
 CHUNK = 4 << 20  # bytes read at a time
-NOT_OURS = (
-    "README.md",
-    ".gitattributes",
-    ".cache",
-)  # what a download or a share adds beside the manifest's files
+CARD_NAME = "README.md"  # a share adds it, and a download brings it along
 
 Progress = Callable[[int], None]
 """Called with a number of bytes just read."""
@@ -62,7 +61,10 @@ class PartReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `copies` counts tensors found bit-identical to the source (None: no source)."""
+    """What `verify` found. `copies` counts tensors found bit-identical to the source (None: no source).
+
+    `notes` are remarks for the user that are no problem of the folder.
+    """
 
     folder: Path
     manifest: Manifest
@@ -73,6 +75,7 @@ class Verification:
     extra: tuple[str, ...] = ()
     source: Path | None = None
     copies: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -100,6 +103,7 @@ class Verification:
             "parts": [dataclasses.asdict(part) for part in self.parts],
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "extra_files": list(self.extra),
+            "notes": list(self.notes),
         }
 
 
@@ -108,14 +112,16 @@ def verify(
 ) -> Verification:
     """Compare a converted folder with its manifest, and with `source` (a local folder) when one is given.
 
-    File hashes that the manifest does not hold yet are written into it once everything else agrees. Raises
-    ConversionError when there is no usable manifest; every other finding is in the result.
+    File hashes that the manifest does not hold yet are written into it once everything else agrees; a note
+    tells where that cannot be done. Raises ConversionError when there is no usable manifest; every other
+    finding is in the result.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ConversionError(f"{root}: no such folder, expected one written by `mlx-gptoss convert`")
     manifest = read_manifest(root)
     problems: list[Problem] = []
+    notes: list[str] = []
     tick = progress or (lambda _: None)
     hashed = dict(_check_files(root, manifest, problems, tick))
     _check_names(root, manifest, problems)
@@ -127,7 +133,10 @@ def verify(
     downloaded = (root / MANIFEST_NAME).is_symlink()  # the Hub's cache stays what was downloaded
     if not problems and not downloaded and any(entry.sha256 is None for entry in manifest.files.values()):
         manifest = dataclasses.replace(manifest, files=hashed)
-        manifest.write(root)
+        try:
+            manifest.write(root)
+        except ConversionError as error:
+            notes.append(f"the hashes of the files were not stored: {error}")
     return Verification(
         folder=root,
         manifest=manifest,
@@ -138,6 +147,7 @@ def verify(
         extra=tuple(extra),
         source=None if source is None else Path(source),
         copies=None if against is None else len(against.identical),
+        notes=tuple(notes),
     )
 
 
@@ -145,7 +155,7 @@ def bytes_to_read(manifest: Manifest, source: Path | None = None) -> int:
     """About how many bytes `verify` will read, for a progress bar."""
     size = sum(entry.size for entry in manifest.files.values())
     if source is not None:
-        weights = [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob("*.gguf")]
+        weights = gguf_files(source) if is_gguf(source) else source.glob("[!.]*.safetensors")
         size += sum(path.stat().st_size for path in weights)
     return size
 
@@ -168,7 +178,12 @@ def _check_files(
                 tensors = list(read_header(path).values())
             except CheckpointError as error:
                 problems.append(Problem(name, str(error)))
-        digest, tensor_digests = hash_file(path, tensors, tick)
+        watches = {info.name: Watch(info.name, info.dtype) for info in tensors}
+        try:
+            digest, tensor_digests = hash_file(path, tensors, tick, watches)
+        except OSError as error:
+            problems.append(Problem(name, f"cannot be read ({error.strerror}); check its permissions"))
+            continue
         yield name, FileEntry(size, digest)
         if expected.sha256 is not None and digest != expected.sha256 and size == expected.size:
             problems.append(Problem(name, f"sha256 is {digest[:12]}.., expected {expected.sha256[:12]}.."))
@@ -176,13 +191,17 @@ def _check_files(
             entry = manifest.tensors.get(info.name)
             if entry is not None and tensor_digests[info.name] != entry.sha256:
                 problems.append(Problem(info.name, "its bytes differ from the manifest's hash"))
+            if watches[info.name].found:
+                problems.append(Problem(info.name, "holds NaN or infinity"))
 
 
-def hash_file(path: Path, tensors: list[TensorInfo], tick: Progress) -> tuple[str, dict[str, str]]:
+def hash_file(
+    path: Path, tensors: list[TensorInfo], tick: Progress, watches: Mapping[str, Watch] | None = None
+) -> tuple[str, dict[str, str]]:
     """SHA-256 (hex) of a file and of each of its tensors' data, in one pass over it.
 
-    `tensors` are in the order of their data. The two kinds of hash run side by side: hashing is the
-    slower half, and lets other threads run.
+    `tensors` are in the order of their data, `watches` see the bytes of theirs. The two kinds of hash run
+    side by side: hashing is the slower half, and lets other threads run. Raises OSError.
     """
     whole = hashlib.sha256()
     digests = {info.name: hashlib.sha256() for info in tensors}
@@ -191,7 +210,10 @@ def hash_file(path: Path, tensors: list[TensorInfo], tick: Progress) -> tuple[st
         for info in tensors:
             first, last = max(info.start, start), min(info.end, start + len(chunk))
             if first < last:
-                digests[info.name].update(chunk[first - start : last - start])
+                data = chunk[first - start : last - start]
+                digests[info.name].update(data)
+                if watches is not None:
+                    watches[info.name].see(data)
 
     buffers = [bytearray(CHUNK), bytearray(CHUNK)]
     position = 0
@@ -234,11 +256,12 @@ def _check_names(root: Path, manifest: Manifest, problems: list[Problem]) -> Non
 
 
 def _extra_files(root: Path, manifest: Manifest, problems: list[Problem]) -> list[str]:
-    """Files beside the manifest's. Weights among them are a problem: a loader may take them."""
+    """Visible files beside the manifest's. Weights among them are a problem: a loader may take them."""
     extra = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_dir() or name in manifest.files or name == MANIFEST_NAME or name.startswith(NOT_OURS):
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if path.is_dir() or hidden or name in manifest.files or name in (MANIFEST_NAME, CARD_NAME):
             continue
         extra.append(name)
         if name.endswith((".safetensors", ".safetensors.index.json")):

@@ -118,7 +118,7 @@ class ShardWriter:
         for shard in self._layout.shards:
             path = self._folder / shard.name
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
                 self._files[shard.name] = descriptor
                 os.ftruncate(descriptor, shard.size)
                 _write_at(descriptor, memoryview(shard.header), 0)
@@ -176,16 +176,18 @@ class ShardWriter:
             raise write_error(self._folder / shard, error) from error
         return len(data)
 
-    def digest(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes as they are in the file now."""
+    def digest(self, name: str, see: Callable[[memoryview], None] | None = None) -> str:
+        """SHA-256 of a tensor's bytes as they are in the file now; `see` is shown them on the way."""
         place = self._layout.placements[name]
-        return self._digest(place.shard, place.start, place.nbytes)
+        return self._digest(place.shard, place.start, place.nbytes, see)
 
     def shard_digest(self, shard: Shard) -> str:
         """SHA-256 of a whole shard."""
         return self._digest(shard.name, 0, shard.size)
 
-    def _digest(self, shard: str, start: int, nbytes: int) -> str:
+    def _digest(
+        self, shard: str, start: int, nbytes: int, see: Callable[[memoryview], None] | None = None
+    ) -> str:
         digest, buffer = hashlib.sha256(), bytearray(min(HASH_BYTES, nbytes))
         done = 0
         while done < nbytes:
@@ -196,6 +198,8 @@ class ShardWriter:
             if got == 0:
                 raise ConversionError(f"{self._folder / shard}: became shorter while it was being written")
             digest.update(view[:got])
+            if see is not None:
+                see(view[:got])
             done += got
         return digest.hexdigest()
 

@@ -91,7 +91,8 @@ def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
     entries = _parse_json(raw, f"{file}: the header")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: the header is a JSON {type(entries).__name__}, expected an object")
-    metadata = _check_metadata(file, entries.pop("__metadata__", {}))
+    stated = entries.pop("__metadata__", None)  # null is what MLX writes when it has none
+    metadata = {} if stated is None else _check_metadata(file, stated)
     base = 8 + len(raw)
     tensors = [_check_entry(file, name, entry, base, size) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.end))
@@ -114,10 +115,10 @@ def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
 def read_folder(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint folder, by name.
 
-    The files are those its index names, else every ``*.safetensors`` in it.  They must lie inside the
-    folder; in a Hugging Face cache, links into the repository's own ``blobs`` count as inside.  Raises
-    CheckpointError for a missing, corrupt or escaping file, a name held twice, or an index that disagrees
-    with the files.
+    The files are those its index names, else every ``*.safetensors`` in it that is not hidden (a Mac puts
+    ``._NAME`` beside NAME on foreign disks).  They must lie inside the folder; in a Hugging Face cache, links
+    into the repository's own ``blobs`` count as inside.  Raises CheckpointError for a missing, corrupt or
+    escaping file, a name held twice, or an index that disagrees with the files.
     """
     root = Path(folder)
     index = root / INDEX_NAME
@@ -126,7 +127,7 @@ def read_folder(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         files = sorted(set(weight_map.values()))
     else:
         files = sorted(p.name for p in root.glob("*.safetensors"))
-        files = [name for name in files if not name.startswith("adapter")]
+        files = [name for name in files if not name.startswith(("adapter", "."))]
     if not files:
         raise CheckpointError(f"{root}: no safetensors files, expected {INDEX_NAME} or *.safetensors")
     found: dict[str, TensorInfo] = {}

@@ -15,6 +15,7 @@ from mlx_gptoss.checkpoint import Checkpoint, load_model
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.linear import Matrix, Quantization, Stacked, stack_rows
 from mlx_gptoss.model import Segment
+from mlx_gptoss.safetensors_file import read_header
 from tests.checkpoints import write_checkpoint
 from tests.oracle import forward
 from tests.random_weights import MlxRecipe, Shape, truth
@@ -216,3 +217,9 @@ def test_loading_tells_its_progress(folder):
     load_model(folder, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (SHAPE.layers + 2, SHAPE.layers + 2)
     assert [d for d, _ in told] == list(range(1, SHAPE.layers + 3))
+
+
+def test_a_file_that_mlx_wrote_without_metadata_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.zeros((2, 3))})
+    assert read_header(path)["a"].shape == (2, 3)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +21,7 @@ from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.convert.convert import Converted, Progress, convert
 from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.convert.recipes import RECIPES, make_recipe
+from mlx_gptoss.convert.verify import bytes_to_read, verify
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.safetensors_file import INDEX_NAME, bfloat16_to_float32, read_bytes, read_folder, read_rows
 from tests.byte_tokenizer import write_byte_tokenizer
@@ -95,6 +98,77 @@ def test_a_bf16_fine_tune_with_mxfp4_values_loses_nothing(layouts, tmp_path):
         assert made.manifest.tensors[name + "_blocks"].relative_error == 0
 
 
+def expert_values(folder: Path) -> dict[str, np.ndarray]:
+    """What the experts of a converted folder stand for."""
+    found = read_folder(folder)
+    names = [name.removesuffix("_blocks") for name in found if name.endswith("_blocks")]
+    parts = {n: [read_rows(found[f"{n}_{part}"]) for part in ("blocks", "scales")] for n in names}
+    return {name: mxfp4.dequantize(*both) for name, both in parts.items()}
+
+
+def assert_same_experts(made: Converted, expected: Converted, source: Path) -> None:
+    found, wanted = expert_values(made.folder), expert_values(expected.folder)
+    assert found.keys() == wanted.keys() and len(found) == 2 * SHAPE.layers
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+    experts = [e for name, e in made.manifest.tensors.items() if name.endswith("_blocks")]
+    assert {(entry.action, entry.relative_error) for entry in experts} == {("mxfp4", 0.0)}
+    verify(made.folder, source).check()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_gguf_experts_that_are_floats_are_quantised_and_lose_nothing(layouts, tmp_path, kind):
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize, quantize
+
+    reader, float_type = GGUFReader(layouts["gguf"] / "tiny.gguf"), GGMLQuantizationType[kind]
+    tensors = []
+    for t in reader.tensors:
+        if t.tensor_type.name == "MXFP4":
+            tensors.append((t.name, quantize(dequantize(t.data, t.tensor_type), float_type), float_type))
+        else:
+            tensors.append((t.name, t.data, t.tensor_type))
+    source = rewrite_gguf(reader, tmp_path / "float.gguf", tensors)
+    made = convert(source, tmp_path / "made", make_recipe("mxfp4"), need_tokenizer=False)
+    assert_same_experts(made, convert(layouts["hf"], tmp_path / "hf", make_recipe("mxfp4")), source)
+
+
+def test_gguf_experts_of_fewer_bits_are_still_refused(layouts, tmp_path):
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize, quantize
+
+    reader, q8 = GGUFReader(layouts["gguf"] / "tiny.gguf"), GGMLQuantizationType.Q8_0
+    tensors = [
+        (t.name, quantize(dequantize(t.data, t.tensor_type), q8), q8)
+        if t.name.endswith("ffn_up_exps.weight")
+        else (t.name, t.data, t.tensor_type)
+        for t in reader.tensors
+    ]
+    source = rewrite_gguf(reader, tmp_path / "q8.gguf", tensors)
+    with pytest.raises(ConversionError, match="is MXFP4 and Q8_0, expected MXFP4 or floats"):
+        convert(source, tmp_path / "made", need_tokenizer=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dense_experts_of_an_mlx_conversion_are_quantised_and_lose_nothing(layouts, tmp_path, dtype):
+    source = shutil.copytree(layouts["mlx"], tmp_path / "dense")
+    packed: Any = mx.load(str(source / "model.safetensors"))
+    dense = {}
+    for name, values in packed.items():
+        path, _, last = name.rpartition(".")
+        if ".experts." not in name or last == "bias":
+            dense[name] = values
+        elif last == "weight":
+            scales = packed[f"{path}.scales"]
+            whole = mx.dequantize(values, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+            dense[name] = whole.astype(getattr(mx, dtype))
+    mx.save_safetensors(str(source / "model.safetensors"), dense, {"format": "mlx"})
+    config = json.loads((source / "config.json").read_text())
+    plain = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    (source / "config.json").write_text(json.dumps(plain))
+    made = convert(source, tmp_path / "made", make_recipe("mxfp4"))
+    assert_same_experts(made, convert(layouts["hf"], tmp_path / "hf", make_recipe("mxfp4")), source)
+
+
 def test_the_exponent_search_lowers_the_error_of_other_experts(tmp_path):
     folder = write_byte_tokenizer(write_checkpoint(tmp_path / "bf16", SHAPE, layout="bf16"))
     info = read_folder(folder)["model.layers.0.mlp.experts.down_proj"]
@@ -127,7 +201,8 @@ def test_more_bits_than_the_source_has_are_remarked_upon(tmp_path):
         write_checkpoint(tmp_path / "mlx", SHAPE, layout="mlx", recipe=MlxRecipe(dense_bits=4))
     )
     made = convert(source, tmp_path / "q8", make_recipe("mxfp4-q8"))
-    assert any("lm_head was quantised to 4 bits before" in note for note in made.notes)
+    parts = [note.split(" was quantised to 4 bits before")[0] for note in made.notes]
+    assert sorted(parts) == ["attention", "embedding", "head"]
 
 
 def test_published_gguf_files_with_q8_parts_are_read(tmp_path):
@@ -141,6 +216,83 @@ def test_published_gguf_files_with_q8_parts_are_read(tmp_path):
         assert 0.001 < np.linalg.norm(values - truth) / np.linalg.norm(truth) < 0.01
     experts = [name for name in expected if "_blocks" in name or "_scales" in name]
     assert all((read_bytes(found[n]) == read_bytes(expected[n])).all() for n in experts)
+
+
+def split_gguf(path: Path, parts: int) -> list[Path]:
+    """The file as `parts` files named as llama.cpp does, the header's fields in the first."""
+    from gguf import GGUFReader
+
+    reader, made = GGUFReader(path), []
+    for number in range(parts):
+        made.append(path.with_name(f"{path.stem}-{number + 1:05d}-of-{parts:05d}.gguf"))
+        tensors = [(t.name, t.data, t.tensor_type) for t in reader.tensors[number::parts]]
+        rewrite_gguf(reader, made[-1], tensors, fields=number == 0)
+    path.unlink()
+    return made
+
+
+def rewrite_gguf(
+    reader: Any, path: Path, tensors: list[tuple[str, Any, Any]], *, fields: bool = True
+) -> Path:
+    """Other tensors (name, data, type) under the header of a file that is open, or under none."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "gpt-oss")
+    for name, field in reader.fields.items():
+        if fields and not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("named", ["first part", "last part", "folder"])
+def test_a_split_gguf_is_one_model_whichever_part_is_named(layouts, tmp_path, named):
+    folder = write_byte_tokenizer(tmp_path / "gguf")
+    parts = split_gguf(write_gguf(folder / "tiny.gguf", SHAPE), 3)
+    (folder / "._tiny-00001-of-00003.gguf").write_bytes(b"left by a Mac")
+    if named != "folder":
+        write_gguf(folder / "other.gguf", SHAPE, seed=1)
+    source = {"first part": parts[0], "last part": parts[-1], "folder": folder}[named]
+    made = convert(source, tmp_path / "made")
+    expected = convert(layouts["gguf"], tmp_path / "expected")
+    assert weights(made.folder) == weights(expected.folder)
+    assert list(made.manifest.source.files) == [part.name for part in parts]
+    size = sum(part.stat().st_size for part in parts)
+    assert bytes_to_read(made.manifest, source) == bytes_to_read(made.manifest) + size
+    verify(made.folder, source).check()
+
+
+def test_a_folder_of_gguf_may_have_a_config(layouts, tmp_path):
+    folder = write_byte_tokenizer(tmp_path / "gguf")
+    write_gguf(folder / "tiny.gguf", SHAPE)
+    shutil.copy(layouts["hf"] / "config.json", folder)
+    made = convert(folder, tmp_path / "made")
+    assert made.manifest.source.kind == "gguf"
+    verify(made.folder, folder).check()
+    assert cli.run(["verify", str(made.folder), "--source", str(folder)]) == 0
+
+
+def test_safetensors_beside_a_gguf_file_are_what_is_converted(layouts, tmp_path):
+    folder = write_byte_tokenizer(write_checkpoint(tmp_path / "both", SHAPE))
+    (folder / "tiny.gguf").write_bytes(b"not looked at")
+    assert convert(folder, tmp_path / "made").manifest.source.kind == "hf-mxfp4"
+
+
+def test_what_a_mac_leaves_beside_files_is_not_taken_for_weights(layouts, tmp_path):
+    folder = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", SHAPE, shards=1))
+    (folder / "._model.safetensors").write_bytes(b"left by a Mac")
+    made = convert(folder, tmp_path / "made", make_recipe("mxfp4"))
+    assert weights(made.folder) == weights(layouts["hf"])
+    for name in ("._model.safetensors", ".DS_Store"):
+        (made.folder / name).write_bytes(b"left by a Mac")
+    found = verify(made.folder, folder)
+    found.check()
+    assert found.extra == ()
 
 
 def test_float32_parts_are_stored_as_bfloat16_with_their_error(layouts, tmp_path):
@@ -160,6 +312,26 @@ def test_expert_bytes_are_verbatim_in_the_default_recipe(layouts, tmp_path):
     assert len(experts) == 6 * SHAPE.layers and all(found[name] == source[name] for name in experts)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "mxfp4-q4"),
+        ({"head": 4, "group_size": 64}, "mxfp4-q4"),
+        (
+            {"head": 8, "attention": 16, "embedding": 4, "group_size": 32},
+            "mxfp4-q4, head 8, attention bf16, group 32",
+        ),
+        ({"name": "mxfp4", "attention": 16, "embedding": 6}, "mxfp4, embedding 6"),
+    ],
+)
+def test_a_recipe_with_replaced_values_says_so(options, name):
+    recipe = make_recipe(**options)
+    assert recipe.name == name
+    assert (recipe in RECIPES.values()) == ("," not in name)
+    assert ("groups of 32" in recipe.summary) == (recipe.group_size == 32)
+    assert ("head in 8 bits" in recipe.summary) == (recipe.head == 8)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_results_load_here(layouts, tmp_path, recipe):
     made = convert(layouts["hf"], tmp_path / "made", make_recipe(recipe))
@@ -173,6 +345,10 @@ def test_parts_can_have_bits_of_their_own(layouts, tmp_path):
     found = {p: checkpoint.quantization_of(p) for p in ("lm_head", "model.layers.0.self_attn.k_proj")}
     assert {(q.bits, q.group_size) for q in found.values()} == {(6, 32), (8, 32)}
     assert checkpoint.quantization_of("model.embed_tokens") is None
+    packed = {n: (e.bits, e.group_size) for n, e in made.manifest.tensors.items() if e.bits is not None}
+    assert packed["lm_head.weight"] == (6, 32)
+    assert packed["model.layers.0.mlp.experts.down_proj_blocks"] == (4, 32)
+    assert len(packed) == 1 + 6 * SHAPE.layers  # the embedding and the router are kept
     errors = {p: made.manifest.tensors[f"{p}.weight"].relative_error for p in found}
     assert errors["lm_head"] > errors["model.layers.0.self_attn.k_proj"] > 0
 
@@ -345,9 +521,22 @@ def test_the_command_answers_a_mistake_in_one_line(layouts, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("size", "status"), [("0", 1), ("-1", 2), ("many", 2), ("1", 0)])
+def test_a_shard_size_that_is_none_is_told_in_one_line(layouts, tmp_path, capsys, size, status):
+    target = tmp_path / "made"
+    arguments = ["convert", str(layouts["hf"]), str(target), "--fast", f"--shard-size={size}"]
+    assert cli.run(arguments) == status
+    told = capsys.readouterr().err
+    if status == 0:
+        assert len(list(target.glob("*.safetensors"))) > 50
+    else:
+        assert size in told.splitlines()[-1] and "expected " in told and not target.exists()
+
+
 def test_the_target_is_named_after_the_source(tmp_path):
     assert default_name("openai/gpt-oss-20b") == "gpt-oss-20b"
     assert default_name(str(tmp_path / "model.gguf")) == "model"
+    assert default_name(str(tmp_path / "model-00001-of-00002.gguf")) == "model"
 
 
 def test_a_conversion_reports_its_size(layouts, tmp_path):

@@ -141,6 +141,13 @@ def cut(name: str, keep: int) -> Damage:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
 
+def named(folder: Path, *names: str) -> None:
+    """Copies of tiny.gguf under these names, in its place."""
+    for name in names:
+        shutil.copy(folder / "tiny.gguf", folder / f"{name}.gguf")
+    (folder / "tiny.gguf").unlink()
+
+
 CASES: dict[str, tuple[Damage, type[GptOssError], str]] = {
     "empty shard": (cut(SHARD, 0), CheckpointError, "too short"),
     "shard of seven bytes": (cut(SHARD, 7), CheckpointError, "too short"),
@@ -257,6 +264,50 @@ def test_there_are_at_least_forty_cases():
     assert len(CASES) >= 40
 
 
+@pytest.mark.parametrize("layout", ["hf", "original", "mlx", "gguf"])
+@pytest.mark.parametrize("part", ["scales", "blocks"])
+def test_a_nan_among_the_scales_of_experts_is_found_in_every_layout(tmp_path, layout, part):
+    folder = write_byte_tokenizer(tmp_path / "source")
+    if layout == "gguf":
+        from gguf import GGUFReader
+
+        path = write_gguf(folder / "tiny.gguf", SHAPE)
+        tensor = next(t for t in GGUFReader(path).tensors if t.name == "blk.1.ffn_up_exps.weight")
+        name, at = tensor.name, int(tensor.data_offset) + (17 if part == "scales" else 1)
+    else:
+        recipe = MlxRecipe(dense_bits=None) if layout == "mlx" else None
+        write_checkpoint(folder, SHAPE, layout=layout, recipe=recipe)
+        ends = {
+            "hf": ("gate_up_proj_scales", "gate_up_proj_blocks"),
+            "original": ("mlp1_weight.scales", "mlp1_weight.blocks"),
+            "mlx": ("up_proj.scales", "up_proj.weight"),
+        }[layout]
+        tensors = read_folder(folder)
+        name = next(n for n in tensors if n.endswith(ends[part == "blocks"]))
+        path, at = tensors[name].path, tensors[name].start + 7
+    with open(path, "r+b") as stream:
+        stream.seek(at)
+        stream.write(b"\xff")
+    if part == "blocks":  # any byte is two numbers there
+        assert convert(folder, tmp_path / "made").folder.is_dir()
+        return
+    with pytest.raises(CheckpointError, match=f"{name}: holds NaN") as error:
+        convert(folder, tmp_path / "made")
+    assert "\n" not in str(error.value) and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\xff"])
+@pytest.mark.parametrize("name", ["self_attn.sinks", "mlp.router.bias", "mlp.experts.down_proj_bias"])
+def test_a_nan_or_infinity_in_a_tensor_that_is_only_copied_is_found(folder, tmp_path, name, value):
+    info = read_folder(folder)[f"model.layers.1.{name}"]
+    with open(info.path, "r+b") as stream:
+        stream.seek(info.end - 2)
+        stream.write(value)
+    with pytest.raises(CheckpointError, match=f"{info.name}: holds NaN or infinity"):
+        convert(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_infinity_is_found_by_either_quantiser(folder, tmp_path, fast):
     info = read_folder(folder)["model.layers.1.self_attn.k_proj.weight"]
@@ -295,7 +346,14 @@ def test_experts_that_were_requantised_are_refused(tmp_path):
         (cut("tiny.gguf", 200), "not readable as GGUF"),
         (lambda f: cut("tiny.gguf", (f / "tiny.gguf").stat().st_size - 99)(f), "GGUF|truncated"),
         (text("tiny.gguf", b"no such thing" * 9), "not readable as GGUF"),
-        (lambda f: shutil.copy(f / "tiny.gguf", f / "other.gguf"), "is in two files"),
+        (lambda f: shutil.copy(f / "tiny.gguf", f / "other.gguf"), "holds 2 models .* name the file"),
+        (lambda f: named(f, "a-00001-of-00002", "a-00002-of-00002"), "is in two files"),
+        (lambda f: named(f, "a-00001-of-00003"), "without a-00002-of-00003.gguf, a-00003-of-00003.gguf;"),
+        (lambda f: named(f, "a-00002-of-00002"), "is one of 2 parts, without a-00001-of-00002.gguf;"),
+        (lambda f: named(f, "a-00004-of-00002"), "is one of 2 parts, without a-00001-of-00002.gguf,"),
+        (lambda f: named(f, "a-00001-of-00000"), "is one of 0 parts, without a part of that number"),
+        (lambda f: named(f, "a-00001-of-99999"), r"a-00011-of-99999.gguf \.\.;"),
+        (lambda f: named(f, "a-00001-of-00001", "a-00001-of-00002"), "holds 2 models"),
         (lambda f: write_gguf(f / "tiny.gguf", Shape(vocab=320, layers=1)), None),
     ],
 )

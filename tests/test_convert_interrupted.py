@@ -364,3 +364,113 @@ def test_nothing_that_exists_is_overwritten(source, tmp_path, kind):
 def test_a_target_that_is_no_name_is_refused(source, target):
     with pytest.raises(ConversionError):
         convert(source, target)
+
+
+# --- what lies beside the target and is not ours
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Every file and link below a folder, with its content or where it points."""
+    return {
+        p.relative_to(folder).as_posix(): os.readlink(p) if p.is_symlink() else p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_symlink() or p.is_file()
+    }
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "linked journal", "journal folder"])
+def test_a_partial_that_no_conversion_made_is_left_as_it_is(source, tmp_path, kind, restart):
+    partial, home = tmp_path / "made.partial", tmp_path / "home"
+    home.mkdir()
+    (home / JOURNAL_NAME).write_text("precious")
+    if kind == "file":
+        partial.write_text("precious")
+    elif kind == "link":
+        partial.symlink_to(home)
+    else:
+        partial.mkdir()
+        (partial / "notes.txt").write_text("precious")
+        if kind == "linked journal":
+            (partial / JOURNAL_NAME).symlink_to(home / JOURNAL_NAME)
+        elif kind == "journal folder":
+            (partial / JOURNAL_NAME).mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(ConversionError, match="was not made by a conversion") as error:
+        convert(source, tmp_path / "made", restart=restart)
+    one_line(error)
+    assert tree(tmp_path) == before and not (tmp_path / "made").exists()
+
+
+def test_what_somebody_put_beside_a_journal_stays(source, expected, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+    (tmp_path / "made.partial" / "notes.txt").write_text("precious")
+    assert files(convert(source, tmp_path / "made", restart=True).folder) == expected
+    assert tree(tmp_path / "made.partial") == {"notes.txt": b"precious"}
+
+
+def test_an_empty_partial_is_taken(source, expected, tmp_path):
+    (tmp_path / "made.partial").mkdir()
+    assert files(convert(source, tmp_path / "made").folder) == expected
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_a_restart_does_not_touch_the_work_of_a_running_conversion(source, tmp_path):
+    output = tmp_path / "made.partial" / "output"
+    output.mkdir(parents=True)
+    (output / "model.safetensors").write_text("half done")
+    with Journal(tmp_path / "made.partial", {}):
+        before = tree(tmp_path / "made.partial")
+        with pytest.raises(ConversionError, match="another conversion is writing"):
+            convert(source, tmp_path / "made", restart=True)
+        assert tree(tmp_path / "made.partial") == before
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link in place of the weights", "output is a link"])
+def test_nothing_foreign_is_published_and_no_link_followed(source, expected, tmp_path, kind):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+    output, home = tmp_path / "made.partial" / "output", tmp_path / "home"
+    home.mkdir()
+    (home / "precious").write_text("precious")
+    if kind == "file":
+        stray = output / "other.safetensors"
+        stray.touch()
+    elif kind == "folder":
+        stray = output / "config.json"
+        stray.mkdir()
+    elif kind == "output is a link":
+        stray = output
+        shutil.rmtree(output)
+        output.symlink_to(home)
+    else:
+        stray = output / "model.safetensors"
+        stray.unlink()
+        stray.symlink_to(home / "precious")
+    with pytest.raises(ConversionError, match="is not of this conversion") as error:
+        convert(source, tmp_path / "made")
+    assert str(stray) in one_line(error)
+    assert tree(home) == {"precious": b"precious"} and not (tmp_path / "made").exists()
+    stray.rmdir() if stray.is_dir() and not stray.is_symlink() else stray.unlink()
+    assert files(convert(source, tmp_path / "made").folder) == expected
+
+
+def test_a_stray_that_appears_at_the_end_is_not_published(source, tmp_path):
+    stray = tmp_path / "made.partial" / "output" / "other.safetensors"
+    with pytest.raises(ConversionError, match="is not of this conversion"):
+        convert(source, tmp_path / "made", progress=at(1.0, stray.touch))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_restart_that_cannot_remove_the_old_work_is_one_line(source, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(ConversionError, match="choose another target") as error:
+        convert(source, tmp_path / "made", restart=True)
+    one_line(error)

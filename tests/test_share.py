@@ -1,6 +1,7 @@
 """Sharing a converted folder with a stand-in of the Hub, with connections that break, and loading it back."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,17 @@ import pytest
 
 from mlx_gptoss import cli, hub
 from mlx_gptoss.convert.card import model_card
+from mlx_gptoss.convert.convert import convert
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, Manifest, SourceEntry, read_manifest
+from mlx_gptoss.convert.recipes import make_recipe
 from mlx_gptoss.convert.share import plan, upload
 from mlx_gptoss.convert.verify import verify
 from mlx_gptoss.errors import ConversionError, HubError, VerificationError
+from tests.byte_tokenizer import write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
 from tests.converted import describe, write_converted
 from tests.hub_server import HubServer
+from tests.random_weights import Shape
 
 REPO = "someone/tiny-gpt-oss-mlx"
 
@@ -252,6 +258,23 @@ def test_the_card_prints_recorded_errors_and_quality(manifest: Manifest) -> None
     }
     text = model_card(replace(manifest, tensors=tensors, quality=quality), REPO)
     assert "7.31%" in text and "0.0123 nats" in text and "97.1%" in text and "1,234 tokens of a book" in text
+
+
+def test_the_card_tells_bits_and_group_of_every_part(tmp_path: Path) -> None:
+    source = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", Shape(hidden=96, head_dim=24)))
+    recipe = make_recipe("mxfp4-q4", head=8, embedding=16)
+    text = model_card(convert(source, tmp_path / "made", recipe).manifest, REPO, license="mit")
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|", text, re.M)}
+    assert {part: row[1:] for part, row in rows.items()} == {
+        "part": ("bits", "group"),
+        "head": ("8", "32"),
+        "attention": ("4", "32, 64"),  # 96 columns do not divide by 64, the output's 192 do
+        "embedding": ("16", ""),
+        "router": ("16", ""),
+        "norms": ("16", ""),
+        "experts": ("4", "32"),
+    }
+    assert "recipe `mxfp4-q4, head 8, embedding bf16`" in text
 
 
 def test_the_card_never_tells_where_a_local_source_lay(manifest: Manifest) -> None:

@@ -1,23 +1,27 @@
 """Verifying a converted folder: against its manifest, its source, and its source's predictions."""
 
+import errno
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_gptoss import cli
+from mlx_gptoss.convert import manifest as manifest_module
+from mlx_gptoss.convert import verify as verify_module
+from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, read_manifest
-from mlx_gptoss.convert.quality import compare, compare_on_text, default_text
+from mlx_gptoss.convert.quality import Quality, compare, compare_on_text, default_text
 from mlx_gptoss.convert.verify import CHUNK, hash_file, verify
 from mlx_gptoss.errors import ConversionError, VerificationError
 from mlx_gptoss.safetensors_file import read_folder, read_header
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
-from tests.converted import sha256, without_file_hashes, write_converted
+from tests.converted import describe, sha256, without_file_hashes, write_converted
 from tests.random_weights import MlxRecipe, Shape
 
 LAST = "model-00002-of-00002.safetensors"
@@ -130,6 +134,25 @@ def test_file_hashes_that_the_converter_left_open_are_filled_in_when_all_is_well
     assert all(entry.sha256 is None for entry in read_manifest(folder).files.values())
 
 
+def test_on_a_disk_that_cannot_be_written_a_check_succeeds_with_a_note(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_file_hashes(read_manifest(folder)).write(folder)
+    before = (folder / MANIFEST_NAME).read_text()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(manifest_module, "open", refuse, raising=False)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = verify(folder)
+    assert found.ok and len(found.notes) == 1
+    assert "not stored" in found.notes[0] and "Read-only file system" in found.notes[0]
+    assert (folder / MANIFEST_NAME).read_text() == before
+    assert cli.run(["verify", str(folder)]) == 0
+    assert "note: the hashes of the files were not stored" in capsys.readouterr().out
+
+
 def test_the_error_lists_at_most_ten_problems_with_the_count(folder: Path) -> None:
     manifest = read_manifest(folder)
     replace(manifest, tensors={}).write(folder)
@@ -155,6 +178,49 @@ def test_a_tensors_hash_does_not_depend_on_how_it_falls_into_chunks(tmp_path: Pa
     data, header = path.read_bytes(), read_header(path)
     _, found = hash_file(path, list(header.values()), lambda _: None)
     assert found == {name: sha256(data[info.start : info.end]) for name, info in header.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("self_attn.sinks", b"\x80\x7f"), ("mlp.experts.down_proj_scales", b"\xff\xff")],
+)
+def test_a_nan_is_named_even_where_the_manifest_agrees(folder: Path, name: str, value: bytes) -> None:
+    info = read_folder(folder)[f"model.layers.1.{name}"]
+    with open(info.path, "r+b") as stream:
+        stream.seek(info.end - 2)
+        stream.write(value)
+    (folder / MANIFEST_NAME).unlink()
+    describe(folder).write(folder)
+    assert problems(folder) == [f"{info.name}: holds NaN or infinity"]
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 1, 1, 1, 1, 1], [3, 3], [2, 1, 3], [5, 1]])
+@pytest.mark.parametrize("at", range(3))
+def test_a_nan_is_seen_however_the_bytes_are_cut(sizes: list[int], at: int) -> None:
+    values = np.array([0x3F80, 0x7F00, 0xFF7F], "<u2")
+    for value in (values[at], 0x7FC0, 0xFF80):
+        data = memoryview(np.where(np.arange(3) == at, value, values).astype("<u2").tobytes())
+        watch, start = Watch("model.norm.weight", "BF16"), 0
+        for size in sizes:
+            watch.see(data[start : start + size])
+            start += size
+        assert watch.found == (value in (0x7FC0, 0xFF80))
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, *rest: object, **options: object) -> object:
+        if path.name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, *rest, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(verify_module, "open", refuse, raising=False)
+    assert problems(folder) == ["tokenizer.json: cannot be read (Permission denied); check its permissions"]
+    for command in (["verify", str(folder)], ["share", str(folder), "someone/tiny", "--dry-run"]):
+        assert cli.run(command) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "tokenizer.json: cannot be read" in lines[0]
 
 
 def test_a_folder_without_a_manifest_and_no_folder_at_all_are_errors(tmp_path: Path) -> None:
@@ -258,6 +324,57 @@ def test_different_models_and_empty_texts_are_refused(folder: Path, tmp_path: Pa
         compare_on_text(folder, folder, tmp_path / "none.txt")
 
 
+def test_tokens_that_the_model_does_not_know_are_refused(folder: Path) -> None:
+    with pytest.raises(ConversionError, match="has token 512, the model knows 512") as caught:
+        compare(folder, folder, [1, 512, 2])
+    assert "\n" not in str(caught.value)
+
+
+def test_predictions_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    info = read_folder(folder)["model.norm.weight"]
+    with open(info.path, "r+b") as stream:
+        stream.seek(info.start)
+        stream.write(b"\xc0\x7f")
+    with pytest.raises(ConversionError, match="predictions .* are not finite"):
+        compare(folder, source, tokens(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kl": None}, "quality.kl is None, expected a number"),
+        ({"kl": float("nan")}, "quality.kl is nan, expected a finite number"),
+        ({"perplexity": float("inf")}, "quality.perplexity is inf, expected a finite number"),
+        ({"perplexity": 10**400}, "quality.perplexity is 1000.*, expected a finite number"),
+        ({"top1": "1"}, "quality.top1 is '1', expected a number"),
+        ({"tokens": -1}, "quality.tokens is -1, expected a number of tokens"),
+        ({"text": 3}, "quality.text is 3, expected a string"),
+        (None, "quality.text is None, expected a string"),
+        ([], r"quality is \[\], expected an object"),
+    ],
+)
+def test_a_manifest_with_figures_that_no_card_can_print_is_refused(
+    folder: Path, change: object, told: str
+) -> None:
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    whole = asdict(Quality("a text", 10, 0.1, 0.2, 0.9, 3.0, 3.1))
+    content["quality"] = whole | change if isinstance(change, dict) else {} if change is None else change
+    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+    with pytest.raises(ConversionError, match=told) as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_that_is_not_finite_is_never_written(folder: Path) -> None:
+    before = (folder / MANIFEST_NAME).read_text()
+    broken = replace(read_manifest(folder), quality={"kl": float("nan")})
+    with pytest.raises(ConversionError, match="is not finite"):
+        broken.write(folder)
+    assert (folder / MANIFEST_NAME).read_text() == before
+    assert not list(folder.glob(".manifest*"))
+
+
 def test_the_built_in_text_is_a_page_of_alice() -> None:
     words = default_text().split()
     assert 600 < len(words) < 1000
@@ -297,6 +414,25 @@ def test_the_command_measures_quality_and_records_it_for_the_card(
     assert told["quality"]["tokens"] == len(Tokenizer.from_folder(folder).encode(text.read_text()))
     assert read_manifest(folder).quality == told["quality"]
     assert verify(folder).ok
+
+
+def test_figures_that_cannot_be_recorded_are_still_printed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_byte_tokenizer(write_checkpoint(tmp_path / "source"))
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play.")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(manifest_module, "open", refuse, raising=False)
+    arguments = ["verify", str(folder), "--source", str(source), "--quality", "--text", str(text), "--json"]
+    assert cli.run(arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["quality"]["tokens"] > 0
+    assert "note: the figures were not recorded" in captured.err
+    assert read_manifest(folder).quality is None
 
 
 def test_quality_without_a_source_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +91,7 @@ def convert(
             chosen,
             fast=fast,
             mxfp4_search=mxfp4_search,
-            shard_size=shard_size or SHARD_SIZE,
+            shard_size=SHARD_SIZE if shard_size is None else shard_size,
             tokenizer=tokenizer,
             need_tokenizer=not no_tokenizer,
             restart=restart,
@@ -106,7 +107,7 @@ def convert(
 def default_name(source: str) -> str:
     """What to call a conversion of `source`: the last part of its path or id."""
     name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
-    return name.removesuffix(".gguf")
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(".gguf"))  # of a part, the model's name
 
 
 def _print_summary(result: Converted) -> None:

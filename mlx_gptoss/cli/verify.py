@@ -73,6 +73,7 @@ def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality
     """Run both models over the text, and note the result in the manifest."""
     from mlx_gptoss.convert.manifest import MANIFEST_NAME
     from mlx_gptoss.convert.quality import compare_on_text, record
+    from mlx_gptoss.errors import ConversionError
 
     def tell(done: int, total: int) -> None:
         if not quiet and sys.stderr.isatty():
@@ -80,7 +81,10 @@ def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality
 
     measured = compare_on_text(root, origin, text, progress=tell)
     if not (root / MANIFEST_NAME).is_symlink():  # a download in the Hub's cache stays what was downloaded
-        record(root, measured)
+        try:
+            record(root, measured)
+        except ConversionError as error:
+            click.echo(f"note: the figures were not recorded: {error}", err=True)
     return measured
 
 
@@ -118,5 +122,7 @@ def _print_tables(found: Verification, measured: Quality | None) -> None:
         )
     for name in found.extra:
         console.print(f"not in the manifest: {name}", highlight=False)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     if found.ok:
         console.print("[green]everything agrees[/green]")

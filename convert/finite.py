@@ -1,0 +1,40 @@
+"""Numbers that no checkpoint may hold, looked for in a tensor's bytes while they pass to be hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_gptoss.errors import CheckpointError
+
+
+class Watch:
+    """Sees a tensor's bytes, in runs of any length; `found` tells whether NaN or infinity was among them.
+
+    Looked at are bfloat16, and the scales of MXFP4, whose byte 255 is NaN; every bit of the rest is a number.
+    """
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.found = False
+        self._bfloat16, self._scales = dtype == "BF16", dtype == "U8" and name.endswith("_scales")
+        self._half = b""  # a value's first byte, where a run ended inside it
+
+    def see(self, data: memoryview) -> None:
+        """The next bytes."""
+        if self._scales:
+            self.found |= bool((np.frombuffer(data, np.uint8) == 255).any())
+        elif self._bfloat16:
+            if self._half or len(data) % 2:
+                joined = self._half + bytes(data)
+                whole = len(joined) // 2 * 2
+                data, self._half = memoryview(joined)[:whole], joined[whole:]
+            bits = np.frombuffer(data, "<u2")
+            self.found |= bool(((bits & 0x7F80) == 0x7F80).any())
+
+
+def not_finite(sources: Sequence[str]) -> CheckpointError:
+    """The error for a tensor made from these of the source."""
+    return CheckpointError(
+        f"{' and '.join(sources)}: holds NaN or infinity; the checkpoint is broken, download it again"
+    )
