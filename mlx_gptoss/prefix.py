@@ -26,6 +26,8 @@ logger = logging.getLogger("mlx_gptoss.engine")
 SPAN = 1024
 # Of the store's limit, the share that window states may take.
 STATES_SHARE = 0.4
+# Of the store's limit, the share that pinned prefixes may keep from ageing.
+PINNED_SHARE = 0.25
 
 Spans = list[list[mx.array]]
 
@@ -175,13 +177,26 @@ class PrefixStore:
         states = sum(n.state_bytes for n in self.nodes())
         if states > STATES_SHARE * limit or self.nbytes > limit:
             self._thin_states(states, STATES_SHARE * limit)
-        leaves = [(n.pinned, n.used, id(n), n) for n in self.nodes() if n.loaded and self._outermost(n)]
+        kept = self._kept_longest()
+        leaves = [(n in kept, n.used, id(n), n) for n in self.nodes() if n.loaded and self._outermost(n)]
         heapq.heapify(leaves)
         while leaves and self.nbytes > max(0, limit):
             leaf = heapq.heappop(leaves)[3]
             parent = self._drop(leaf)
             if parent is not self._root and self._outermost(parent):
-                heapq.heappush(leaves, (parent.pinned, parent.used, id(parent), parent))
+                heapq.heappush(leaves, (parent in kept, parent.used, id(parent), parent))
+        self._unsaved = [n for n in self._unsaved if n.loaded]
+
+    def _kept_longest(self) -> set[Node]:
+        """Pinned nodes, those used last, up to their share of the limit: pins must not fill the store."""
+        kept: set[Node] = set()
+        room = PINNED_SHARE * self.limit
+        for node in sorted((n for n in self.nodes() if n.pinned), key=lambda n: (-n.used, n.start)):
+            room -= node.kv_bytes
+            if room < 0:
+                break
+            kept.add(node)
+        return kept
 
     def save(self) -> bool:
         """Write one node that is not on disk yet; False when there is none (or no disk)."""
@@ -194,9 +209,8 @@ class PrefixStore:
             try:
                 node.path = self._disk.write(np.concatenate([_NOTHING, *before]), node.start, span)
             except OSError as error:
-                logger.warning("prefixes are not kept on disk: %s", error)
-                self._disk = None
-                return False
+                logger.warning("a prefix is not kept on disk: %s", error)
+                return True
             node.saved_states = frozenset(node.states)
             if not self._unsaved:
                 self._disk.trim()
@@ -216,8 +230,7 @@ class PrefixStore:
             parent = by_name.get(saved.before)
             first = int(saved.tokens[0])
             if parent is None or parent.end != saved.start or first in parent.children:
-                saved.path.unlink(missing_ok=True)  # what it continued is gone, or was split
-                continue
+                continue  # what it continued is gone or was split; or another process holds it otherwise
             node = Node(saved.tokens, saved.start, [], parent=parent, path=saved.path, loaded=False)
             parent.children[first] = by_name[saved.upto] = node
 
@@ -254,6 +267,8 @@ class PrefixStore:
             self._forget(child)
         if node.loaded:
             self.nbytes -= node.kv_bytes + node.state_bytes
+        # It may still be in line to be saved, and must not keep its memory there.
+        node.parts, node.states, node.loaded = [], {}, False
         del node.parent.children[int(node.tokens[0])]
 
     def _walk(self, tokens: np.ndarray) -> list[tuple[Node, int]]:

@@ -8,10 +8,14 @@ of everything. A file of another version or model, or a damaged one, is ignored 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.cache import KVBits, WindowState
+from mlx_gptoss.errors import RequestError
+from mlx_gptoss.safetensors_file import read_folder
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
 FORMAT = "mlx-gptoss prefix"
-VERSION = "1"
+VERSION = "2"
 SUFFIX = ".safetensors"
-# Of each weights file, the bytes at both ends that go into the fingerprint (the whole would take minutes).
-SAMPLED = 1 << 16
+# Of each tensor, the bytes at its middle that go into the fingerprint (the whole would take minutes).
+SAMPLED = 1 << 12
+# What reading a file that anybody may have written can raise.
+_UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError, OSError)
+# A file that is still being written is at most so old, seconds.
+WRITING = 3600
 
 # numpy has no bfloat16: its bits travel as uint16 under this name.
 _NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
@@ -38,13 +48,12 @@ _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uin
 def fingerprint(folder: Path, dtype: mx.Dtype, kv_bits: KVBits) -> str:
     """What KV depends on beside the tokens: the model's files, the compute dtype, the KV format."""
     digest = hashlib.sha256(f"{VERSION} {dtype} {kv_bits}".encode())
-    for path in sorted((folder / "config.json", *folder.glob("*.safetensors"))):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED))
-            file.seek(max(0, size - SAMPLED))
-            digest.update(file.read(SAMPLED))
+    digest.update((folder / "config.json").read_bytes())
+    for name, tensor in sorted(read_folder(folder).items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.start + max(0, tensor.nbytes - SAMPLED) // 2)
+            digest.update(file.read(min(SAMPLED, tensor.nbytes)))
     return digest.hexdigest()
 
 
@@ -70,15 +79,27 @@ class Span:
 
 
 class PrefixDisk:
-    """The files of one model under `root`, at most `limit` bytes of them (the oldest go first)."""
+    """The files of one model under `root`, at most `limit` bytes of them (see `trim`).
+
+    Raises RequestError when there can be no such folder.
+    """
 
     def __init__(self, root: Path, model: str, limit: int) -> None:
         self.model = model
         self.limit = limit
         self.folder = root / model[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(
+                f"prefix_cache is {str(root)!r}: {error.strerror}; name a folder that can be written",
+                "prefix_cache",
+            ) from None
         for left_over in self.folder.glob("*.partial"):
-            left_over.unlink(missing_ok=True)
+            # Not one that another process is writing just now.
+            with suppress(FileNotFoundError):
+                if time.time() - left_over.stat().st_mtime > WRITING:
+                    left_over.unlink()
 
     def name(self, tokens: np.ndarray) -> str:
         """The name of a prefix: a digest of the model and all its tokens, int32 [n]."""
@@ -118,7 +139,7 @@ class PrefixDisk:
         for path in self.folder.glob(f"*{SUFFIX}"):
             try:
                 found.append(self._head(path))
-            except (ValueError, KeyError, OSError) as error:
+            except _UNUSABLE as error:
                 logger.warning("%s is ignored: %s", path, error)
         yield from sorted(found, key=lambda saved: saved.start)
 
@@ -141,20 +162,33 @@ class PrefixDisk:
                 else:
                     _, start, stop = name.split(".")
                     span.states[int(stop)] = WindowState(int(start), int(stop), array)
+            os.utime(path)  # for `trim`
             return span
-        except (ValueError, KeyError, OSError) as error:
+        except _UNUSABLE as error:
             logger.warning("%s is ignored: %s", path, error)
             return None
 
     def trim(self) -> None:
-        """Delete the files used longest ago until the limit holds."""
-        files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob(f"*{SUFFIX}")]
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= self.limit:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+        """Delete files until the limit holds: what nothing continues first, of that the longest unused."""
+        files = list(self.index())
+        total = sum(saved.nbytes for saved in files)
+        continued = Counter(saved.before for saved in files)
+        parents = {saved.upto: saved for saved in files}
+
+        def entry(saved: SavedSpan) -> tuple[float, str, SavedSpan]:
+            used = saved.path.stat().st_mtime if saved.path.exists() else 0.0
+            return used, saved.upto, saved
+
+        leaves = [entry(saved) for saved in files if not continued[saved.upto]]
+        heapq.heapify(leaves)
+        while leaves and total > self.limit:
+            leaf = heapq.heappop(leaves)[2]
+            leaf.path.unlink(missing_ok=True)
+            total -= leaf.nbytes
+            continued[leaf.before] -= 1
+            parent = parents.get(leaf.before)
+            if parent is not None and not continued[parent.upto]:
+                heapq.heappush(leaves, entry(parent))
 
     def _head(self, path: Path) -> SavedSpan:
         with path.open("rb") as file:
@@ -166,6 +200,8 @@ class PrefixDisk:
             about = header["__metadata__"]
             self._check_kind(about)
             begin, end = header["tokens"]["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError("its offsets lie outside of it")
             file.seek(8 + length + begin)
             tokens = np.frombuffer(file.read(end - begin), "<i4").astype(np.int32)
         if len(tokens) != header["tokens"]["shape"][0] or not len(tokens):

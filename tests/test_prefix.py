@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,8 +20,10 @@ import pytest
 from mlx_gptoss import prefix
 from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.engine import load
+from mlx_gptoss.errors import RequestError
 from mlx_gptoss.prefix import PrefixStore, common_prefix
-from mlx_gptoss.prefix_disk import PrefixDisk
+from mlx_gptoss.prefix_disk import VERSION, PrefixDisk, fingerprint
+from mlx_gptoss.safetensors_file import read_folder
 from mlx_gptoss.sampling import SamplingParams
 from tests.checkpoints import write_checkpoint
 from tests.random_weights import Shape
@@ -158,7 +162,7 @@ def test_a_damaged_or_foreign_file_is_a_miss(
     elif damage == "empty":
         raw.clear()
     elif damage == "version":
-        raw = raw.replace(b'"version": "1"', b'"version": "9"')
+        raw = raw.replace(f'"version": "{VERSION}"'.encode(), b'"version": "9"')
     elif damage == "model":
         raw = raw.replace(b'"model": "model"', b'"model": "other"')
     else:
@@ -168,6 +172,101 @@ def test_a_damaged_or_foreign_file_is_a_miss(
         again = saved_store(tmp_path)
         assert again.match(some(70, 80)).length == 0
     assert "is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        None,
+        {"__metadata__": []},
+        {"__metadata__": "x"},
+        {"tokens": {"data_offsets": None}},
+        {"tokens": {"shape": []}},
+        {"tokens": {"data_offsets": [0, 1 << 62]}},
+    ],
+)
+def test_a_header_of_any_form_is_a_miss(tmp_path: Path, header: Any) -> None:
+    store = saved_store(tmp_path)
+    put(store, some(70, 80))
+    while store.save():
+        pass
+    (path,) = tmp_path.glob("*/*.safetensors")
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    written = json.loads(raw[8 : 8 + length])
+    if isinstance(header, dict):
+        for key, value in header.items():
+            written[key] = {**written[key], **value} if isinstance(value, dict) else value
+        header = written
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    assert store._disk is not None and store._disk.read(path) is None
+    assert saved_store(tmp_path).match(some(70, 80)).length == 0
+
+
+def test_evicted_nodes_keep_no_memory_while_they_wait_to_be_saved(tmp_path: Path) -> None:
+    probe = PrefixStore(10**9)
+    put(probe, some(30, 100))
+    store = PrefixStore(3 * probe.nbytes, PrefixDisk(tmp_path, "model", 10**9))
+    for i in range(12):
+        put(store, some(31 + i, 100))
+    assert sum(n.kv_bytes + n.state_bytes for n in store._unsaved) <= store.limit
+
+
+def test_pinned_prefixes_age_beyond_their_share() -> None:
+    probe = PrefixStore(10**9)
+    put(probe, some(30, 100))
+    store = PrefixStore(4 * probe.nbytes)
+    for i in range(12):
+        put(store, some(31 + i, 100), pinned=100)
+    put(store, some(60, 100))
+    assert store.common(some(60, 100)) == 100
+
+
+def test_a_full_disk_drops_what_nothing_continues_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "SPAN", 40)
+    store = saved_store(tmp_path)
+    system = some(80, 40)
+    for i in range(5):
+        put(store, np.concatenate([system, some(81 + i, 80)]))
+    while store.save():
+        pass
+    assert store._disk is not None
+    store._disk.limit = sum(p.stat().st_size for p in tmp_path.glob("*/*.safetensors")) // 2
+    store._disk.trim()
+    assert saved_store(tmp_path).common(system) == 40
+
+
+def test_a_process_does_not_take_away_what_another_is_writing(tmp_path: Path) -> None:
+    disk = PrefixDisk(tmp_path, "model", 10**9)
+    fresh, old = disk.folder / "a.1.partial", disk.folder / "b.2.partial"
+    fresh.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    PrefixDisk(tmp_path, "model", 10**9)
+    assert fresh.exists() and not old.exists()
+
+
+def test_a_prefix_cache_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="prefix_cache is"):
+        PrefixDisk(tmp_path / "file", "model", 10**9)
+
+
+def test_a_model_that_differs_in_one_matrix_has_another_fingerprint(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, SHAPE)
+    before = fingerprint(folder, mx.float32, (None, None))
+    assert fingerprint(folder, mx.float32, (None, None)) == before
+    tensor = read_folder(folder)["model.layers.1.self_attn.q_proj.weight"]
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.start)
+        data = file.read(tensor.nbytes)
+        file.seek(tensor.start)
+        file.write(bytes(b ^ 1 for b in data))
+    assert fingerprint(folder, mx.float32, (None, None)) != before
 
 
 def test_an_engine_resumes_after_a_restart(tmp_path: Path) -> None:
