@@ -125,6 +125,11 @@ def test_tool_choice_none_leaves_no_call(tok: Tokenizer) -> None:
     assert spelled(tok, tools=[WEATHER], builtin=[PYTHON], tool_choice="none") == {ANALYSIS, FINAL}
 
 
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_after_earlier_calls_a_request_without_tools_leaves_no_call(tok: Tokenizer, choice: str) -> None:
+    assert spelled(tok, tool_choice=choice, called=True) == {ANALYSIS, FINAL}
+
+
 def test_tool_choice_required_leaves_no_answer(tok: Tokenizer) -> None:
     texts = spelled(tok, tools=[WEATHER], tool_choice="required")
     assert not any("final" in text for text in texts)

@@ -12,7 +12,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.harmony import Tool
+from mlx_gptoss.harmony import Message, Tool
 
 SCHEMA = {
     "type": "object",
@@ -58,6 +58,16 @@ def test_random_weights_call_the_tool_that_is_required(llm: Engine, seed: int) -
     assert reply.finish_reason == "tool_calls"
     assert [call.name for call in reply.tool_calls] == ["keep"]
     jsonschema.validate(json.loads(reply.tool_calls[0].arguments), SCHEMA)
+
+
+@pytest.mark.parametrize("request_", [{}, {"tool_choice": "none"}])
+def test_a_history_with_calls_is_gone_on_from_without_tools(llm: Engine, request_: dict[str, str]) -> None:
+    call = Message.tool_call("look", "{}", "c")
+    history = [Message.user("x"), call, Message.tool_result("sun", call_id="c"), Message.user("y")]
+    reply = llm.respond(history, temperature=1.5, seed=1, max_tokens=60, **request_)
+    assert not reply.tool_calls
+    headers = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
+    assert all(llm.tokenizer.decode(m.token_ids or ()).startswith(headers) for m in reply.messages)
 
 
 def test_requests_of_different_shapes_run_side_by_side(llm: Engine) -> None:

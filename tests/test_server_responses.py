@@ -159,6 +159,20 @@ def test_a_previous_response_is_gone_on_from(ask: Callable[..., Any], engine: Sc
     assert [m.role for m in engine.seen[-1][0].messages].count("user") == 2
 
 
+def test_a_reference_stands_for_the_stored_item(
+    ask: Callable[..., Any], engine: ScriptedEngine, scripted: TestClient
+) -> None:
+    first = ask([USER], tools=[WEATHER])
+    reasoning, call = first["output"]
+    reference = {"type": "item_reference", "id": reasoning["id"]}
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    ask([USER, reference, call, result], tools=[WEATHER])
+    assert [m.content for m in engine.seen[-1][0].messages][1] == "I need the tool."
+    scripted.delete(f"{PATH}/{first['id']}")
+    error = ask([USER, reference, call, result], tools=[WEATHER], status=404)["error"]
+    assert error["param"] == "input[1].id"
+
+
 def test_stored_responses_can_be_read_and_deleted(ask: Callable[..., Any], scripted: TestClient) -> None:
     body = ask("hello")
     url = f"{PATH}/{body['id']}"
@@ -287,7 +301,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": 3}]}, "tools[0].parameters"),
     ({"input": []}, "input"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
     ({"input": [{"role": "boss", "content": "x"}]}, "input[0].role"),
     ({"input": [{"type": "function_call_output", "call_id": "no", "output": "x"}]}, "input[0].call_id"),

@@ -97,9 +97,31 @@ def test_a_wrong_key_is_refused_everywhere(locked: TestClient, headers: Any) -> 
         assert locked.get(path, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}"},
+        {"x-api-key": KEY},
+        {"x-api-key": KEY, "Authorization": "Bearer the-sdk's-own"},
+        {"x-api-key": "the-sdk's-own", "Authorization": f"Bearer {KEY}"},
+    ],
+)
 def test_the_key_is_taken_in_both_places(locked: TestClient, headers: dict[str, str]) -> None:
     assert locked.post(CHAT, json=HI, headers=headers).status_code == 200
+
+
+def test_a_refusal_that_left_the_body_unread_closes_the_connection(locked: TestClient) -> None:
+    for headers in ({}, {"Host": "evil.example"}, {"Host": "a b"}, {"Origin": "http://evil.example"}):
+        response = locked.post(CHAT, json=HI, headers=headers)
+        assert response.status_code in (400, 401, 403)
+        assert response.headers["connection"] == "close"
+
+
+def test_a_refusal_of_a_body_that_was_read_keeps_the_connection(scripted: TestClient) -> None:
+    for body in (b"\xff", b"[" * 1000, b"{}"):
+        response = scripted.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+        assert "connection" not in response.headers
 
 
 # --- Host and Origin
@@ -248,6 +270,14 @@ def test_messages_tools_and_schemas_are_bounded(locked: TestClient, authorized: 
         assert locked.post(CHAT, json=body, headers=authorized).status_code == 400
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/metrics", "/nowhere", CHAT])
+def test_head_is_get_without_the_body(scripted: TestClient, path: str) -> None:
+    head, get = scripted.head(path), scripted.get(path)
+    assert head.status_code == get.status_code
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert head.content == b"" and get.content
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -326,6 +356,14 @@ def test_a_body_that_never_ends_is_cut_off(wire: tuple[str, int]) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     answer = send(wire, head)
     assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+
+
+@pytest.mark.parametrize("header", [b"Host: evil.example", b"Host: a b", b"Origin: http://evil.example"])
+def test_a_refused_request_cannot_hold_its_connection_open(wire: tuple[str, int], header: bytes) -> None:
+    host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
+    data = b"POST /v1/models HTTP/1.1\r\n" + host + header + b"\r\nContent-Length: 100\r\n\r\n{"
+    answer = send(wire, data)
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")) and b"connection: close" in answer.lower()
 
 
 def test_a_second_request_may_be_as_late_as_keep_alive_allows(wire: tuple[str, int]) -> None:

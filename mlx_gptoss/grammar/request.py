@@ -35,6 +35,7 @@ def compile_constraint(
     choices: Sequence[str] | None = None,
     json_object: bool = False,
     reasoning_budget: int | None = None,
+    called: bool = False,
 ) -> TurnConstraint | None:
     """The constraint of a reply, or None when the request constrains nothing.
 
@@ -42,7 +43,8 @@ def compile_constraint(
     "auto", "none", "required", or ("named", name). strict_tools: False lets a call's arguments be any JSON
     object where the tool's schema uses keywords that cannot be enforced, instead of raising.
     schema / regex / lark / choices / json_object: what the final message is; at most one of them.
-    reasoning_budget: analysis tokens in this turn at most, >= 0.
+    reasoning_budget: analysis tokens in this turn at most, >= 0. called: whether the history holds calls,
+    which a model without tools would go on making.
 
     Raises SchemaError (unusable schema or grammar, naming the keyword), ToolError (tool_choice does not fit
     the tools) or RequestError.
@@ -57,7 +59,7 @@ def compile_constraint(
     final, is_json, shape, field = _final_grammar(schema, regex, lark, choices, json_object)
     calls = _calls(tools, builtin)
     chosen = _choose(calls, tool_choice)
-    if not calls and final is None and reasoning_budget is None:
+    if not calls and final is None and reasoning_budget is None and not called:
         return None
 
     vocabulary = vocabulary_of(tokenizer)

@@ -102,6 +102,62 @@ def _children(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"items/{index}" if isinstance(items, list) else "items", child
 
 
+def without_refused(schema: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a tool's schema without what `check_schema` refuses: keywords that cannot be shown, and those
+    whose value has no meaning, such as null or an unknown type. Only schemas nested too deeply stay refused.
+    """
+    root = _without_refused(schema) or {}
+    if isinstance(root.get("type"), list) and "object" in root["type"]:
+        root["type"] = "object"  # a call's arguments are never null
+    _drop_lost_refs(root, root)
+    return root
+
+
+def _without_refused(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node if isinstance(node, bool) else {}
+    if node.get("not") == {}:  # how zod writes what must be absent
+        return False
+    result = {keyword: value for keyword, value in node.items() if _has_meaning(keyword, value)}
+    for keyword, value in result.items():
+        if keyword in _MAPS:
+            result[keyword] = {key: _without_refused(child) for key, child in value.items()}
+        elif keyword in _LISTS or (keyword == "items" and isinstance(value, list)):
+            children = [_without_refused(child) for child in value]
+            possible = [child for child in children if child is not False]
+            result[keyword] = possible or children if keyword in ("anyOf", "oneOf") else children
+        elif keyword in _SINGLE or keyword == "items":
+            result[keyword] = _without_refused(value)
+    return result
+
+
+def _has_meaning(keyword: str, value: Any) -> bool:
+    if value is None:
+        return keyword in ("const", "default")
+    if keyword in _MAPS:
+        return isinstance(value, dict)
+    if keyword in _LISTS:
+        return isinstance(value, list) and bool(value)
+    if keyword == "type":
+        kinds = value if isinstance(value, list) else [value]
+        return bool(kinds) and all(kind in TYPES for kind in kinds)
+    if keyword == "required":
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return keyword not in REFUSED and (keyword != "enum" or isinstance(value, list))
+
+
+def _drop_lost_refs(node: Any, root: dict[str, Any]) -> None:
+    if not isinstance(node, dict):
+        return
+    if "$ref" in node:
+        try:
+            resolve(node["$ref"], root)
+        except SchemaError:
+            del node["$ref"]
+    for _, child in _children(node):
+        _drop_lost_refs(child, root)
+
+
 def resolve(ref: object, root: dict[str, Any], where: str = "schema", path: str = "#") -> Any:
     """The schema that a local reference such as "#/$defs/Node" names. Raises SchemaError."""
     found: Any = root

@@ -45,7 +45,7 @@ from mlx_gptoss.server.translate import (
     sampling_params,
     stop_texts,
 )
-from mlx_gptoss.server.turn_memory import AssistantTurn, Call
+from mlx_gptoss.server.turn_memory import AssistantTurn, Call, digest
 
 if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Tokenizer
@@ -288,10 +288,10 @@ def usage_body(choices: list[Choice]) -> dict[str, Any]:
     }
 
 
-def remember(state: ServerState, choice: Choice) -> None:
+def remember(state: ServerState, choice: Choice, conversation: Conversation) -> None:
     """Keep the sampled tokens of a finished answer for when its text comes back as history."""
     if choice.done is not None and choice.done.finish_reason in ("stop", "tool_calls"):
-        state.turns.remember(choice.done.reply.messages, "".join(choice.content))
+        state.turns.remember(choice.done.reply.messages, "".join(choice.content), digest(conversation))
 
 
 async def start(chat: ChatPlan, state: ServerState, count: int) -> list[Job]:
@@ -332,11 +332,11 @@ def router(state: ServerState) -> APIRouter:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.model_name}
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = _stream(state, jobs, choices, head, include_usage)
+            chunks = _stream(state, chat.conversation, jobs, choices, head, include_usage)
             return sse.EventStream(chunks, jobs)
         await collect(jobs, request, lambda index, event: choices[index].take(event))
         for choice in choices:
-            remember(state, choice)
+            remember(state, choice, chat.conversation)
         return JSONResponse(
             head
             | {
@@ -352,7 +352,12 @@ def router(state: ServerState) -> APIRouter:
 
 
 async def _stream(
-    state: ServerState, jobs: list[Job], choices: list[Choice], head: dict[str, Any], include_usage: bool
+    state: ServerState,
+    conversation: Conversation,
+    jobs: list[Job],
+    choices: list[Choice],
+    head: dict[str, Any],
+    include_usage: bool,
 ) -> AsyncIterator[bytes]:
     """The chunks of a streamed answer: roles, deltas, finish reasons, usage, [DONE]."""
     opening = sse.dumps(head | {"object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT})[:-1]
@@ -379,7 +384,7 @@ async def _stream(
                 if delta is not None:
                     out.append(chunk(index, *delta))
                 if isinstance(event, Done):
-                    remember(state, choices[index])
+                    remember(state, choices[index], conversation)
                     out.append(chunk(index, {}, reason=choices[index].finish_reason))
             if out:
                 yield b"".join(out)

@@ -19,8 +19,10 @@ from mlx_gptoss.server.security import (
     Scope,
     Send,
     allowed_origin,
+    check_depth,
     check_host,
     check_key,
+    check_text,
     cors_headers,
     preflight_headers,
     read_body,
@@ -56,6 +58,7 @@ class Gate:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         status = CLIENT_GONE
+        unread = True  # whether some of the body may still come
         extra = list(HEADERS)
 
         async def send_checked(message: Message) -> None:
@@ -63,6 +66,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *extra]
+            elif scope["method"] == "HEAD":
+                message["body"] = b""
             await send(message)
 
         try:
@@ -70,21 +75,28 @@ class Gate:
             origin = self._admit(scope, headers)
             if origin is not None:
                 extra += cors_headers(origin)
-            if scope["method"] == "OPTIONS" and origin is not None:
-                await _preflight(headers, origin, send_checked)
-                return
-            check_key(headers, self._state.settings, scope["path"])
+            asking = origin if scope["method"] == "OPTIONS" else None  # the origin of a preflight
+            if asking is None:
+                check_key(headers, self._state.settings, scope["path"])
             body = await read_body(receive, headers, self._state.settings)
-            if body is not None:
-                self._log_body(body)
-                await self._app(scope, _replay(body, receive), send_checked)
+            if body is None:
+                return
+            unread = False
+            if asking is not None:
+                await _preflight(headers, asking, send_checked)
+                return
+            check_text(body)
+            check_depth(body, self._state.settings.max_json_depth)
+            self._log_body(body)
+            inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(inner, _replay(body, receive), send_checked)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.error("failed to answer %s: %s", scope["method"], type(error).__name__, exc_info=error)
             if status == CLIENT_GONE:  # nothing was sent yet
                 response = error_response(error, scope["path"])
-                if isinstance(error, ApiError) and error.status in (408, 413):
-                    response.headers["connection"] = "close"  # the rest of the body was not read
+                if unread:  # or a client could keep the connection by sending a byte now and then
+                    response.headers["connection"] = "close"
                 await response(scope, receive, send_checked)
         finally:
             self._note(scope, status, time.monotonic() - began)
@@ -102,15 +114,16 @@ class Gate:
         # Only known paths are named: what a caller makes up would fill the metrics and could forge log lines.
         path = scope["path"]
         if path not in self._paths:
-            path = next((known for known in self._paths if _matches(known, path)), "other")
+            path = max((known for known in self._paths if _matches(known, path)), key=len, default="other")
         self._state.metrics.requests.add(1, path, str(status))
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
 
 
 def _matches(pattern: str, path: str) -> bool:
     """Whether a path fits a route with a parameter, such as /v1/models/{model}."""
-    head, brace, _ = pattern.partition("{")
-    return bool(brace) and path.startswith(head)
+    head, brace, rest = pattern.partition("{")
+    tail = rest.partition("}")[2]
+    return bool(brace) and path.startswith(head) and path[len(head) :].endswith(tail)
 
 
 async def _preflight(headers: Headers, origin: str, send: Send) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from mlx_gptoss.harmony import Done, PreambleDelta, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta, render
+from mlx_gptoss.harmony import (
+    Conversation,
+    Done,
+    PreambleDelta,
+    ReasoningDelta,
+    TextDelta,
+    ToolCall,
+    ToolCallDelta,
+    render,
+)
 from mlx_gptoss.server import sse
 from mlx_gptoss.server.errors import error_body
 from mlx_gptoss.server.jobs import Job, log_failure
@@ -25,6 +34,7 @@ from mlx_gptoss.server.messages_protocol import (
 from mlx_gptoss.server.openapi import ERRORS
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.streams import collect
+from mlx_gptoss.server.turn_memory import digest
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
 PATH = "/v1/messages"
@@ -143,10 +153,10 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"value": value}
 
 
-def remember(state: ServerState, writer: MessageWriter) -> None:
+def remember(state: ServerState, writer: MessageWriter, conversation: Conversation) -> None:
     """Keep the sampled tokens of a finished answer for when its text comes back as history."""
     if writer.done is not None and writer.done.finish_reason in ("stop", "tool_calls"):
-        state.turns.remember(writer.done.reply.messages, writer.answer)
+        state.turns.remember(writer.done.reply.messages, writer.answer, digest(conversation))
 
 
 def router(state: ServerState) -> APIRouter:
@@ -173,9 +183,9 @@ def router(state: ServerState) -> APIRouter:
         )
         writer = MessageWriter(state.model_name, shows_thinking(body), params.stop)
         if body.stream:
-            return sse.EventStream(_stream(writer, jobs[0], state), jobs)
+            return sse.EventStream(_stream(writer, conversation, jobs[0], state), jobs)
         await collect(jobs, request, lambda _, event: list(writer.take(event)))
-        remember(state, writer)
+        remember(state, writer, conversation)
         return JSONResponse(writer.body)
 
     @routes.post(PATH + "/count_tokens", responses=ERRORS)
@@ -188,7 +198,9 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-async def _stream(writer: MessageWriter, job: Job, state: ServerState) -> AsyncIterator[bytes]:
+async def _stream(
+    writer: MessageWriter, conversation: Conversation, job: Job, state: ServerState
+) -> AsyncIterator[bytes]:
     yield sse.event(writer.opening(job.prompt_tokens))
     try:
         async for batch in job.batches():
@@ -196,7 +208,7 @@ async def _stream(writer: MessageWriter, job: Job, state: ServerState) -> AsyncI
                 yield sse.event({"type": "ping"})
                 continue
             out = [sse.event(event) for source in batch for event in writer.take(source)]
-            remember(state, writer)
+            remember(state, writer, conversation)
             if out:
                 yield b"".join(out)
     except Exception as error:

@@ -41,7 +41,7 @@ class Counter:
         self._values[labels] = self._values.get(labels, 0.0) + amount
 
     def lines(self) -> list[str]:
-        return [f"{self.name}{_labels(self._names, key)} {value:g}" for key, value in self._values.items()]
+        return [f"{self.name}{_labels(self._names, key)} {value:.17g}" for key, value in self._values.items()]
 
 
 class Gauge:
@@ -75,7 +75,7 @@ class Histogram:
         for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
             total += count
             lines.append(f'{self.name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{self.name}_sum {self._sum:g}", f"{self.name}_count {total}"]
+        return [*lines, f"{self.name}_sum {self._sum:.17g}", f"{self.name}_count {total}"]
 
 
 class Metrics:

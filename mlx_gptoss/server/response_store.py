@@ -33,6 +33,7 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_characters = max_characters
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}  # by id, for references to them
         self._characters = 0
 
     def __len__(self) -> int:
@@ -41,11 +42,11 @@ class ResponseStore:
     def put(self, response: StoredResponse) -> None:
         self._kept[response.body["id"]] = response
         self._characters += _characters(response)
+        self._items |= {item["id"]: item for item in _items(response)}
         while len(self._kept) > self._max_responses or (
             self._characters > self._max_characters and len(self._kept) > 1
         ):
-            _, oldest = self._kept.popitem(last=False)
-            self._characters -= _characters(oldest)
+            self.delete(next(iter(self._kept)))
 
     def get(self, response_id: str, param: str = "response_id") -> StoredResponse:
         """The response, or ApiError 404."""
@@ -63,8 +64,29 @@ class ResponseStore:
 
     def delete(self, response_id: str) -> None:
         """Forget a response; ApiError 404 when there is none."""
-        self._characters -= _characters(self.get(response_id))
+        response = self.get(response_id)
+        self._characters -= _characters(response)
         del self._kept[response_id]
+        for item in _items(response):
+            if self._items.get(item["id"]) is item:
+                del self._items[item["id"]]
+
+    def item(self, item_id: str | None, param: str) -> dict[str, Any]:
+        """An item that a stored response answered or holds, or ApiError 404."""
+        found = self._items.get(item_id or "")
+        if found is None:
+            raise ApiError(
+                404,
+                f"Item {str(item_id)[:80]!r} is not stored: send the item itself instead of a reference.",
+                code="not_found",
+                param=param,
+            )
+        return found
+
+
+def _items(response: StoredResponse) -> list[dict[str, Any]]:
+    items = [*response.input_items, *response.body.get("output", ())]
+    return [item for item in items if item["type"] != "item_reference"]
 
 
 def _characters(response: StoredResponse) -> int:

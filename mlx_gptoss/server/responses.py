@@ -32,6 +32,7 @@ from mlx_gptoss.server.translate import (
     function_tool,
     sampling_params,
 )
+from mlx_gptoss.server.turn_memory import digest
 
 LOGPROBS = "message.output_text.logprobs"
 SEALED_REASONING = "reasoning.encrypted_content"
@@ -66,7 +67,15 @@ def plan(request: ResponsesRequest, state: ServerState) -> ResponsePlan:
             raise RequestError(
                 f"input has {len(items):,} items and this server takes {settings.max_messages:,}", "input"
             )
-        add_items(builder, items)
+        add_items(
+            builder,
+            [
+                InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
+                if item.type == "item_reference"
+                else item
+                for index, item in enumerate(items)
+            ],
+        )
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
     tools, choice = choose_tools(request.tool_choice, _functions(request, state))
@@ -222,7 +231,7 @@ def finish(
         return
     produced = writer.done.reply.messages
     if writer.body["status"] == "completed":
-        state.turns.remember(produced, writer.answer)
+        state.turns.remember(produced, writer.answer, digest(asked.conversation))
     if writer.body["store"]:
         history = (*asked.conversation.messages, *produced)
         state.responses.put(StoredResponse(writer.body, _input_items(request), history, asked.preface))

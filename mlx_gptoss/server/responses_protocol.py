@@ -136,7 +136,7 @@ def _add_other(builder: ConversationBuilder, item: InputItem, where: str) -> Non
     elif item.type != "message":
         raise RequestError(
             f"{where} is of type {item.type[:40]!r}: expected message, reasoning, function_call or "
-            "function_call_output (a reference or a hosted tool's item has no meaning to this server)",
+            "function_call_output (a hosted tool's item has no meaning to this server)",
             f"{where}.type",
         )
     elif item.content is None:

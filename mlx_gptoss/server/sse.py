@@ -21,19 +21,27 @@ LAST_WORDS = 5.0  # seconds after a job's deadline in which its failure may stil
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
+# Line ends to Unicode, at which some clients cut an event; JSON lets them stand as they are.
+_LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
+
+
 def dumps(value: Any) -> str:
-    """Compact JSON. Lone surrogates, which no encoder takes, cannot occur in what a tokenizer decodes."""
-    return _encode(value)
+    """Compact JSON on one line. Lone surrogates, which no encoder takes, cannot occur in what a tokenizer
+    decodes."""
+    text = _encode(value)
+    for character, escape in _LINE_ENDS.items():
+        text = text.replace(character, escape)
+    return text
 
 
 def data(value: Any) -> bytes:
     """An unnamed event, as OpenAI's chat completions stream them."""
-    return f"data: {_encode(value)}\n\n".encode()
+    return f"data: {dumps(value)}\n\n".encode()
 
 
 def event(value: dict[str, Any]) -> bytes:
     """An event named by its own `type`, as the Responses API and Anthropic stream them."""
-    return f"event: {value['type']}\ndata: {_encode(value)}\n\n".encode()
+    return f"event: {value['type']}\ndata: {dumps(value)}\n\n".encode()
 
 
 class EventStream(Response):

@@ -12,9 +12,10 @@ from typing import Any, Literal, cast
 from mlx_gptoss.errors import RequestError, SchemaError, ToolError
 from mlx_gptoss.grammar import ToolChoice
 from mlx_gptoss.harmony import Conversation, Message, Tool
+from mlx_gptoss.harmony.schema import without_refused
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.settings import ServerSettings
-from mlx_gptoss.server.turn_memory import AssistantTurn, TurnMemory
+from mlx_gptoss.server.turn_memory import AssistantTurn, TurnMemory, after, opening
 
 Effort = Literal["low", "medium", "high"]
 
@@ -38,8 +39,9 @@ class ConversationBuilder:
     ) -> None:
         """history, preface: messages and leading instructions of an earlier request, to go on from."""
         self._memory = memory
+        self._calls = {m.call_id for m in history if m.role == "assistant"}
         self.preface = list(preface)
-        self.messages: list[Message] = list(history)
+        self.messages: list[Message | AssistantTurn] = list(history)
 
     def instructions(self, text: str) -> None:
         """A system or developer message: before the first turn part of the instructions, else a turn."""
@@ -54,15 +56,14 @@ class ConversationBuilder:
         self.messages.append(Message.user(text))
 
     def assistant(self, turn: AssistantTurn) -> None:
-        """A turn as the client sends it back; with its sampled tokens where it is remembered unchanged."""
-        if not turn:
-            return
-        recalled = self._memory.recall(turn)
-        self.messages += turn.messages() if recalled is None else recalled
+        """A turn as the client sends it back."""
+        if turn:
+            self.messages.append(turn)
+            self._calls.update(call.call_id for call in turn.calls)
 
     def tool_result(self, call_id: str | None, output: str, field: str) -> None:
         """The result of an earlier call."""
-        if not call_id or not any(m.call_id == call_id and m.role == "assistant" for m in self.messages):
+        if not call_id or call_id not in self._calls:
             raise ToolError(
                 f"{field}: the call id {call_id!r} belongs to no earlier call in this conversation: "
                 "send the assistant message with the call before its result",
@@ -80,10 +81,13 @@ class ConversationBuilder:
         schema_name: str | None = None,
         today: str | None = None,
     ) -> Conversation:
-        """The harmony conversation of all that was collected. `instructions` go before the collected ones."""
+        """The harmony conversation of all that was collected. `instructions` go before the collected ones.
+
+        The assistant's turns have their sampled tokens where they are remembered unchanged.
+        """
         parts = [instructions, *self.preface] if instructions else self.preface
-        return Conversation(
-            messages=self.messages,
+        conversation = Conversation(
+            messages=[],
             instructions="\n\n".join(parts) or None,
             tools=list(tools),
             reasoning_effort=effort,
@@ -91,6 +95,16 @@ class ConversationBuilder:
             response_name=schema_name or "response",
             current_date=today,
         )
+        history = opening(conversation)
+        for entry in self.messages:
+            added = [entry] if isinstance(entry, Message) else self._sampled(entry, history)
+            conversation.messages += added
+            history = after(history, added)
+        return conversation
+
+    def _sampled(self, turn: AssistantTurn, history: bytes) -> list[Message]:
+        recalled = self._memory.recall(turn, history)
+        return turn.messages() if recalled is None else recalled
 
 
 def effort_of(value: str | None, field: str) -> Effort:
@@ -116,12 +130,16 @@ def check_schema_size(schema: object, settings: ServerSettings, field: str) -> N
 
 
 def function_tool(function: Mapping[str, Any], settings: ServerSettings, field: str) -> Tool:
-    """A harmony tool of a declared function. Errors carry the field of the declaration."""
+    """A harmony tool of a declared function; errors carry the field of the declaration.
+
+    Clients send what their own tools declare, so what the model cannot be shown of a schema is left out.
+    """
     parameters = function.get("parameters")
     if parameters is not None:
         check_schema_size(parameters, settings, f"{field}.parameters")
     try:
-        return Tool(function["name"], function.get("description") or "", parameters or None)
+        shown = without_refused(parameters) if parameters else None
+        return Tool(function["name"], function.get("description") or "", shown)
     except RequestError as error:
         raise type(error)(f"{field}: {error}", field) from None
 
@@ -185,7 +203,9 @@ def _allowed(allowed: object, tools: list[Tool], field: str) -> tuple[list[Tool]
         raise RequestError(
             f"{field}: allowed_tools needs a mode (auto or required) and a list of tools", field
         )
-    names = {_function_name(tool) for tool in listed if isinstance(tool, dict)} - {None}
+    # Tools of other types may be declared and are not offered, so they may be allowed as well.
+    functions = [t for t in listed if isinstance(t, dict) and t.get("type", "function") == "function"]
+    names = {_function_name(function) for function in functions} - {None}
     for name in names:
         _require_declared(cast(str, name), tools, field)
     kept = [tool for tool in tools if tool.name in names]

@@ -2,8 +2,9 @@
 
 Clients return an assistant's turn as text. Rendered anew it may become other tokens (the model writes its
 headers in another order than the renderer, and a tokenizer has more than one way to spell a text), and the KV
-cache would be lost from there on. So a turn is remembered under its tool calls' ids and under its final text,
-and given back when nothing in it was changed.
+cache would be lost from there on. So a turn is remembered under its tool calls' ids, or under its text and
+the conversation before it, and given back when nothing in it was changed. A text alone names no turn: others
+end in "OK." as well, and what their turns hold besides is not for this client.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mlx_gptoss.harmony import Message
+from mlx_gptoss.harmony import Conversation, Message
 
 MAX_TOKENS = 1_000_000  # kept over all turns; some 36 bytes each
 
@@ -53,6 +54,26 @@ class AssistantTurn:
         return result
 
 
+def opening(conversation: Conversation) -> bytes:
+    """The digest of what stands before a conversation's first message."""
+    shown = (conversation.instructions, conversation.tools, conversation.response_schema)
+    return hashlib.sha256(repr(shown).encode()).digest()
+
+
+def after(history: bytes, messages: Iterable[Message]) -> bytes:
+    """The digest of a history that goes on with `messages`. Reasoning does not count: clients may drop it."""
+    for message in messages:
+        if message.channel != "analysis":
+            said = json.dumps([message.role, message.channel, message.recipient, message.content])
+            history = hashlib.sha256(history + said.encode()).digest()
+    return history
+
+
+def digest(conversation: Conversation) -> bytes:
+    """The digest of a whole conversation, under which the turn that follows it is remembered."""
+    return after(opening(conversation), conversation.messages)
+
+
 class TurnMemory:
     """The last turns, bounded in number and in tokens; the one used longest ago goes first."""
 
@@ -68,13 +89,15 @@ class TurnMemory:
     def __len__(self) -> int:
         return len(self._turns)
 
-    def remember(self, messages: Sequence[Message], text: str) -> None:
-        """Keep a turn that was sampled. `text` is its answer as the client got it."""
-        kept = tuple(m for m in messages if m.token_ids)
+    def remember(self, messages: Sequence[Message], text: str, history: bytes = b"") -> None:
+        """Keep a turn that was sampled. `text` is its answer as the client got it, `history` the digest of
+        what it answered."""
+        kept = tuple(messages)
         names = [_call_key(m.call_id) for m in kept if m.call_id]
         if text and not names:
-            names = [_text_key(text)]
-        if not names:
+            names = [_text_key(history, text)]
+        # An answer that was cut at a stop text has no tokens, and the turn is not whole without it.
+        if not names or not all(m.token_ids for m in kept):
             return
         turn = self._next
         self._next += 1
@@ -94,9 +117,9 @@ class TurnMemory:
             if self._keys.get(name) == turn:
                 del self._keys[name]
 
-    def recall(self, turn: AssistantTurn) -> list[Message] | None:
-        """The sampled messages of a turn, or None when it is unknown or was edited."""
-        key = _call_key(turn.calls[0].call_id) if turn.calls else _text_key(turn.text)
+    def recall(self, turn: AssistantTurn, history: bytes = b"") -> list[Message] | None:
+        """The sampled messages of a turn after a history, or None when it is unknown or was edited."""
+        key = _call_key(turn.calls[0].call_id) if turn.calls else _text_key(history, turn.text)
         number = self._keys.get(key)
         if number is None:
             return None
@@ -117,8 +140,14 @@ def _same(turn: AssistantTurn, messages: Iterable[Message]) -> bool:
         recipient = (sampled.recipient or "").removeprefix("functions.")
         if recipient != call.name or not _same_json(sampled.content, call.arguments):
             return False
-    reasoning = "".join(m.content for m in messages if m.channel == "analysis" and not m.call_id)
-    return not turn.reasoning or turn.reasoning == reasoning
+    said = [m for m in messages if m.recipient is None]
+    reasoning = "".join(m.content for m in said if m.channel == "analysis")
+    preamble = "".join(m.content for m in said if m.channel == "commentary")
+    final = "".join(m.content for m in said if m.channel == "final")
+    # A preamble is part of the content, a part of its own, or (where a format was asked for) reasoning.
+    content = (preamble + final, f"{preamble}\n\n{final}", final)
+    told = turn.preamble + turn.text
+    return (not told or told in content) and turn.reasoning in ("", reasoning, reasoning + preamble)
 
 
 def _same_json(ours: str, theirs: str) -> bool:
@@ -139,5 +168,5 @@ def _call_key(call_id: str) -> str:
     return f"call:{call_id}"
 
 
-def _text_key(text: str) -> str:
-    return "text:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _text_key(history: bytes, text: str) -> str:
+    return "text:" + hashlib.sha256(history + text.encode("utf-8", "surrogatepass")).hexdigest()
