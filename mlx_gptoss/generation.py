@@ -158,8 +158,8 @@ class Generation:
 
     def _finish(self, done: TokensDone) -> None:
         self._deliver(self._parser.finish())
-        stopped = self._until is not None and self._until.over
-        reason: FinishReason = "stop" if stopped else done.finish_reason
+        stop_text = None if self._until is None else self._until.found
+        reason: FinishReason = "stop" if stop_text else done.finish_reason
         if reason == "stop" and self._builder.tool_calls:
             reason = "tool_calls"
         usage = Usage(done.prompt_tokens, done.cached_tokens, done.completion_tokens, self._reasoning_tokens)
@@ -175,7 +175,7 @@ class Generation:
                 failure.__cause__ = error
                 self._send(failure)
                 return
-        self.reply = self._builder.build(reason, usage, parsed)
+        self.reply = self._builder.build(reason, usage, parsed, stop_text)
         if self._on_done is not None:
             self._on_done(self.reply)
         self._send(Done(reason, usage, self.reply))

@@ -11,17 +11,22 @@ class UntilStop:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.over = False  # a stop text was found
+        self.found: str | None = None  # the stop text that was found
+
+    @property
+    def over(self) -> bool:
+        """True when a stop text was found."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """What of the text so far is safe to show now."""
         if self.over or not text:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.over = True
-            return self._held[: min(found)]
+            at, self.found = min(found)
+            return self._held[:at]
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]

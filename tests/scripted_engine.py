@@ -184,7 +184,9 @@ class ScriptedEngine:
                     return
                 builder.add([event])
                 sink(event)
-            sink(Done(reason, usage, builder.build(reason, usage)))  # type: ignore[arg-type]
+            stop_text = params.stop[-1] if script.cut and params.stop else None
+            reply = builder.build(reason, usage, None, stop_text)  # type: ignore[arg-type]
+            sink(Done(reason, usage, reply))  # type: ignore[arg-type]
 
         thread = _Thread(run, usage.prompt_tokens)
         self.running.append(thread)
@@ -209,7 +211,9 @@ class ScriptedEngine:
             tokens = None if cut else tuple(self.tokenizer.encode(message.content))
             sampled = Message(**{**vars(message), "token_ids": tokens})
             messages.append(sampled)
-            events.append(MessageDone(sampled))
+            last = script.text if script.text else script.calls and script.calls[-1][1]
+            broken_off = script.finish_reason == "length" and message.content == last
+            events.append(MessageDone(sampled, ended=not broken_off))
 
         say(ReasoningDelta, Message.reasoning(script.reasoning))
         say(PreambleDelta, Message.preamble(script.preamble))
@@ -218,7 +222,8 @@ class ScriptedEngine:
             calls.append(ToolCall(index, call_id, name, arguments, f"functions.{name}"))
             events.append(ToolCallDelta(index, call_id, name, ""))
             events += [ToolCallDelta(index, call_id, name, piece) for piece in _pieces(arguments)]
-            events.append(calls[-1])
+            if script.finish_reason != "length" or script.text:
+                events.append(calls[-1])
             end(Message.tool_call(name, arguments, call_id))
         say(self._scored if params.logprobs is not None else TextDelta, Message.assistant(script.text))
         return events, messages, calls

@@ -308,6 +308,20 @@ def test_sampling_reaches_the_engine_under_its_own_names(
     assert conversation.reasoning_effort == "low"
 
 
+def test_a_top_p_of_0_is_greedy(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+    ask("hello", top_p=0, temperature=1)
+    assert engine.seen[-1][1]["params"].temperature == 0
+
+
+def test_a_call_that_broke_off_is_the_same_in_one_piece(
+    ask: Callable[..., Any], engine: ScriptedEngine
+) -> None:
+    engine.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
+    choice = ask("hello", tools=[WEATHER])["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Par'
+
+
 def test_a_cut_answer_says_length(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
     engine.write = lambda *_: Script(text="so", finish_reason="length")
     assert ask()["choices"][0]["finish_reason"] == "length"
@@ -335,7 +349,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "tool_call_id": "no", "content": "x"}]}, "messages[0].tool_call_id"),
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"n": 17}, "n"),
     ({"top_logprobs": 3}, "top_logprobs"),

@@ -177,7 +177,7 @@ def test_a_stop_sequence_is_named_where_it_ended_the_answer(
 ) -> None:
     def ended(cut: bool) -> tuple[str, str | None]:
         engine.write = lambda *_: Script(text="one", cut=cut)
-        body = ask(stop_sequences=["two"])
+        body = ask(stop_sequences=["three", "two"])
         return body["stop_reason"], body["stop_sequence"]
 
     assert ended(True) == ("stop_sequence", "two")

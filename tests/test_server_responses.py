@@ -194,6 +194,15 @@ def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], engine: ScriptedEng
     assert final["status"] == "incomplete"
     assert final["incomplete_details"] == {"reason": "max_output_tokens"}
     assert engine.seen[-1][1]["params"].max_tokens == 5
+    assert [item["status"] for item in final["output"]] == ["completed", "incomplete"]
+
+
+def test_a_call_that_broke_off_is_incomplete(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+    engine.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
+    for final in (ask(tools=[WEATHER]), replay(ask(tools=[WEATHER], stream=True))):
+        call = final["output"][-1]
+        assert (final["status"], call["status"]) == ("incomplete", "incomplete")
+        assert call["arguments"] == '{"city": "Par'
 
 
 def test_a_failure_in_a_stream_is_told_as_events(ask: Callable[..., Any], engine: ScriptedEngine) -> None:

@@ -63,9 +63,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class MessageDone:
-    """A message has ended. Assistant messages carry the tokens that were sampled."""
+    """A message is over, `ended` unless the stream broke off in it. Assistant messages carry the tokens that
+    were sampled."""
 
     message: Message
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Reply:
     usage: Usage
     diagnostics: tuple[Diagnostic, ...] = ()
     parsed: Any = None
+    stop_text: str | None = None  # the stop text that ended it
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ class ReplyBuilder:
         """The complete calls so far."""
         return tuple(self._calls)
 
-    def build(self, finish_reason: FinishReason, usage: Usage, parsed: Any = None) -> Reply:
+    def build(
+        self, finish_reason: FinishReason, usage: Usage, parsed: Any = None, stop_text: str | None = None
+    ) -> Reply:
         """The reply of all events so far."""
         return Reply(
             "".join(self._text),
@@ -160,4 +165,5 @@ class ReplyBuilder:
             usage,
             tuple(self._diagnostics),
             parsed,
+            stop_text,
         )

@@ -309,7 +309,7 @@ class StreamParser:
         )
         self.messages.append(message)
         self._state = _BETWEEN
-        yield MessageDone(message)
+        yield MessageDone(message, ended)
 
     def _sampled(self) -> tuple[int, ...] | None:
         """The message's tokens after `<|start|>assistant`; None where they do not start that way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -208,14 +208,15 @@ class Choice:
                     self.logprobs += entries
                 return self._say(text), entries
             case ToolCallDelta(arguments=""):
+                self.calls.append(ToolCall(event.index, event.call_id, event.name, ""))
                 function = {"name": event.name, "arguments": ""}
                 call = {"index": event.index, "id": event.call_id, "type": "function", "function": function}
                 return {"tool_calls": [call]}, None
             case ToolCallDelta():
+                begun = self.calls[-1]
+                self.calls[-1] = replace(begun, arguments=begun.arguments + event.arguments)
                 call = {"index": event.index, "function": {"arguments": event.arguments}}
                 return {"tool_calls": [call]}, None
-            case ToolCall():
-                self.calls.append(event)
             case Done():
                 self.done = event
         return None

@@ -43,7 +43,7 @@ PATH = "/v1/messages"
 class MessageWriter:
     """Builds one message: `body` grows with every harmony event taken, and each becomes stream events."""
 
-    def __init__(self, model: str, show_thinking: bool, stops: tuple[str, ...]) -> None:
+    def __init__(self, model: str, show_thinking: bool) -> None:
         self.body: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
             "type": "message",
@@ -57,7 +57,6 @@ class MessageWriter:
         self.answer = ""
         self.done: Done | None = None
         self._show_thinking = show_thinking
-        self._stops = stops
         self._kind = ""
         self._pieces: list[str] = []
 
@@ -128,11 +127,9 @@ class MessageWriter:
         self.done = done
         usage = done.usage
         self.body["stop_reason"] = STOP_REASONS[done.finish_reason]
-        # The engine leaves an answer without its tokens where it cut it at a stop text.
-        answers = [m for m in done.reply.messages if m.channel == "final"]
-        if self._stops and done.finish_reason == "stop" and answers and answers[-1].token_ids is None:
+        if done.reply.stop_text is not None:
             self.body["stop_reason"] = "stop_sequence"
-            self.body["stop_sequence"] = self._stops[0] if len(self._stops) == 1 else None
+            self.body["stop_sequence"] = done.reply.stop_text
         self.body["usage"] = {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_creation_input_tokens": 0,
@@ -181,7 +178,7 @@ def router(state: ServerState) -> APIRouter:
                 sink=sink,
             )
         )
-        writer = MessageWriter(state.model_name, shows_thinking(body), params.stop)
+        writer = MessageWriter(state.model_name, shows_thinking(body))
         if body.stream:
             return sse.EventStream(_stream(writer, conversation, jobs[0], state), jobs)
         await collect(jobs, request, lambda _, event: list(writer.take(event)))

@@ -82,6 +82,8 @@ class ResponseWriter:
                 yield self._part_event(
                     "response.function_call_arguments.delta", in_part=False, delta=event.arguments
                 )
+            case MessageDone(ended=False):
+                yield from self._close("incomplete")
             case ToolCall() | MessageDone():
                 yield from self._close()
             case Done():

@@ -216,6 +216,8 @@ def _allowed(allowed: object, tools: list[Tool], field: str) -> tuple[list[Tool]
 
 def sampling_params(values: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> SamplingParams:
     """SamplingParams of the values that are not None; an error names the protocol's field."""
+    if values.get("top_p") == 0:
+        values = {**values, "top_p": None, "temperature": 0.0}
     try:
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except RequestError as error:
