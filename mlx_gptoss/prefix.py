@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,11 +113,9 @@ class PrefixStore:
     def match(self, tokens: np.ndarray) -> Match:
         """The longest common prefix of `tokens`, int32 [n], with anything held; counts as a use."""
         path = self._loaded(self._walk(tokens))
-        self._clock += 1
         spans: Spans = []
         states: list[WindowState] = []
         for node, n in path:
-            node.used = self._clock
             spans.append([p[:, :, :n] for p in node.parts] if n < len(node.tokens) else list(node.parts))
             states.extend(node.states.values())
         if not path:
@@ -143,7 +141,8 @@ class PrefixStore:
             held = node.start + n
             if n < len(node.tokens) and (held < len(tokens) or any(s.end == held for s in states)):
                 node = self._split(node, n)
-        self._clock += 1
+        if held < len(tokens) and int(tokens[held]) in node.children:
+            tokens = tokens[:held]  # what follows is on disk, and does not fit in memory
         fresh: list[Node] = []
         while held < len(tokens):
             end = min(len(tokens), held + SPAN, pinned if held < pinned else len(tokens))
@@ -172,20 +171,27 @@ class PrefixStore:
             self._unsaved += [n for n in reversed(line) if not n.saved]
         self.shrink(self.limit)
 
-    def shrink(self, limit: int) -> None:
-        """Drop what was used longest ago until at most `limit` bytes are held; the limit itself stays."""
+    def shrink(self, limit: int, keep: Collection[Node] = ()) -> None:
+        """Drop what was used longest ago until at most `limit` bytes are held; the limit itself stays.
+
+        The KV of `keep`, nodes with all their parents, is not dropped.
+        """
         states = sum(n.state_bytes for n in self.nodes())
         if states > STATES_SHARE * limit or self.nbytes > limit:
             self._thin_states(states, STATES_SHARE * limit)
         kept = self._kept_longest()
-        leaves = [(n in kept, n.used, id(n), n) for n in self.nodes() if n.loaded and self._outermost(n)]
+        leaves = [
+            (n in kept, n.used, id(n), n)
+            for n in self.nodes()
+            if n.loaded and n not in keep and self._outermost(n)
+        ]
         heapq.heapify(leaves)
         while leaves and self.nbytes > max(0, limit):
             leaf = heapq.heappop(leaves)[3]
             parent = self._drop(leaf)
-            if parent is not self._root and self._outermost(parent):
+            if parent is not self._root and parent not in keep and self._outermost(parent):
                 heapq.heappush(leaves, (parent in kept, parent.used, id(parent), parent))
-        self._unsaved = [n for n in self._unsaved if n.loaded]
+        self._unsaved = [n for n in dict.fromkeys(self._unsaved) if n.loaded]
 
     def _kept_longest(self) -> set[Node]:
         """Pinned nodes, those used last, up to their share of the limit: pins must not fill the store."""
@@ -202,7 +208,7 @@ class PrefixStore:
         """Write one node that is not on disk yet; False when there is none (or no disk)."""
         while self._disk is not None and self._unsaved:
             node = self._unsaved.pop(0)
-            if node.saved or not node.loaded or not self._held(node):
+            if node.saved or not node.loaded:
                 continue
             before = [n.tokens for n in reversed(list(self._lineage(node)))][:-1]
             span = Span(node.tokens, node.parts, node.states)
@@ -235,7 +241,21 @@ class PrefixStore:
             parent.children[first] = by_name[saved.upto] = node
 
     def _loaded(self, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
-        """The path as far as its nodes are in memory or can be read."""
+        """The path as far as it fits in the limit and is in memory or can be read; counts as a use."""
+        self._clock += 1
+        held = missing = fits = 0
+        for node, _ in path:
+            node.used = self._clock
+            if node.path is not None and self._disk is not None:
+                self._disk.touch(node.path)
+            size = node.kv_bytes + node.state_bytes if node.loaded else _file_size(node.path)
+            if not node.loaded and held + missing + size > self.limit:
+                break
+            held, missing = (held + size, missing) if node.loaded else (held, missing + size)
+            fits += 1
+        path = path[:fits]
+        if missing:  # room is made before anything is read
+            self.shrink(self.limit - missing, {node for node, _ in path})
         for i, (node, _) in enumerate(path):
             if node.loaded:
                 continue
@@ -247,13 +267,6 @@ class PrefixStore:
             node.saved_states = frozenset(span.states)
             self.nbytes += node.kv_bytes + node.state_bytes
         return path
-
-    def _held(self, node: Node) -> bool:
-        """True while the node is part of the trie."""
-        at = node
-        while at.parent is not None and at.parent.children.get(int(at.tokens[0])) is at:
-            at = at.parent
-        return at is self._root
 
     @staticmethod
     def _outermost(node: Node) -> bool:
@@ -337,6 +350,14 @@ class PrefixStore:
             size = node.states.pop(end).nbytes
             held -= size
             self.nbytes -= size
+
+
+def _file_size(path: Path | None) -> int:
+    """Bytes of a file, 0 when there is none (any more)."""
+    try:
+        return path.stat().st_size if path is not None else 0
+    except OSError:
+        return 0
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

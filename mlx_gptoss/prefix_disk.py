@@ -32,16 +32,18 @@ logger = logging.getLogger("mlx_gptoss.engine")
 FORMAT = "mlx-gptoss prefix"
 VERSION = "2"
 SUFFIX = ".safetensors"
-# Of each tensor, the bytes at its middle that go into the fingerprint (the whole would take minutes).
+# Of each tensor, the bytes at both ends and in the middle that go into the fingerprint (all take minutes).
 SAMPLED = 1 << 12
 # What reading a file that anybody may have written can raise.
-_UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError, OSError)
+_UNUSABLE = (
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(OverflowError, RecursionError, MemoryError, OSError),
+)
 # A file that is still being written is at most so old, seconds.
 WRITING = 3600
 
 # numpy has no bfloat16: its bits travel as uint16 under this name.
 _NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "I32": np.int32}
 
 
@@ -52,8 +54,10 @@ def fingerprint(folder: Path, dtype: mx.Dtype, kv_bits: KVBits) -> str:
     for name, tensor in sorted(read_folder(folder).items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         with tensor.path.open("rb") as file:
-            file.seek(tensor.start + max(0, tensor.nbytes - SAMPLED) // 2)
-            digest.update(file.read(min(SAMPLED, tensor.nbytes)))
+            last = max(0, tensor.nbytes - SAMPLED)
+            for at in (0, last // 2, last):
+                file.seek(tensor.start + at)
+                digest.update(file.read(min(SAMPLED, tensor.nbytes)))
     return digest.hexdigest()
 
 
@@ -66,7 +70,6 @@ class SavedSpan:
     upto: str
     start: int
     tokens: np.ndarray
-    nbytes: int
 
 
 @dataclass
@@ -89,25 +92,25 @@ class PrefixDisk:
         self.limit = limit
         self.folder = root / model[:32]
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise RequestError(
                 f"prefix_cache is {str(root)!r}: {error.strerror}; name a folder that can be written",
                 "prefix_cache",
             ) from None
         for left_over in self.folder.glob("*.partial"):
-            # Not one that another process is writing just now.
-            with suppress(FileNotFoundError):
-                if time.time() - left_over.stat().st_mtime > WRITING:
+            if _abandoned(left_over):
+                with suppress(OSError):
                     left_over.unlink()
 
     def name(self, tokens: np.ndarray) -> str:
         """The name of a prefix: a digest of the model and all its tokens, int32 [n]."""
         return hashlib.sha256(self.model.encode() + tokens.astype("<i4").tobytes()).hexdigest()[:40]
 
-    def path(self, upto: str, start: int) -> Path:
-        """Where the span that begins at `start` and ends the prefix `upto` lies."""
-        return self.folder / f"{upto}-{start}{SUFFIX}"
+    def path(self, upto: str, before: str) -> Path:
+        """Where the span that leads from the prefix `before` to the prefix `upto` lies."""
+        return self.folder / f"{upto}-{before}{SUFFIX}"
 
     def write(self, before: np.ndarray, start: int, span: Span) -> Path:
         """Save a span that follows `before`, int32 [start]. The file appears whole or not at all."""
@@ -124,13 +127,18 @@ class PrefixDisk:
             "start": str(start),
         }
         raw = _encode(arrays, about)
-        path = self.path(upto, start)
+        path = self.path(upto, about["before"])
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()  # on a full disk above all
+            raise
         return path
 
     def index(self) -> Iterator[SavedSpan]:
@@ -162,33 +170,40 @@ class PrefixDisk:
                 else:
                     _, start, stop = name.split(".")
                     span.states[int(stop)] = WindowState(int(start), int(stop), array)
-            os.utime(path)  # for `trim`
             return span
         except _UNUSABLE as error:
             logger.warning("%s is ignored: %s", path, error)
             return None
 
+    def touch(self, path: Path) -> None:
+        """Note that a file's prefix is used, for `trim`."""
+        with suppress(OSError):
+            os.utime(path)
+
     def trim(self) -> None:
         """Delete files until the limit holds: what nothing continues first, of that the longest unused."""
-        files = list(self.index())
-        total = sum(saved.nbytes for saved in files)
-        continued = Counter(saved.before for saved in files)
-        parents = {saved.upto: saved for saved in files}
-
-        def entry(saved: SavedSpan) -> tuple[float, str, SavedSpan]:
-            used = saved.path.stat().st_mtime if saved.path.exists() else 0.0
-            return used, saved.upto, saved
-
-        leaves = [entry(saved) for saved in files if not continued[saved.upto]]
+        files: dict[Path, os.stat_result] = {}
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with suppress(OSError):  # another process trims too
+                files[path] = path.stat()
+        total = sum(status.st_size for status in files.values())
+        # By their names: a file that cannot be read takes room as well.
+        continued = Counter(_ends(path)[1] for path in files)
+        by_upto: dict[str, list[tuple[int, Path]]] = {}
+        for path, status in files.items():
+            by_upto.setdefault(_ends(path)[0], []).append((status.st_mtime_ns, path))
+        leaves = [entry for upto, entries in by_upto.items() if not continued[upto] for entry in entries]
         heapq.heapify(leaves)
         while leaves and total > self.limit:
-            leaf = heapq.heappop(leaves)[2]
-            leaf.path.unlink(missing_ok=True)
-            total -= leaf.nbytes
-            continued[leaf.before] -= 1
-            parent = parents.get(leaf.before)
-            if parent is not None and not continued[parent.upto]:
-                heapq.heappush(leaves, entry(parent))
+            _, path = heapq.heappop(leaves)
+            with suppress(OSError):
+                path.unlink()
+            total -= files[path].st_size
+            before = _ends(path)[1]
+            continued[before] -= 1
+            if not continued[before]:
+                for parent in by_upto.get(before, []):
+                    heapq.heappush(leaves, parent)
 
     def _head(self, path: Path) -> SavedSpan:
         with path.open("rb") as file:
@@ -206,9 +221,11 @@ class PrefixDisk:
             tokens = np.frombuffer(file.read(end - begin), "<i4").astype(np.int32)
         if len(tokens) != header["tokens"]["shape"][0] or not len(tokens):
             raise ValueError("it is cut off")
-        return SavedSpan(path, about["before"], about["upto"], int(about["start"]), tokens, size)
+        return SavedSpan(path, about["before"], about["upto"], int(about["start"]), tokens)
 
     def _check_kind(self, about: dict[str, str]) -> None:
+        if not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its metadata are no strings")
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise ValueError(f"it is of format {about.get('format')!r} version {about.get('version')!r}")
         if about["model"] != self.model:
@@ -219,6 +236,25 @@ class PrefixDisk:
         expected = about.pop("sha256")
         if _digest(about, header, data) != expected:
             raise ValueError("its checksum is wrong")
+
+
+def _abandoned(partial: Path) -> bool:
+    """True when nobody writes the file any more: its process has ended, or it is too old."""
+    try:
+        if time.time() - partial.stat().st_mtime > WRITING:
+            return True
+        os.kill(int(partial.name.split(".")[-2]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass  # another user's, or not named as ours
+    return False
+
+
+def _ends(path: Path) -> tuple[str, str]:
+    """`upto` and `before` of a file, by its name."""
+    upto, _, before = path.stem.partition("-")
+    return upto, before
 
 
 def _encode(arrays: dict[str, mx.array], about: dict[str, str]) -> bytes:

@@ -22,7 +22,7 @@ from mlx_gptoss.cache import SequenceCache
 from mlx_gptoss.engine import load
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.prefix import PrefixStore, common_prefix
-from mlx_gptoss.prefix_disk import VERSION, PrefixDisk, fingerprint
+from mlx_gptoss.prefix_disk import VERSION, PrefixDisk, Span, fingerprint
 from mlx_gptoss.safetensors_file import read_folder
 from mlx_gptoss.sampling import SamplingParams
 from tests.checkpoints import write_checkpoint
@@ -181,6 +181,8 @@ def test_a_damaged_or_foreign_file_is_a_miss(
         None,
         {"__metadata__": []},
         {"__metadata__": "x"},
+        {"__metadata__": {"before": []}},
+        {"__metadata__": {"upto": {}}},
         {"tokens": {"data_offsets": None}},
         {"tokens": {"shape": []}},
         {"tokens": {"data_offsets": [0, 1 << 62]}},
@@ -197,12 +199,18 @@ def test_a_header_of_any_form_is_a_miss(tmp_path: Path, header: Any) -> None:
     written = json.loads(raw[8 : 8 + length])
     if isinstance(header, dict):
         for key, value in header.items():
-            written[key] = {**written[key], **value} if isinstance(value, dict) else value
+            written[key] = written[key] | value if isinstance(value, dict) else value
         header = written
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     assert store._disk is not None and store._disk.read(path) is None
     assert saved_store(tmp_path).match(some(70, 80)).length == 0
+
+
+def test_a_header_nested_without_end_is_a_miss(tmp_path: Path) -> None:
+    folder = PrefixDisk(tmp_path, "model", 10**9).folder
+    (folder / "deep.safetensors").write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
+    assert len(saved_store(tmp_path)) == 0
 
 
 def test_evicted_nodes_keep_no_memory_while_they_wait_to_be_saved(tmp_path: Path) -> None:
@@ -212,6 +220,13 @@ def test_evicted_nodes_keep_no_memory_while_they_wait_to_be_saved(tmp_path: Path
     for i in range(12):
         put(store, some(31 + i, 100))
     assert sum(n.kv_bytes + n.state_bytes for n in store._unsaved) <= store.limit
+
+
+def test_what_waits_to_be_saved_waits_once(tmp_path: Path) -> None:
+    store = saved_store(tmp_path)
+    for n in range(20, 80, 2):
+        put(store, some(30, n))
+    assert len(store._unsaved) == len(store)
 
 
 def test_pinned_prefixes_age_beyond_their_share() -> None:
@@ -240,32 +255,126 @@ def test_a_full_disk_drops_what_nothing_continues_first(
     assert saved_store(tmp_path).common(system) == 40
 
 
+def test_a_full_disk_keeps_what_is_used_from_memory(tmp_path: Path) -> None:
+    store = saved_store(tmp_path)
+    for seed in (80, 81, 82):
+        put(store, some(seed, 80))
+    while store.save():
+        pass
+    assert store._disk is not None
+    paths = sorted(tmp_path.glob("*/*.safetensors"))
+    for path in paths:
+        os.utime(path, (0, 0))
+    store.match(some(80, 80))
+    store._disk.limit = paths[0].stat().st_size
+    store._disk.trim()
+    assert saved_store(tmp_path).common(some(80, 80)) == 80
+
+
+def test_the_disk_limit_counts_files_that_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = PrefixDisk(tmp_path, "model", 100)
+    (disk.folder / "damaged.safetensors").write_bytes(b"x" * 101)
+    disk.trim()
+    assert not list(disk.folder.iterdir()) and not caplog.text
+
+
+def test_what_is_read_from_disk_fits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "SPAN", 16)
+    first = saved_store(tmp_path)
+    for seed in range(90, 96):
+        put(first, some(seed, 160))
+    while first.save():
+        pass
+    limit = first.nbytes // 3
+    store = PrefixStore(limit, PrefixDisk(tmp_path, "model", 10**9))
+    held: list[int] = []
+    read = PrefixDisk.read
+
+    def watched(disk: PrefixDisk, path: Path) -> Span | None:
+        held.append(store.nbytes)
+        return read(disk, path)
+
+    monkeypatch.setattr(PrefixDisk, "read", watched)
+    for seed in range(90, 96):
+        assert store.match(some(seed, 160)).length == 160
+        held.append(store.nbytes)
+    assert max(held) <= limit
+
+
+def test_a_path_larger_than_memory_is_read_as_far_as_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "SPAN", 16)
+    first = saved_store(tmp_path)
+    put(first, some(90, 160))
+    while first.save():
+        pass
+    limit = first.nbytes // 2
+    store = PrefixStore(limit, PrefixDisk(tmp_path, "model", 10**9))
+    assert 0 < store.match(some(90, 160)).length < 160 and store.nbytes <= limit
+    put(store, some(90, 160))
+    assert store.nbytes <= limit
+    assert store.common(some(90, 160)) == 160 == saved_store(tmp_path).common(some(90, 160))
+    assert sum(1 for n in store.nodes() if not n.start) == 1
+
+
+def test_a_node_that_cannot_be_written_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = saved_store(tmp_path)
+    put(store, some(80, 80))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        while store.save():
+            pass
+    assert not list(tmp_path.glob("*/*"))
+    put(store, np.concatenate([some(80, 80), some(81, 20)]))
+    while store.save():
+        pass
+    assert saved_store(tmp_path).common(np.concatenate([some(80, 80), some(81, 20)])) == 100
+
+
 def test_a_process_does_not_take_away_what_another_is_writing(tmp_path: Path) -> None:
     disk = PrefixDisk(tmp_path, "model", 10**9)
-    fresh, old = disk.folder / "a.1.partial", disk.folder / "b.2.partial"
-    fresh.touch()
-    old.touch()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive = os.getppid()
+    fresh, old, dead = (disk.folder / f"{n}.partial" for n in (f"a.{alive}", f"b.{alive}", f"c.{ended.pid}"))
+    for partial in (fresh, old, dead):
+        partial.touch()
     os.utime(old, (0, 0))
     PrefixDisk(tmp_path, "model", 10**9)
-    assert fresh.exists() and not old.exists()
+    assert fresh.exists() and not old.exists() and not dead.exists()
 
 
 def test_a_prefix_cache_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match="prefix_cache is"):
+    with pytest.raises(RequestError, match="prefix_cache is") as told:
         PrefixDisk(tmp_path / "file", "model", 10**9)
+    assert told.value.field == "prefix_cache"
 
 
-def test_a_model_that_differs_in_one_matrix_has_another_fingerprint(tmp_path: Path) -> None:
+def test_kept_prefixes_are_for_their_owner_only(tmp_path: Path) -> None:
+    folder = PrefixDisk(tmp_path / "kept", "model", 10**9).folder
+    assert {p.stat().st_mode & 0o777 for p in (folder, folder.parent)} == {0o700}
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(0, 64), slice(-64, None)], ids=["all", "head", "tail"])
+def test_a_model_that_differs_in_one_matrix_has_another_fingerprint(tmp_path: Path, where: slice) -> None:
     folder = write_checkpoint(tmp_path, SHAPE)
     before = fingerprint(folder, mx.float32, (None, None))
     assert fingerprint(folder, mx.float32, (None, None)) == before
     tensor = read_folder(folder)["model.layers.1.self_attn.q_proj.weight"]
     with tensor.path.open("r+b") as file:
         file.seek(tensor.start)
-        data = file.read(tensor.nbytes)
+        data = np.frombuffer(file.read(tensor.nbytes), np.uint8).copy()
+        data[where] ^= 1
         file.seek(tensor.start)
-        file.write(bytes(b ^ 1 for b in data))
+        file.write(data.tobytes())
     assert fingerprint(folder, mx.float32, (None, None)) != before
 
 
