@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_gptoss.errors import GptOssError
@@ -32,6 +32,7 @@ from mlx_gptoss.harmony import (
 )
 from mlx_gptoss.request import TokenOutput, TokensDone
 from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
+from mlx_gptoss.stops import UntilStop
 from mlx_gptoss.tokenizer import Tokenizer
 
 PIECE = 4  # characters in a delta
@@ -165,7 +166,7 @@ class ScriptedEngine:
         script = self.write(conversation, options)
         if isinstance(script, Exception):
             raise script
-        deltas, messages, calls = self._deltas(script, params)
+        deltas, calls, found = self._deltas(script, params)
         usage = Usage(
             sum(len(m.content) for m in conversation.messages), 3, len(deltas), len(script.reasoning)
         )
@@ -184,7 +185,7 @@ class ScriptedEngine:
                     return
                 builder.add([event])
                 sink(event)
-            stop_text = params.stop[-1] if script.cut and params.stop else None
+            stop_text = params.stop[-1] if script.cut and params.stop else found
             reply = builder.build(reason, usage, None, stop_text)  # type: ignore[arg-type]
             sink(Done(reason, usage, reply))  # type: ignore[arg-type]
 
@@ -194,10 +195,11 @@ class ScriptedEngine:
 
     def _deltas(
         self, script: Script, params: SamplingParams
-    ) -> tuple[list[Event], list[Message], list[ToolCall]]:
+    ) -> tuple[list[Event], list[ToolCall], str | None]:
+        """All events but the last, the calls among them, and the stop text that ended them."""
         events: list[Event] = []
-        messages: list[Message] = []
         calls: list[ToolCall] = []
+        until = UntilStop(params.stop)
 
         def say(kind: Any, message: Message) -> None:
             if not message.content:
@@ -207,13 +209,10 @@ class ScriptedEngine:
             end(message)
 
         def end(message: Message) -> None:
-            cut = script.cut and message.channel == "final"
+            cut = (script.cut or until.over) and message.channel == "final"
             tokens = None if cut else tuple(self.tokenizer.encode(message.content))
             sampled = Message(**{**vars(message), "token_ids": tokens})
-            messages.append(sampled)
-            last = script.text if script.text else script.calls and script.calls[-1][1]
-            broken_off = script.finish_reason == "length" and message.content == last
-            events.append(MessageDone(sampled, ended=not broken_off))
+            events.append(MessageDone(sampled))
 
         say(ReasoningDelta, Message.reasoning(script.reasoning))
         say(PreambleDelta, Message.preamble(script.preamble))
@@ -222,11 +221,26 @@ class ScriptedEngine:
             calls.append(ToolCall(index, call_id, name, arguments, f"functions.{name}"))
             events.append(ToolCallDelta(index, call_id, name, ""))
             events += [ToolCallDelta(index, call_id, name, piece) for piece in _pieces(arguments)]
-            if script.finish_reason != "length" or script.text:
-                events.append(calls[-1])
+            events.append(calls[-1])
             end(Message.tool_call(name, arguments, call_id))
-        say(self._scored if params.logprobs is not None else TextDelta, Message.assistant(script.text))
-        return events, messages, calls
+        said = ""
+        for piece in _pieces(script.text):
+            delta = self._scored(piece) if params.logprobs is not None else TextDelta(piece)
+            delta = replace(delta, text=until.push(piece))
+            said += delta.text
+            events += [delta] if delta.text or delta.logprobs else []
+        if rest := until.finish():
+            said += rest
+            events.append(TextDelta(rest))
+        if script.text:
+            end(Message.assistant(said))
+        if script.finish_reason == "length":  # the last message broke off
+            last = events.pop()
+            assert isinstance(last, MessageDone)
+            events.append(replace(last, ended=False))
+            if script.calls and not script.text:
+                del events[-2]  # no ToolCall comes of it
+        return events, calls, until.found
 
     def _scored(self, piece: str) -> TextDelta:
         logprobs = tuple(
@@ -247,8 +261,8 @@ class ScriptedEngine:
 
         def run(thread: _Thread) -> None:
             for count in range(limit):
-                if limit > 1000:  # an answer that is meant to be cancelled
-                    time.sleep(0.005)
+                if limit > 1000 or params.logprobs is not None:
+                    time.sleep(0.002)  # to be cancelled in between, or to come one at a time
                 if thread.cancelled.is_set():
                     sink(TokensDone("cancelled", len(token_ids), 0, count))
                     return

@@ -142,6 +142,20 @@ def test_logprobs_spell_the_tokens_of_the_answer(ask: Callable[..., Any], engine
     assert ask()["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize(("stop", "said"), [("defz", "abcdefgh"), ("de", "abc"), ("a", "")])
+def test_logprobs_are_those_of_the_text_streamed_or_not(
+    ask: Callable[..., Any], engine: ScriptedEngine, stop: str, said: str
+) -> None:
+    engine.write = lambda *_: Script(text="abcdefgh")
+    fields = {"logprobs": True, "stop": stop}
+    choice = ask(**fields)["choices"][0]
+    assert choice["message"]["content"] == said
+    assert "".join(entry["token"] for entry in (choice["logprobs"] or {}).get("content", ())) == said
+    messages, _ = accumulate(ask(stream=True, **fields))
+    assert messages[0]["content"] == said
+    assert "".join(entry["token"] for entry in messages[0]["logprobs"]) == said
+
+
 def test_system_and_developer_messages_are_the_instructions(
     ask: Callable[..., Any], engine: ScriptedEngine
 ) -> None:

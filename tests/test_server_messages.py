@@ -182,6 +182,9 @@ def test_a_stop_sequence_is_named_where_it_ended_the_answer(
 
     assert ended(True) == ("stop_sequence", "two")
     assert ended(False) == ("end_turn", None)
+    engine.write = lambda *_: Script(text="one two three")
+    body = ask(stop_sequences=["three", "two"])
+    assert (body["content"][0]["text"], body["stop_sequence"]) == ("one ", "two")
 
 
 def test_a_format_is_asked_of_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
@@ -275,6 +278,18 @@ def test_raw_logprobs_have_a_score_for_each_token(scripted: TestClient) -> None:
     assert scores["tokens"] == ["a", "b", "c"]
     assert scores["text_offset"] == [0, 1, 2]
     assert scores["top_logprobs"][0] == {"a": -0.25}
+
+
+@pytest.mark.parametrize("stop", ["defz", "def", "a", ["fgz", "h"]])
+def test_raw_logprobs_are_those_of_the_text_streamed_or_not(scripted: TestClient, stop: Any) -> None:
+    fields = {"logprobs": 1, "stop": stop, "max_tokens": 8}
+    whole = complete(scripted, **fields)["choices"][0]
+    assert "".join(whole["logprobs"]["tokens"]) == whole["text"]
+    events = read_events(complete(scripted, stream=True, **fields))
+    pieces = [data["choices"][0] for _, data in events[:-1]]
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for piece in pieces for value in piece["logprobs"][name]] == values
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,6 +196,20 @@ def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], engine: ScriptedEng
     assert final["incomplete_details"] == {"reason": "max_output_tokens"}
     assert engine.seen[-1][1]["params"].max_tokens == 5
     assert [item["status"] for item in final["output"]] == ["completed", "incomplete"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [Script(), Script(preamble="One mo"), Script(calls=[("f", "{}"), ("f", '{"a')]), Script(text="ha")],
+    ids=["reasoning", "preamble", "call", "text"],
+)
+def test_only_the_item_that_broke_off_is_incomplete(
+    ask: Callable[..., Any], engine: ScriptedEngine, script: Script
+) -> None:
+    engine.write = lambda *_: replace(script, finish_reason="length")
+    for final in (ask(), replay(ask(stream=True))):
+        *before, last = [item["status"] for item in final["output"]]
+        assert last == "incomplete" and set(before) <= {"completed"}
 
 
 def test_a_call_that_broke_off_is_incomplete(ask: Callable[..., Any], engine: ScriptedEngine) -> None:

@@ -172,6 +172,31 @@ def _params(request: ChatRequest) -> SamplingParams:
     )
 
 
+class AnswerScores:
+    """The log-probabilities of an answer's tokens, given out as far as its text is.
+
+    Text that a stop text may begin with is held back by the engine, and the scores of its tokens are not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._letters = tokenizer.detokenizer()
+        self._shown = 0
+        self._scored = 0
+        self._held: list[tuple[int, dict[str, Any]]] = []
+
+    def take(self, delta: TextDelta) -> list[dict[str, Any]]:
+        """The entries whose text has begun, this delta's included."""
+        self._shown += len(delta.text)
+        for token_id, logprobs in delta.logprobs or ():
+            self._held.append((self._scored, logprob_entry(self._tokenizer, token_id, logprobs)))
+            self._scored += len(self._letters.push(token_id))
+        count = sum(start < self._shown for start, _ in self._held)
+        ready = [entry for _, entry in self._held[:count]]
+        del self._held[:count]
+        return ready
+
+
 @dataclass
 class Choice:
     """One answer as it comes: takes harmony events, gives OpenAI's deltas, and adds up to a message.
@@ -180,7 +205,7 @@ class Choice:
     the reasoning, because the content must be nothing but that format.
     """
 
-    tokenizer: Tokenizer | None
+    scores: AnswerScores | None
     structured: bool
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -200,12 +225,12 @@ class Choice:
                 self._after_preamble = True
                 return self._say(event.text), None
             case TextDelta():
+                entries = self.scores.take(event) if self.scores is not None else None
+                if not event.text and not entries:
+                    return None
                 text = "\n\n" + event.text if self._after_preamble else event.text
                 self._after_preamble = False
-                entries = None
-                if event.logprobs is not None and self.tokenizer is not None:
-                    entries = [logprob_entry(self.tokenizer, *pair) for pair in event.logprobs]
-                    self.logprobs += entries
+                self.logprobs += entries or ()
                 return self._say(text), entries
             case ToolCallDelta(arguments=""):
                 self.calls.append(ToolCall(event.index, event.call_id, event.name, ""))
@@ -328,7 +353,10 @@ def router(state: ServerState) -> APIRouter:
         if count > state.settings.max_choices:
             raise RequestError(f"n is {count}: this server takes at most {state.settings.max_choices}", "n")
         chat = plan(body, state)
-        choices = [Choice(engine.tokenizer if body.logprobs else None, chat.structured) for _ in range(count)]
+        choices = [
+            Choice(AnswerScores(engine.tokenizer) if body.logprobs else None, chat.structured)
+            for _ in range(count)
+        ]
         jobs = await start(chat, state, count)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.model_name}
         if body.stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
@@ -82,6 +83,7 @@ class TextChoice:
         self._letters = tokenizer.detokenizer()
         self._stop = UntilStop(stop)
         self._decoded = 0
+        self._told = 0
 
     def take(self, event: Any) -> str:
         """The text that an event adds."""
@@ -98,6 +100,9 @@ class TextChoice:
             self._decoded += len(decoded)
             piece = self._stop.push(decoded)
         self.text += piece
+        if self.finish_reason and self.logprobs and self._stop.over:  # the stop text's tokens go with it
+            count = self._scores_shown()
+            self.logprobs = {name: values[:count] for name, values in self.logprobs.items()}
         return piece
 
     def _score(self, event: Any) -> None:
@@ -112,9 +117,20 @@ class TextChoice:
         self.logprobs["top_logprobs"].append({spell(t): max(p, -9999.0) for t, p in event.logprobs.top})
         self.logprobs["text_offset"].append(self._decoded)
 
-    def scores_since(self, count: int) -> dict[str, list[Any]] | None:
-        """The log-probabilities after the first `count`."""
-        return self.logprobs and {name: values[count:] for name, values in self.logprobs.items()}
+    def _scores_shown(self) -> int:
+        """How many of the scored tokens begin within the text so far."""
+        return bisect_left(self.logprobs["text_offset"], len(self.text)) if self.logprobs else 0
+
+    def new_scores(self) -> dict[str, list[Any]] | None:
+        """The log-probabilities that no call gave before, as far as their text is there.
+
+        Those of text that is held back, because a stop text may begin with it, wait with it.
+        """
+        if self.logprobs is None:
+            return None
+        first = self._told
+        self._told = len(self.logprobs["tokens"]) if self.finish_reason else self._scores_shown()
+        return {name: values[first : self._told] for name, values in self.logprobs.items()}
 
 
 def usage_body(choices: list[TextChoice], prompts: list[list[int]]) -> dict[str, Any]:
@@ -224,10 +240,9 @@ async def _stream(
     try:
         async for index, batch in merged(jobs):
             choice = choices[index]
-            scored = len(choice.logprobs["tokens"]) if choice.logprobs else 0
             text = "".join(choice.take(event) for event in batch)
             if text or choice.finish_reason:
-                yield chunk(index, text, choice.scores_since(scored), choice.finish_reason)
+                yield chunk(index, text, choice.new_scores(), choice.finish_reason)
             elif not batch:
                 yield sse.HEARTBEAT
         if with_usage:

@@ -20,7 +20,7 @@ from mlx_gptoss.harmony import (
     ToolCall,
     ToolCallDelta,
 )
-from mlx_gptoss.server.chat_completions import logprob_entry
+from mlx_gptoss.server.chat_completions import AnswerScores
 from mlx_gptoss.server.errors import ApiError
 from mlx_gptoss.server.responses_protocol import seal
 
@@ -49,7 +49,7 @@ class ResponseWriter:
         self.body = body
         self.answer = ""
         self.done: Done | None = None
-        self._tokenizer = tokenizer
+        self._scores = AnswerScores(tokenizer) if tokenizer is not None else None
         self._structured = structured
         self._sealed = sealed
         self._sequence = 0
@@ -71,9 +71,11 @@ class ResponseWriter:
             case PreambleDelta() if self._structured:
                 yield from self._reasoning(event.text)
             case PreambleDelta():
-                yield from self._text("commentary", event.text, None)
+                yield from self._text("commentary", event.text, [])
             case TextDelta():
-                yield from self._text("final_answer", event.text, event.logprobs)
+                entries = self._scores.take(event) if self._scores is not None else []
+                if event.text or entries:
+                    yield from self._text("final_answer", event.text, entries)
             case ToolCallDelta(arguments=""):
                 yield from self._close()
                 yield from self._open_call(event)
@@ -143,7 +145,7 @@ class ResponseWriter:
         self._pieces.append(text)
         yield self._part_event("response.reasoning_text.delta", delta=text)
 
-    def _text(self, phase: str, text: str, logprobs: Any) -> Iterator[Event]:
+    def _text(self, phase: str, text: str, entries: list[dict[str, Any]]) -> Iterator[Event]:
         if self._kind != phase:
             yield from self._close()
             item = {
@@ -156,9 +158,6 @@ class ResponseWriter:
             }
             yield from self._open(phase, item)
             yield self._part_event("response.content_part.added", part=_text_part("", []))
-        entries = []
-        if logprobs is not None and self._tokenizer is not None:
-            entries = [logprob_entry(self._tokenizer, *pair) for pair in logprobs]
         self._logprobs += entries
         self._pieces.append(text)
         yield self._part_event("response.output_text.delta", delta=text, logprobs=entries)
