@@ -27,6 +27,8 @@ from mlx_gptoss.linear import FP4_VALUES, MXFP4, Matrix
 # A switch between streams, or a wait for the array that the BLAS is to read, costs about 25 us: for one row,
 # only matrices of so many values are worth it.
 LARGE = 1 << 20
+# Matrices (or stacks) of fewer values stay with MLX, which is as fast for several rows.
+SMALL = 1 << 16
 # Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
 UNPACK_FROM = 4
 # Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
@@ -73,7 +75,9 @@ def expert_stack(matrix: Matrix) -> Matrix | HalvedStack | SmallStack:
     """How to apply this stack of experts on the CPU backend."""
     if _is_large(matrix):
         return HalvedStack(matrix)
-    return SmallStack(matrix) if matrix.outputs * matrix.inputs * _experts(matrix) < LARGE else matrix
+    return (
+        SmallStack(matrix) if SMALL <= matrix.outputs * matrix.inputs * _experts(matrix) < LARGE else matrix
+    )
 
 
 def _experts(matrix: Matrix) -> int:
@@ -95,17 +99,21 @@ class HostProjection:
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self._large = _is_large(matrix)
+        self._small = matrix.outputs * matrix.inputs < SMALL
         self._parts = _halves(matrix)
 
     def __call__(self, x: mx.array) -> mx.array:
         m = self.matrix
-        if m.weight.dtype == x.dtype == mx.float32 and (self._large or x.shape[0] > 1):
+        if m.weight.dtype == x.dtype == mx.float32 and self._pays(len(x)):
             return mx.array(product(np.asarray(x), np.asarray(m.weight)))
         if not self._large:
             return m.apply(x)
         upper = self._parts[0].apply(x)
         lower = self._parts[1].apply(x, stream=_side_stream())
         return mx.concatenate([upper, lower], axis=-1)
+
+    def _pays(self, rows: int) -> bool:
+        return self._large or (rows > 1 and not self._small)
 
     def arrays(self) -> list[mx.array]:
         return self.matrix.arrays()
