@@ -10,7 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.scripted_engine import Script, ScriptedEngine
+from mlx_gptoss.errors import SchemaError
+from tests.scripted_engine import Script, ScriptedEngine, answer
 from tests.server_help import read_events
 
 pytest_plugins = ["tests.server_fixtures"]
@@ -268,6 +269,30 @@ def test_formats_reach_the_engine(ask: Callable[..., Any], engine: ScriptedEngin
     assert engine.seen[-1][1]["json_object"] is True
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
+    ask: Callable[..., Any], engine: ScriptedEngine, stream: bool
+) -> None:
+    def write(conversation: Any, options: dict[str, Any]) -> Any:
+        return SchemaError("schema: no", "schema") if options["schema"] else answer(conversation, options)
+
+    engine.write = write
+    shape = {"name": "tags", "schema": {"type": "object", "not": {"required": ["a"]}}}
+
+    def asked(strict: bool | None, status: int) -> Any:
+        wanted = {"type": "json_schema", "json_schema": shape | {"strict": strict}}
+        return ask(status=status, stream=stream, response_format=wanted)
+
+    for strict in (None, False):
+        body = asked(strict, 200)
+        said = accumulate(body)[0][0] if stream else body["choices"][0]["message"]
+        assert json.loads(said["content"]) == {"answer": 42}
+        conversation, options = engine.seen[-1]
+        assert (options["schema"], options["json_object"]) == (None, True)
+        assert conversation.response_schema == shape["schema"]
+    assert asked(True, 400)["error"]["code"] == "invalid_schema"
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -389,6 +414,30 @@ def test_what_is_wrong_is_named(ask: Callable[..., Any], fields: dict[str, Any],
     assert error_of(ask(messages, status=400, **fields))[0] == param
     if "messages" not in fields and messages != "hi":
         fields["messages"] = messages  # the table is shared by all runs
+
+
+def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], engine: ScriptedEngine
+) -> None:
+    def refused(error: SchemaError, **fields: Any) -> Any:
+        engine.write = lambda *_: error
+        return ask(status=400, **fields)["error"]
+
+    shape = {"name": "n", "strict": True, "schema": {"type": "object"}}
+    error = refused(
+        SchemaError("schema: no", "schema"), response_format={"type": "json_schema", "json_schema": shape}
+    )
+    assert error["param"] == "response_format.json_schema.schema"
+    assert error["message"] == "response_format.json_schema.schema: no"
+    other = {"type": "function", "function": {"name": "other"}}
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    error = refused(
+        SchemaError("tools[0].parameters has no sense", "tools[0].parameters"),
+        tools=[other, WEATHER],
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+    )
+    assert error["param"] == "tools[1].function.parameters"
+    assert error["message"] == "tools[1].function.parameters has no sense"
 
 
 def test_unknown_and_harmless_fields_are_ignored(ask: Callable[..., Any]) -> None:

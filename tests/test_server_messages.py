@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from openai.types import Completion
 from pydantic import TypeAdapter
 
+from mlx_gptoss.errors import ContextLengthError, SchemaError
 from mlx_gptoss.harmony import render
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.scripted_engine import Script, ScriptedEngine
@@ -209,12 +210,21 @@ def test_a_failure_in_a_stream_ends_it_with_an_error(ask: Callable[..., Any], en
     assert (name, data["type"], data["error"]["type"]) == ("error", "error", "api_error")
 
 
+TEXT = {"type": "text", "text": "look"}
 PICTURE = [{"type": "image", "source": {}}]
 RESULT = [{"type": "tool_result", "tool_use_id": "x"}]
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"messages": [{"role": "user", "content": PICTURE}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [TEXT, *PICTURE]}]}, "messages[0].content[1].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    (
+        {"messages": [{"role": "assistant", "content": [TEXT, *PICTURE]}, ASKED]},
+        "messages[0].content[1].type",
+    ),
     ({"messages": [ASKED, {"role": "assistant", "content": "The"}]}, "messages"),
+    ({"tools": [WEATHER, WEATHER | {"input_schema": {"enum": ["x" * 300_000]}}]}, "tools[1].input_schema"),
+    ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
     ({"tool_choice": {"type": "tool", "name": "nope"}}, "tool_choice"),
     ({"messages": [{"role": "user", "content": RESULT}]}, "messages[0].content[0].tool_use_id"),
 ]
@@ -229,6 +239,19 @@ def test_what_is_wrong_is_named_in_both_shapes(
     assert body["type"] == "error"
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["param"] == param
+
+
+def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], engine: ScriptedEngine
+) -> None:
+    def param(field: str, **fields: Any) -> Any:
+        engine.write = lambda *_: SchemaError("no", field)
+        return ask(status=400, **fields)["error"]["param"]
+
+    shape = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    assert param("schema", output_config=shape) == "output_config.format.schema"
+    search = {"type": "web_search_20250305", "name": "get_weather"}
+    assert param("tools[0].parameters", tools=[search, WEATHER]) == "tools[1].input_schema"
 
 
 # --- raw completions
@@ -305,3 +328,19 @@ def test_raw_logprobs_are_those_of_the_text_streamed_or_not(scripted: TestClient
 )
 def test_wrong_raw_completions_are_refused(scripted: TestClient, fields: dict[str, Any]) -> None:
     assert complete(scripted, 400, **fields)["error"]["param"] is not None
+
+
+@pytest.mark.parametrize(("prompt", "param"), [("too long", "prompt"), (["a", "too long"], "prompt[1]")])
+def test_a_raw_prompt_that_does_not_fit_is_named(
+    scripted: TestClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, prompt: Any, param: str
+) -> None:
+    submit = engine.submit
+
+    def bounded(tokens: Any, *args: Any, **options: Any) -> Any:
+        if len(tokens) > 4:
+            raise ContextLengthError(len(tokens), 4)
+        return submit(tokens, *args, **options)
+
+    monkeypatch.setattr(engine, "submit", bounded)
+    error = complete(scripted, 400, prompt=prompt)["error"]
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.errors import ContextLengthError, SchemaError
 from mlx_gptoss.server.response_store import ResponseStore, StoredResponse
 from tests.scripted_engine import Script, ScriptedEngine, answer
 from tests.server_help import read_events
@@ -167,7 +167,7 @@ def test_a_reference_stands_for_the_stored_item(
     reasoning, call = first["output"]
     reference = {"type": "item_reference", "id": reasoning["id"]}
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
-    ask([USER, reference, call, result], tools=[WEATHER])
+    ask([USER, reference, call, result], tools=[WEATHER], store=False)
     assert [m.content for m in engine.seen[-1][0].messages][1] == "I need the tool."
     scripted.delete(f"{PATH}/{first['id']}")
     error = ask([USER, reference, call, result], tools=[WEATHER], status=404)["error"]
@@ -187,6 +187,70 @@ def test_stored_responses_can_be_read_and_deleted(ask: Callable[..., Any], scrip
     assert ask(previous_response_id=body["id"], status=404)["error"]["param"] == "previous_response_id"
     unstored = ask(store=False)
     assert scripted.get(f"{PATH}/{unstored['id']}").status_code == 404
+
+
+def test_what_a_response_answered_is_listed_as_the_sdk_types_it(
+    ask: Callable[..., Any], scripted: TestClient
+) -> None:
+    """Also what was only referred to, and what the server itself has no use for."""
+    first = ask([USER], tools=[WEATHER])
+    reasoning, call = first["output"]
+    given: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "weather?"}]},
+        {"role": "assistant", "content": "Let me see."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"type": "reasoning", "id": "rs_x", "encrypted_content": "foreign"},
+        {"type": "reasoning", "id": "rs_y", "summary": [{"type": "summary_text", "text": "Short."}]},
+        {"type": "item_reference", "id": reasoning["id"]},
+        {"type": "function_call", **{name: call[name] for name in ("call_id", "name", "arguments")}},
+        {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"},
+        {"type": "custom_tool_call", "call_id": "c7", "name": "patch", "input": "x"},
+        {"type": "custom_tool_call_output", "call_id": "c7", "output": "done"},
+    ]
+    body = ask(given, tools=[WEATHER])
+    items = scripted.get(f"{PATH}/{body['id']}/input_items", params={"order": "asc"}).json()
+    listed = ResponseItemList.model_validate(items, strict=True).data
+    assert [item.type for item in listed] == [
+        "reasoning" if "reference" in item.get("type", "") else item.get("type", "message") for item in given
+    ]
+    assert items["data"][5]["summary"] == [{"type": "summary_text", "text": "Short."}]
+    assert items["data"][6] == reasoning | {"summary": []}
+
+
+def test_input_items_come_in_pages(ask: Callable[..., Any], scripted: TestClient) -> None:
+    turns = [{"role": "user", "id": f"item_{number}", "content": "x"} for number in range(25)]
+    url = f"{PATH}/{ask(turns)['id']}/input_items"
+
+    def page(**params: Any) -> tuple[list[int], bool]:
+        body = scripted.get(url, params=params).json()
+        ids = [item["id"] for item in body["data"]]
+        assert [body["first_id"], body["last_id"]] == ([ids[0], ids[-1]] if ids else ["", ""])
+        return [int(name.removeprefix("item_")) for name in ids], body["has_more"]
+
+    assert page() == (list(range(24, 4, -1)), True)
+    assert page(after="item_5") == (list(range(4, -1, -1)), False)
+    assert page(order="asc", limit=2, after="item_3") == ([4, 5], True)
+    assert page(order="asc", limit=100) == (list(range(25)), False)
+    assert page(after="item_0") == ([], False)
+    for params in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "nowhere"}):
+        refused = scripted.get(url, params=params)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, *params)
+
+
+def test_an_item_can_be_referred_to_as_long_as_a_response_holds_it(
+    ask: Callable[..., Any], scripted: TestClient
+) -> None:
+    first = ask([USER])
+    reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+    second = ask([USER, *first["output"], USER])
+    for gone in (second, first):
+        ask([USER, reference, USER], store=False)
+        scripted.delete(f"{PATH}/{gone['id']}")
+    error = ask([USER, reference], status=404)["error"]
+    assert error["param"] == "input[1].id" and reference["id"] in error["message"]
+    ask([USER | {"id": ""}])
+    ask([USER, {"type": "item_reference"}], status=404)
 
 
 def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
@@ -315,6 +379,26 @@ def test_formats_reach_the_engine(ask: Callable[..., Any], engine: ScriptedEngin
     assert (options["schema"], conversation.response_name) == (schema, "count")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
+    ask: Callable[..., Any], engine: ScriptedEngine, stream: bool
+) -> None:
+    def write(conversation: Any, options: dict[str, Any]) -> Any:
+        return SchemaError("schema: no", "schema") if options["schema"] else answer(conversation, options)
+
+    engine.write = write
+    shape = {"type": "json_schema", "name": "tags", "schema": {"type": "object", "not": {"required": ["a"]}}}
+    for strict in (None, False):
+        body = ask(stream=stream, text={"format": shape | {"strict": strict}})
+        final = Response.model_validate(replay(body) if stream else body)
+        assert json.loads(final.output_text) == {"answer": 42}
+        conversation, options = engine.seen[-1]
+        assert (options["schema"], options["json_object"]) == (None, True)
+        assert conversation.response_schema == shape["schema"]
+    refused = ask(status=400, stream=stream, text={"format": shape | {"strict": True}})
+    assert refused["error"]["code"] == "invalid_schema"
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"background": True}, "background"),
     ({"conversation": "c"}, "conversation"),
@@ -341,6 +425,18 @@ def test_what_is_wrong_is_named(scripted: TestClient, fields: dict[str, Any], pa
     assert reply.json()["error"]["param"] == param
 
 
+def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], engine: ScriptedEngine
+) -> None:
+    def param(field: str, **fields: Any) -> Any:
+        engine.write = lambda *_: SchemaError("no", field)
+        return ask(status=400, **fields)["error"]["param"]
+
+    shape = {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}
+    assert param("schema", text={"format": shape}) == "text.format.schema"
+    assert param("tools[0].parameters", tools=[{"type": "web_search"}, WEATHER]) == "tools[1].parameters"
+
+
 def test_the_store_is_bounded_in_number_and_in_size() -> None:
     from mlx_gptoss.harmony import Message
 
@@ -359,3 +455,5 @@ def test_the_store_is_bounded_in_number_and_in_size() -> None:
     assert len(store) == 2
     store.put(response("e", 100))
     assert len(store) == 1
+    store.put(StoredResponse({"id": "f"}, [{"id": "item", "type": "message", "extra": "x" * 99}], ()))
+    assert len(store) == 1, "what clients send besides counts as well"

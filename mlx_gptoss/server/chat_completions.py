@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_gptoss import __version__
-from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.errors import RequestError, SchemaError, ToolError
 from mlx_gptoss.grammar import ToolChoice
 from mlx_gptoss.harmony import (
     Conversation,
@@ -28,7 +28,7 @@ from mlx_gptoss.harmony import (
 )
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server import sse
-from mlx_gptoss.server.chat_protocol import ChatMessage, ChatRequest, text_of
+from mlx_gptoss.server.chat_protocol import ChatMessage, ChatRequest, naming, text_of, tool_fields
 from mlx_gptoss.server.errors import error_body
 from mlx_gptoss.server.jobs import Job, log_failure
 from mlx_gptoss.server.openapi import ERRORS
@@ -50,18 +50,21 @@ from mlx_gptoss.server.turn_memory import AssistantTurn, Call, digest
 if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Tokenizer
 
+SCHEMA_FIELD = "response_format.json_schema.schema"
 FINGERPRINT = f"mlx_gptoss-{__version__}"
 
 
 @dataclass
 class ChatPlan:
-    """A chat request, translated: what the engine is asked for."""
+    """A chat request, translated: what the engine is asked for. `fields` are the request's names for it."""
 
     conversation: Conversation
     params: SamplingParams
     tool_choice: ToolChoice
+    fields: dict[str, str]
     schema: dict[str, Any] | None = None
     json_object: bool = False
+    strict: bool = False
 
     @property
     def structured(self) -> bool:
@@ -89,7 +92,11 @@ def plan(request: ChatRequest, state: ServerState) -> ChatPlan:
         schema_name=name,
         today=state.today(),
     )
-    return ChatPlan(conversation, _params(request), choice, schema, json_object)
+    declared = [tool.function.name if tool.function else None for tool in request.tools or ()]
+    fields = {"schema": SCHEMA_FIELD, **tool_fields(tools, declared, "function.parameters")}
+    wanted = request.response_format.json_schema if request.response_format else None
+    strict = wanted is not None and wanted.strict is True
+    return ChatPlan(conversation, _params(request), choice, fields, schema, json_object, strict)
 
 
 def _add_message(builder: ConversationBuilder, message: ChatMessage, where: str) -> None:
@@ -147,7 +154,7 @@ def _response_format(
             "response_format.json_schema",
         )
     schema = wanted.json_schema.schema_
-    check_schema_size(schema, state.settings, "response_format.json_schema.schema")
+    check_schema_size(schema, state.settings, SCHEMA_FIELD)
     return schema, wanted.json_schema.name, False
 
 
@@ -338,7 +345,15 @@ async def start(chat: ChatPlan, state: ServerState, count: int) -> list[Job]:
             sink=sink,
         )
 
-    return await state.jobs.start(*(partial(begin, index) for index in range(count)))
+    try:
+        with naming(chat.fields):
+            return await state.jobs.start(*(partial(begin, index) for index in range(count)))
+    except SchemaError as error:
+        if chat.strict or chat.schema is None or error.field != SCHEMA_FIELD:
+            raise
+        # The prompt shows the schema, and without `strict` no more than an object was promised.
+        chat.schema, chat.json_object = None, True
+        return await start(chat, state, count)
 
 
 def router(state: ServerState) -> APIRouter:

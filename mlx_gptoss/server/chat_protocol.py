@@ -6,11 +6,14 @@ unknown ones; what would change the answer and is not supported is refused by na
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_gptoss.errors import RequestError
+from mlx_gptoss.harmony import Tool
 
 
 class Protocol(BaseModel):
@@ -141,7 +144,32 @@ class ChatRequest(SamplingFields):
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
 
 
-def text_of(content: Content | None, field: str) -> str:
+@contextmanager
+def naming(fields: Mapping[str, str]) -> Iterator[None]:
+    """Have a RequestError from beneath name what the client sent. fields: name there -> name here."""
+    try:
+        yield
+    except RequestError as error:
+        there = error.field or ""
+        if here := fields.get(there):
+            message = str(error)
+            if message.startswith(there):
+                error.args = (here + message.removeprefix(there),)
+            error.field = here
+        raise
+
+
+def tool_fields(offered: Sequence[Tool], declared: Sequence[str | None], part: str) -> dict[str, str]:
+    """`naming` for the schemas of the offered tools. declared: the names as the client listed them, None for
+    what is no function; part: where a declaration has its schema."""
+    place = {name: index for index, name in enumerate(declared)}
+    return {
+        f"tools[{index}].parameters": f"tools[{place[tool.name]}].{part}"
+        for index, tool in enumerate(offered)
+    }
+
+
+def text_of(content: str | Sequence[ContentPart] | None, field: str) -> str:
     """The text of a message's content; images, audio and files are refused by name."""
     if content is None or isinstance(content, str):
         return content or ""

@@ -17,7 +17,7 @@ from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server import sse
 from mlx_gptoss.server.chat_completions import FINGERPRINT
-from mlx_gptoss.server.chat_protocol import SamplingFields
+from mlx_gptoss.server.chat_protocol import SamplingFields, naming
 from mlx_gptoss.server.errors import error_body
 from mlx_gptoss.server.jobs import Job, log_failure
 from mlx_gptoss.server.openapi import ERRORS
@@ -58,7 +58,7 @@ def read_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
     else:
         prompts = [tokenizer.encode(one) if isinstance(one, str) else one for one in prompt]
     for index, tokens in enumerate(prompts):
-        where = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
+        where = prompt_field(index, prompts)
         if not tokens:
             raise RequestError(f"{where} is empty: send at least one token", where)
         wrong = next((token for token in tokens if token >= tokenizer.vocab_size), None)
@@ -67,6 +67,11 @@ def read_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
     if not prompts:
         raise RequestError("prompt is empty: send a text or token ids", "prompt")
     return prompts
+
+
+def prompt_field(index: int, prompts: list[list[int]]) -> str:
+    """How the request names one of its prompts."""
+    return f"prompt[{index}]" if len(prompts) > 1 else "prompt"
 
 
 class TextChoice:
@@ -185,14 +190,15 @@ def router(state: ServerState) -> APIRouter:
             )
         params = _params(body)
         choices, starts = [], []
-        for tokens in prompts:
+        for number, tokens in enumerate(prompts):
+            where = prompt_field(number, prompts)
             echo = engine.tokenizer.decode(tokens) if body.echo else ""
             for index in range(count):
                 seeded = params
                 if index and params.seed is not None:
                     seeded = SamplingParams(**{**vars(params), "seed": params.seed + index})
                 choices.append(TextChoice(engine.tokenizer, echo, params.stop, body.logprobs is not None))
-                starts.append(partial(_submit, engine, tokens, seeded))
+                starts.append(partial(_submit, engine, tokens, seeded, where))
         jobs = await state.jobs.start(*starts)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -219,8 +225,9 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _submit(engine: Any, tokens: list[int], params: SamplingParams, sink: Any) -> Any:
-    return engine.submit(tokens, params, sink=sink)
+def _submit(engine: Any, tokens: list[int], params: SamplingParams, where: str, sink: Any) -> Any:
+    with naming({"messages": where, "token_ids": where}):
+        return engine.submit(tokens, params, sink=sink)
 
 
 async def _stream(

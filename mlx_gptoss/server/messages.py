@@ -23,6 +23,7 @@ from mlx_gptoss.harmony import (
     render,
 )
 from mlx_gptoss.server import sse
+from mlx_gptoss.server.chat_protocol import naming
 from mlx_gptoss.server.errors import error_body
 from mlx_gptoss.server.jobs import Job, log_failure
 from mlx_gptoss.server.messages_protocol import (
@@ -167,17 +168,18 @@ def router(state: ServerState) -> APIRouter:
         conversation, choice = conversation_of(body, state)
         budget = body.thinking.budget_tokens if body.thinking else None
         params = body.params()
-        jobs = await state.jobs.start(
-            lambda sink: engine.start(
-                conversation,
-                params=params,
-                tool_choice=choice,
-                strict_tools=False,
-                schema=conversation.response_schema,
-                reasoning_budget=budget,
-                sink=sink,
+        with naming(body.fields(conversation.tools)):
+            jobs = await state.jobs.start(
+                lambda sink: engine.start(
+                    conversation,
+                    params=params,
+                    tool_choice=choice,
+                    strict_tools=False,
+                    schema=conversation.response_schema,
+                    reasoning_budget=budget,
+                    sink=sink,
+                )
             )
-        )
         writer = MessageWriter(state.model_name, shows_thinking(body))
         if body.stream:
             return sse.EventStream(_stream(writer, conversation, jobs[0], state), jobs)

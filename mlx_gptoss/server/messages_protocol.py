@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.errors import RequestError, SchemaError, ToolError
 from mlx_gptoss.grammar import ToolChoice
 from mlx_gptoss.harmony import Conversation, Tool
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.server.chat_protocol import Protocol, Temperature, TopP
+from mlx_gptoss.server.chat_protocol import Protocol, Temperature, TopP, naming, tool_fields
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate import (
     ConversationBuilder,
@@ -26,6 +26,8 @@ from mlx_gptoss.server.translate import (
     stop_texts,
 )
 from mlx_gptoss.server.turn_memory import AssistantTurn, Call
+
+SCHEMA_FIELD = "output_config.format.schema"
 
 
 class TextPart(Protocol):
@@ -102,16 +104,21 @@ class MessagesRequest(CountTokensRequest):
 
     def params(self) -> SamplingParams:
         """How to sample. Raises RequestError naming the field."""
-        return sampling_params(
-            {
-                "max_tokens": self.max_tokens,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-                "stop": stop_texts(self.stop_sequences),
-            },
-            {"stop": "stop_sequences"},
-        )
+        with naming({"stop": "stop_sequences"}):
+            return sampling_params(
+                {
+                    "max_tokens": self.max_tokens,
+                    "temperature": self.temperature,
+                    "top_p": self.top_p,
+                    "top_k": self.top_k,
+                    "stop": stop_texts(self.stop_sequences),
+                }
+            )
+
+    def fields(self, offered: Sequence[Tool]) -> dict[str, str]:
+        """This API's names of what the engine may find wrong; `offered` are the tools that it gets."""
+        declared = [tool.name if tool.type in (None, "custom") else None for tool in self.tools or ()]
+        return {"schema": SCHEMA_FIELD, **tool_fields(offered, declared, "input_schema")}
 
 
 def shows_thinking(request: CountTokensRequest) -> bool:
@@ -153,15 +160,17 @@ def _text(content: str | Sequence[TextPart | Block], where: str) -> str:
     """The text of blocks that may only be text."""
     if isinstance(content, str):
         return content
-    texts = []
-    for index, block in enumerate(content):
-        if block.type != "text" or block.text is None:
-            raise RequestError(
-                f"{where}[{index}] is of type {block.type[:40]!r}: gpt-oss reads text only",
-                f"{where}[{index}].type",
-            )
-        texts.append(block.text)
-    return "\n".join(texts)
+    return "\n".join(_block_text(block, f"{where}[{index}]") for index, block in enumerate(content))
+
+
+def _block_text(block: TextPart | Block, where: str) -> str:
+    if block.type != "text":
+        raise RequestError(
+            f"{where} is of type {block.type[:40]!r}: gpt-oss reads text only", f"{where}.type"
+        )
+    if block.text is None:
+        raise RequestError(f"{where} has no text", f"{where}.text")
+    return block.text
 
 
 def _add_user(builder: ConversationBuilder, content: str | list[Block], where: str) -> None:
@@ -177,7 +186,7 @@ def _add_user(builder: ConversationBuilder, content: str | list[Block], where: s
                 block.tool_use_id, f"Error: {output}" if block.is_error else output, f"{here}.tool_use_id"
             )
         else:
-            texts.append(_text([block], where if index == 0 else here))
+            texts.append(_block_text(block, here))
     if texts:
         builder.user("\n".join(texts))
 
@@ -196,7 +205,7 @@ def _add_assistant(builder: ConversationBuilder, content: str | list[Block], whe
             arguments = json.dumps(block.input or {}, ensure_ascii=False, separators=(",", ":"))
             turn.calls.append(Call(block.id, block.name, arguments))
         elif block.type != "redacted_thinking":
-            turn.text += _text([block], f"{where}[{index}]")
+            turn.text += _block_text(block, f"{where}[{index}]")
     if turn.calls:
         turn.preamble, turn.text = turn.text, ""
     builder.assistant(turn)
@@ -210,7 +219,11 @@ def _tools(request: CountTokensRequest, state: ServerState) -> tuple[list[Tool],
     for index, tool in enumerate(declared):
         if tool.type in (None, "custom"):
             function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-            tools.append(function_tool(function, state.settings, f"tools[{index}]"))
+            try:
+                tools.append(function_tool(function, state.settings, f"tools[{index}]"))
+            except SchemaError as error:
+                error.field = f"tools[{index}].input_schema"
+                raise
     choice: str | dict[str, Any] | None = None
     if request.tool_choice is not None:
         wanted = request.tool_choice
@@ -227,7 +240,7 @@ def _schema(request: CountTokensRequest, state: ServerState) -> dict[str, Any] |
         raise RequestError(
             "output_config.format: expected type json_schema with a schema", "output_config.format"
         )
-    check_schema_size(wanted.schema_, state.settings, "output_config.format.schema")
+    check_schema_size(wanted.schema_, state.settings, SCHEMA_FIELD)
     return wanted.schema_
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mlx_gptoss.harmony import Message
 from mlx_gptoss.server.errors import ApiError
 
-MAX_CHARACTERS = 64_000_000  # of all messages kept; histories that share messages count them each time
+MAX_CHARACTERS = 64_000_000  # of all that is kept; histories that share messages count them each time
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class StoredResponse:
     history: tuple[Message, ...]
     preface: tuple[str, ...] = ()
 
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """What it answered, and what it holds itself."""
+        return [*self.input_items, *self.body.get("output", ())]
+
+    @cached_property
+    def characters(self) -> int:
+        """About the memory it takes."""
+        items = sum(len(json.dumps(item)) for item in self.input_items)
+        return items + sum(len(message.content) for message in self.history)
+
 
 class ResponseStore:
     """Bounded in number and in characters; the response used longest ago goes first."""
@@ -33,16 +46,19 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_characters = max_characters
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._items: dict[str, dict[str, Any]] = {}  # by id, for references to them
+        # Item's id -> response's id -> item, for references: clients send items of one back in the next.
+        self._items: dict[str, dict[str, dict[str, Any]]] = {}
         self._characters = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def put(self, response: StoredResponse) -> None:
-        self._kept[response.body["id"]] = response
-        self._characters += _characters(response)
-        self._items |= {item["id"]: item for item in _items(response)}
+        response_id = response.body["id"]
+        self._kept[response_id] = response
+        self._characters += response.characters
+        for item in response.items:
+            self._items.setdefault(item["id"], {})[response_id] = item
         while len(self._kept) > self._max_responses or (
             self._characters > self._max_characters and len(self._kept) > 1
         ):
@@ -65,29 +81,24 @@ class ResponseStore:
     def delete(self, response_id: str) -> None:
         """Forget a response; ApiError 404 when there is none."""
         response = self.get(response_id)
-        self._characters -= _characters(response)
+        self._characters -= response.characters
         del self._kept[response_id]
-        for item in _items(response):
-            if self._items.get(item["id"]) is item:
-                del self._items[item["id"]]
+        for item in response.items:
+            holders = self._items.get(item["id"], {})
+            holders.pop(response_id, None)
+            if not holders:
+                self._items.pop(item["id"], None)
 
     def item(self, item_id: str | None, param: str) -> dict[str, Any]:
         """An item that a stored response answered or holds, or ApiError 404."""
-        found = self._items.get(item_id or "")
-        if found is None:
+        holders = self._items.get(item_id or "")
+        if holders is None:
             raise ApiError(
                 404,
                 f"Item {str(item_id)[:80]!r} is not stored: send the item itself instead of a reference.",
                 code="not_found",
                 param=param,
             )
+        response_id, found = next(reversed(holders.items()))
+        self._kept.move_to_end(response_id)
         return found
-
-
-def _items(response: StoredResponse) -> list[dict[str, Any]]:
-    items = [*response.input_items, *response.body.get("output", ())]
-    return [item for item in items if item["type"] != "item_reference"]
-
-
-def _characters(response: StoredResponse) -> int:
-    return sum(len(message.content) for message in response.history)

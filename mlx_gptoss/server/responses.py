@@ -6,21 +6,22 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from mlx_gptoss.errors import ContextLengthError, RequestError, ToolError
+from mlx_gptoss.errors import ContextLengthError, RequestError, SchemaError, ToolError
 from mlx_gptoss.grammar import ToolChoice
 from mlx_gptoss.harmony import Conversation, Tool
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server import sse
+from mlx_gptoss.server.chat_protocol import naming, tool_fields
 from mlx_gptoss.server.jobs import Job, log_failure
 from mlx_gptoss.server.openapi import ERRORS
 from mlx_gptoss.server.response_store import StoredResponse
 from mlx_gptoss.server.responses_events import ResponseWriter
-from mlx_gptoss.server.responses_protocol import InputItem, ResponsesRequest, add_items, drop_oldest
+from mlx_gptoss.server.responses_protocol import InputItem, ResponsesRequest, add_items, drop_oldest, listed
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.streams import collect
 from mlx_gptoss.server.translate import (
@@ -35,19 +36,24 @@ from mlx_gptoss.server.translate import (
 from mlx_gptoss.server.turn_memory import digest
 
 LOGPROBS = "message.output_text.logprobs"
+SCHEMA_FIELD = "text.format.schema"
 SEALED_REASONING = "reasoning.encrypted_content"
 
 
 @dataclass
 class ResponsePlan:
-    """A request, translated: what the engine is asked for, and what is kept afterwards."""
+    """A request, translated: what the engine is asked for, and what is kept afterwards. `fields` are the
+    request's names for what the engine is asked for."""
 
+    items: list[InputItem]
     conversation: Conversation
     preface: tuple[str, ...]
     params: SamplingParams
     tool_choice: ToolChoice
+    fields: dict[str, str]
     schema: dict[str, Any] | None
     json_object: bool
+    strict: bool
     truncate: bool
 
 
@@ -61,21 +67,18 @@ def plan(request: ResponsesRequest, state: ServerState) -> ResponsePlan:
         builder = ConversationBuilder(state.turns, before.history, before.preface)
     items = request.input
     if isinstance(items, str):
-        builder.user(items)
-    else:
-        if len(items) > settings.max_messages:
-            raise RequestError(
-                f"input has {len(items):,} items and this server takes {settings.max_messages:,}", "input"
-            )
-        add_items(
-            builder,
-            [
-                InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
-                if item.type == "item_reference"
-                else item
-                for index, item in enumerate(items)
-            ],
+        items = [InputItem(role="user", content=items)]
+    if len(items) > settings.max_messages:
+        raise RequestError(
+            f"input has {len(items):,} items and this server takes {settings.max_messages:,}", "input"
         )
+    items = [
+        InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
+        if item.type == "item_reference"
+        else item
+        for index, item in enumerate(items)
+    ]
+    add_items(builder, items)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
     tools, choice = choose_tools(request.tool_choice, _functions(request, state))
@@ -89,9 +92,22 @@ def plan(request: ResponsesRequest, state: ServerState) -> ResponsePlan:
         schema_name=name,
         today=state.today(),
     )
+    wanted = request.text.format if request.text else None
+    strict = wanted is not None and wanted.strict is True
     truncate = request.truncation == "auto"
+    declared = [tool.get("name") if tool["type"] == "function" else None for tool in request.tools or ()]
+    fields = {"schema": SCHEMA_FIELD, **tool_fields(tools, declared, "parameters"), "messages": "input"}
     return ResponsePlan(
-        conversation, tuple(builder.preface), _params(request), choice, schema, json_object, truncate
+        items,
+        conversation,
+        tuple(builder.preface),
+        _params(request),
+        choice,
+        fields,
+        schema,
+        json_object,
+        strict,
+        truncate,
     )
 
 
@@ -132,8 +148,8 @@ def _text_format(
             "text.format.type",
         )
     if wanted.schema_ is None:
-        raise RequestError("text.format.schema is missing: give a JSON schema", "text.format.schema")
-    check_schema_size(wanted.schema_, state.settings, "text.format.schema")
+        raise RequestError("text.format.schema is missing: give a JSON schema", SCHEMA_FIELD)
+    check_schema_size(wanted.schema_, state.settings, SCHEMA_FIELD)
     return wanted.schema_, wanted.name, False
 
 
@@ -201,20 +217,25 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
     engine = state.ready()
     while True:
         try:
-            jobs = await state.jobs.start(
-                lambda sink: engine.start(
-                    asked.conversation,
-                    params=asked.params,
-                    tool_choice=asked.tool_choice,
-                    strict_tools=False,
-                    schema=asked.schema,
-                    json_object=asked.json_object,
-                    sink=sink,
+            with naming(asked.fields):
+                jobs = await state.jobs.start(
+                    lambda sink: engine.start(
+                        asked.conversation,
+                        params=asked.params,
+                        tool_choice=asked.tool_choice,
+                        strict_tools=False,
+                        schema=asked.schema,
+                        json_object=asked.json_object,
+                        sink=sink,
+                    )
                 )
-            )
             return jobs[0]
+        except SchemaError as error:
+            if asked.strict or asked.schema is None or error.field != SCHEMA_FIELD:
+                raise
+            # The prompt shows the schema, and without `strict` no more than an object was promised.
+            asked.schema, asked.json_object = None, True
         except ContextLengthError as error:
-            error.field = "input"
             excess, messages = error.prompt_tokens - error.max_context, asked.conversation.messages
             # One token too many counts as well: room for the answer's first is needed.
             kept = drop_oldest(messages, max(1, excess), error.prompt_tokens) if asked.truncate else None
@@ -223,9 +244,7 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
             asked.conversation = replace(asked.conversation, messages=kept)
 
 
-def finish(
-    request: ResponsesRequest, asked: ResponsePlan, writer: ResponseWriter, state: ServerState
-) -> None:
+def finish(asked: ResponsePlan, writer: ResponseWriter, state: ServerState) -> None:
     """Keep what later requests may refer to."""
     if writer.done is None:
         return
@@ -234,23 +253,8 @@ def finish(
         state.turns.remember(produced, writer.answer, digest(asked.conversation))
     if writer.body["store"]:
         history = (*asked.conversation.messages, *produced)
-        state.responses.put(StoredResponse(writer.body, _input_items(request), history, asked.preface))
-
-
-def _input_items(request: ResponsesRequest) -> list[dict[str, Any]]:
-    """The request's input as GET …/input_items lists it."""
-    items = request.input
-    if isinstance(items, str):
-        items = [InputItem(role="user", content=items)]
-    listed = []
-    for item in items:
-        fields = item.model_dump(exclude_none=True)
-        fields.setdefault("id", f"item_{uuid.uuid4().hex}")
-        if item.type == "message" and isinstance(item.content, str):
-            kind = "output_text" if item.role == "assistant" else "input_text"
-            fields["content"] = [{"type": kind, "text": item.content}]
-        listed.append(fields)
-    return listed
+        items = [listed(item) for item in asked.items]
+        state.responses.put(StoredResponse(writer.body, items, history, asked.preface))
 
 
 def router(state: ServerState) -> APIRouter:
@@ -271,9 +275,9 @@ def router(state: ServerState) -> APIRouter:
         )
         job = await start(asked, state)
         if body.stream:
-            return sse.EventStream(_stream(body, asked, writer, job, state), [job])
+            return sse.EventStream(_stream(asked, writer, job, state), [job])
         await collect([job], request, lambda _, event: list(writer.take(event)))
-        finish(body, asked, writer, state)
+        finish(asked, writer, state)
         return JSONResponse(writer.body)
 
     @routes.get("/v1/responses/{response_id}", responses=ERRORS)
@@ -290,21 +294,31 @@ def router(state: ServerState) -> APIRouter:
         return {"id": response_id, "object": "response", "deleted": True}
 
     @routes.get("/v1/responses/{response_id}/input_items", responses=ERRORS)
-    async def list_input_items(response_id: str) -> dict[str, Any]:
-        """What a stored response answered."""
+    async def list_input_items(
+        response_id: str,
+        order: Literal["asc", "desc"] = "desc",
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+    ) -> dict[str, Any]:
+        """What a stored response answered, a page at a time, the latest item first."""
         items = state.responses.get(response_id).input_items
-        ends = (
-            {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
-            if items
-            else {"first_id": "", "last_id": ""}
-        )
-        return {"object": "list", "data": items, "has_more": False, **ends}
+        if order == "desc":
+            items = items[::-1]
+        if after is not None:
+            ids = [item["id"] for item in items]
+            if after not in ids:
+                raise RequestError(f"after is {after[:80]!r}, and there is no such item", "after")
+            items = items[ids.index(after) + 1 :]
+        page = items[:limit]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else ("", "")
+        more = len(items) > len(page)
+        return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more}
 
     return routes
 
 
 async def _stream(
-    request: ResponsesRequest, asked: ResponsePlan, writer: ResponseWriter, job: Job, state: ServerState
+    asked: ResponsePlan, writer: ResponseWriter, job: Job, state: ServerState
 ) -> AsyncIterator[bytes]:
     yield b"".join(map(sse.event, writer.opening()))
     try:
@@ -313,7 +327,7 @@ async def _stream(
                 yield sse.HEARTBEAT
                 continue
             out = [sse.event(event) for source in batch for event in writer.take(source)]
-            finish(request, asked, writer, state)
+            finish(asked, writer, state)
             if out:
                 yield b"".join(out)
     except Exception as error:

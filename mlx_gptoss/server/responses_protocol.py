@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import base64
 import binascii
+import uuid
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import Message
-from mlx_gptoss.server.chat_protocol import Content, Protocol, Temperature, TokenLimit, TopP, text_of
+from mlx_gptoss.server.chat_protocol import ContentPart, Protocol, Temperature, TokenLimit, TopP, text_of
 from mlx_gptoss.server.translate import ConversationBuilder
 from mlx_gptoss.server.turn_memory import AssistantTurn, Call
 
 SEALED = "gptoss-reasoning:"
 
 
+class InputPart(ContentPart):
+    """A part of an item's content; what it has besides is listed again."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+InputContent = str | list[InputPart]
+
+
 class InputItem(Protocol):
-    """One item of any type; `type` says which of the fields count."""
+    """One item of any type; `type` says which of the fields count. The others are only listed again."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: str = "message"
     id: str | None = None
     role: str | None = None
-    content: Content | None = None
+    content: InputContent | None = None
     phase: str | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
     input: str | None = None
-    output: Content | None = None
+    output: InputContent | None = None
     encrypted_content: str | None = None
     status: str | None = None
 
@@ -128,6 +140,27 @@ def add_items(builder: ConversationBuilder, items: list[InputItem]) -> None:
             flush()
             _add_other(builder, item, where)
     flush()
+
+
+def listed(item: InputItem) -> dict[str, Any]:
+    """An item as GET …/input_items lists it: as it came, with what OpenAI's types ask for besides."""
+    fields = item.model_dump(exclude_none=True)
+    fields["id"] = item.id or f"item_{uuid.uuid4().hex}"
+    if item.type == "reasoning":
+        fields.setdefault("summary", [])
+    else:
+        fields.setdefault("status", "completed")
+    if item.type == "message":
+        content = fields.get("content", "")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        fields["content"] = [_listed_part(part, item.role == "assistant") for part in parts]
+    return fields
+
+
+def _listed_part(part: dict[str, Any], said: bool) -> dict[str, Any]:
+    if part["type"] == "refusal":
+        return part
+    return {"annotations": []} | part | {"type": "output_text"} if said else part | {"type": "input_text"}
 
 
 def _add_other(builder: ConversationBuilder, item: InputItem, where: str) -> None:
