@@ -206,6 +206,9 @@ class SmallStack:
         return out
 
 
+Stack = HalvedStack | SmallStack
+
+
 def _rows_of_experts(expert_of_row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Each expert that has rows, and which."""
     order = np.argsort(expert_of_row, kind="stable")

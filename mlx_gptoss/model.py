@@ -149,8 +149,11 @@ class Experts:
         """x [T, D], chosen experts [T, k] -> their outputs [T, k, D]."""
         if on_gpu() and chosen.size >= SORT_FROM:
             return self._sorted(x, chosen)
-        if not isinstance(self.gate_up, Matrix) and self.gate_up.pays_by_expert(x, chosen):
-            return self._by_expert(x, chosen)
+        gate_up, down = self.gate_up, self.down
+        if not (isinstance(gate_up, Matrix) or isinstance(down, Matrix)) and gate_up.pays_by_expert(
+            x, chosen
+        ):
+            return self._by_expert(gate_up, down, x, chosen)
         bias = self.bias[chosen]
         h = self.gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
         h = self.activate(h, bias[..., : self.width])
@@ -171,15 +174,14 @@ class Experts:
         y = y + bias[..., self.width :]
         return y[mx.argsort(order)].reshape(*chosen.shape, -1)
 
-    def _by_expert(self, x: mx.array, chosen: mx.array) -> mx.array:
+    def _by_expert(self, gate_up: cpu.Stack, down: cpu.Stack, x: mx.array, chosen: mx.array) -> mx.array:
         """The same on the CPU backend for many rows: expert by expert, products by the host's BLAS."""
-        assert not isinstance(self.gate_up, Matrix) and not isinstance(self.down, Matrix)
         experts = np.asarray(chosen).reshape(-1)
         rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
         bias = self.bias[chosen].reshape(len(experts), -1)
-        h = mx.array(self.gate_up.by_expert(rows, experts))
+        h = mx.array(gate_up.by_expert(rows, experts))
         h = self.activate(h, bias[:, : self.width])
-        y = mx.array(self.down.by_expert(np.asarray(h), experts))
+        y = mx.array(down.by_expert(np.asarray(h), experts))
         return (y + bias[:, self.width :]).reshape(*chosen.shape, -1)
 
     def arrays(self) -> list[mx.array]:
