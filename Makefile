@@ -22,21 +22,21 @@ check: $(VENV)/.installed-dev
 
 # The parser of the chat format on 100,000 token sequences; the suite runs 3,000.
 fuzz: $(VENV)/.installed-test
-	$(BIN)/python -m tests.fuzz_harmony --count 100000
+	$(BIN)/python -m tests.support.fuzz_harmony --count 100000
 
 # Write docs/cli.md again from the commands' own help.
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/make_cli_docs.py
 
-# Compute tests/golden again; the only thing here that needs PyTorch.
+# Compute tests/support/golden again; the only thing here that needs PyTorch.
 golden: $(VENV)/.installed-test
 	$(PIP) -e '.[train]'
-	$(BIN)/python -m tests.make_golden
+	$(BIN)/python -m tests.support.make_golden
 
-# Fetch the clients for node that tests/test_server_clients.py tries, and try them.
+# Fetch the clients for node that tests/server/test_clients.py tries, and try them.
 clients: $(VENV)/.installed-test
-	npm install --prefix tests/clients --no-audit --no-fund
-	$(BIN)/python -m pytest tests/test_server_clients.py
+	npm install --prefix tests/server/clients --no-audit --no-fund
+	$(BIN)/python -m pytest tests/server/test_clients.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -308,7 +308,7 @@ def main() -> int:
     if options.tokenizer:
         tokenizer = Tokenizer.from_folder(options.tokenizer)
     else:
-        from tests.byte_tokenizer import byte_tokenizer
+        from tests.support.byte_tokenizer import byte_tokenizer
 
         tokenizer = byte_tokenizer(tempfile.mkdtemp())
     if options.masks:

@@ -24,9 +24,9 @@ from pathlib import Path
 _SOURCE = """
 import sys
 from dataclasses import replace
-from tests.byte_tokenizer import write_byte_tokenizer
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import SHAPES
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import SHAPES
 folder, shape, layers = sys.argv[1:]
 write_byte_tokenizer(write_checkpoint(folder, replace(SHAPES[shape], layers=int(layers))))
 """

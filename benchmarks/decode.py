@@ -1,6 +1,6 @@
 """Load time, prefill, decode and memory on one checkpoint, against mlx-lm on the same checkpoint in one run.
 
-    python -m tests.checkpoints --shape 20b --layers 4 --out /tmp/cut
+    python -m tests.support.checkpoints --shape 20b --layers 4 --out /tmp/cut
     python -m benchmarks.decode /tmp/cut [--decode 16] [--prefill 64 256] [--json FILE]
 
 Every competitor runs in a process of its own; nothing else should run on the machine. The prompts are random
@@ -35,8 +35,8 @@ READ_BYTES = 16 << 20
 def run_ours(folder: Path, dtype: str | None, prefill: list[int], decode: int) -> dict[str, Any]:
     """This package, through its engine."""
     from mlx_gptoss import SamplingParams, load
-    from mlx_gptoss.plan import plan
-    from mlx_gptoss.platform import peak_memory
+    from mlx_gptoss.checkpoint.memory import plan
+    from mlx_gptoss.device import peak_memory
 
     started = time.perf_counter()
     with load(folder, dtype=dtype) as llm:
@@ -155,7 +155,7 @@ def compare(
     folder: Path, prefill: list[int], decode: int, blas: str | None, skip_bfloat16: bool
 ) -> dict[str, Any]:
     """Run everything and put the ratios beside the figures."""
-    from mlx_gptoss.platform import describe, on_gpu
+    from mlx_gptoss.device import describe, on_gpu
 
     cold = forget_pages(folder)
     results: dict[str, Any] = {"plain reading": child("read", folder, None, [], 0, None)}

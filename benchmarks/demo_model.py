@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,12 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from demo_world.sample import Sample
-from demo_world.world import sample
-
-from mlx_gptoss.engine import Engine, load
+from demo.world.mixture import sample
+from demo.world.sample import Sample
 from mlx_gptoss.harmony import Conversation, Done, Message, Reply, render
+from mlx_gptoss.llm import Engine, load
 from mlx_gptoss.sampling import SamplingParams
 
 GROUPS = {
@@ -170,9 +167,10 @@ def against_transformers(llm: Engine, samples: Sequence[Sample]) -> dict[str, fl
 def dequantised(folder: Path) -> Any:
     """transformers' model with the weights of a checkpoint laid out as OpenAI publishes them, in float32."""
     import torch
-    from demo_world.quantise import mxfp4_values
     from safetensors.torch import load_file
     from transformers import GptOssConfig, GptOssForCausalLM
+
+    from demo.quantise import mxfp4_values
 
     stored = load_file(folder / "model.safetensors")
     tensors = {}
@@ -214,9 +212,9 @@ def main() -> None:
         "--transformers", action="store_true", help="compare with transformers on 100 prompts"
     )
     args = parser.parse_args()
+    from mlx_gptoss.checkpoint.hub import resolve
     from mlx_gptoss.convert.convert import convert
     from mlx_gptoss.convert.recipes import make_recipe
-    from mlx_gptoss.hub import resolve
 
     samples = held_out(args.each)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,14 +19,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.cache import SequenceCache
-from mlx_gptoss.checkpoint import load_model
-from mlx_gptoss.engine import Engine, load
-from mlx_gptoss.model import Model, Segment
-from mlx_gptoss.platform import describe
+from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.device import describe
+from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.graph import Model, Segment
 from mlx_gptoss.sampling import SamplingParams
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import Shape
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import Shape
 
 SHAPE = Shape(
     layers=4, hidden=64, intermediate=64, experts=4, top_k=2, heads=4, kv_heads=2, window=16, vocab=300

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlx_gptoss.harmony import Conversation, Message, StreamParser, Tool, render
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.byte_tokenizer import write_byte_tokenizer
+from tests.support.byte_tokenizer import write_byte_tokenizer
 
 PARTS = 10
 PASSES = 5

@@ -21,15 +21,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.cache import SequenceCache
-from mlx_gptoss.engine import Engine, load
-from mlx_gptoss.platform import describe
-from mlx_gptoss.prefix import PrefixStore, common_prefix
+from mlx_gptoss.device import describe
+from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
+from mlx_gptoss.engine.scheduler import STATE_SLACK
+from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.scheduler import STATE_SLACK
-from tests.byte_tokenizer import write_byte_tokenizer
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import SHAPES, Shape
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import SHAPES, Shape
 
 SHAPE = Shape(
     layers=4, hidden=64, intermediate=64, experts=4, top_k=2, heads=4, kv_heads=1, window=128, vocab=320
@@ -191,8 +191,8 @@ def _fill(cache: SequenceCache, tokens: int) -> None:
 
 def twenty_b_costs() -> dict[str, float]:
     """A window state of 20b's shape, bytes and seconds; the bytes of 10 branches of 8k tokens over one."""
-    from mlx_gptoss.config import ModelConfig
-    from tests.checkpoints import hf_config
+    from mlx_gptoss.model.config import ModelConfig
+    from tests.support.checkpoints import hf_config
 
     config = ModelConfig.from_hf(hf_config(SHAPES["20b"]))
     cache = SequenceCache(config, mx.bfloat16)

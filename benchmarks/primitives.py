@@ -57,7 +57,7 @@ def pretend_gpu() -> None:
     """Build graphs as on a GPU: fast kernels whole, elementwise pieces compiled, no CPU detours."""
     import mlx.core as mx
 
-    from mlx_gptoss import platform
+    from mlx_gptoss import device as platform
 
     for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
         setattr(mx.fast, name, fused(name))
@@ -90,8 +90,8 @@ def ours(folder: Path, dtype: str) -> Counter[str]:
     pretend_gpu()
     import mlx.core as mx
 
-    from mlx_gptoss.checkpoint import load_model
-    from mlx_gptoss.model import Segment
+    from mlx_gptoss.checkpoint.reader import load_model
+    from mlx_gptoss.model.graph import Segment
 
     model = load_model(folder, dtype)
     cache = model.make_cache()
@@ -125,8 +125,8 @@ def mlx_lm(folder: Path, dtype: str) -> Counter[str]:
 
 def per_layer(engine: str, bits: int | None, dtype: str) -> dict[str, Any]:
     """Primitives of a layer, and what stands around the layers."""
-    from tests.checkpoints import write_checkpoint
-    from tests.random_weights import MlxRecipe, Shape
+    from tests.support.checkpoints import write_checkpoint
+    from tests.support.random_weights import MlxRecipe, Shape
 
     counts = []
     with tempfile.TemporaryDirectory() as work:

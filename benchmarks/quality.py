@@ -23,9 +23,9 @@ from mlx_gptoss.convert.convert import convert
 from mlx_gptoss.convert.quality import compare
 from mlx_gptoss.convert.recipes import make_recipe
 from mlx_gptoss.convert.verify import verify
-from tests.byte_tokenizer import write_byte_tokenizer
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import SHAPES
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import SHAPES
 
 
 def conversions(source: Path, root: Path) -> Iterator[tuple[str, Path, float]]:

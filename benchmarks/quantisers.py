@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
+from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 from mlx_gptoss.convert import affine, mxfp4
-from mlx_gptoss.safetensors_file import bfloat16_to_float32
 
 COLUMNS = 2880
 

@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlx_gptoss
-from mlx_gptoss.engine import Engine
 from mlx_gptoss.harmony import Conversation, Done, Message
+from mlx_gptoss.llm import Engine
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.run import make_server

@@ -25,7 +25,7 @@ import httpx
 import mlx_gptoss
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.run import make_server
-from tests.server_help import read_events
+from tests.support.server_help import read_events
 
 QUESTIONS = [f"What is {a} + {a + 3}?" for a in range(2, 10)]
 CHAT = "/v1/chat/completions"

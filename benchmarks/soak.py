@@ -22,12 +22,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.engine import Engine, load
+from mlx_gptoss.engine.request import TokenStream
 from mlx_gptoss.errors import BusyError, ContextLengthError
-from mlx_gptoss.request import TokenStream
+from mlx_gptoss.llm import Engine, load
 from mlx_gptoss.sampling import SamplingParams
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import Shape
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import Shape
 
 SHAPE = Shape(
     layers=2, hidden=64, intermediate=64, experts=4, top_k=2, heads=4, kv_heads=1, window=16, vocab=300

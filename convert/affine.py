@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_gptoss.safetensors_file import bfloat16_to_float32
+from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

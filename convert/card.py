@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.hub import is_repo_id
 from mlx_gptoss.convert.manifest import Manifest
 from mlx_gptoss.convert.verify import part_reports
 from mlx_gptoss.errors import ConversionError
-from mlx_gptoss.hub import is_repo_id
 
 OPENAI_LICENSE = "apache-2.0"  # both published checkpoints
 

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.finite import Watch, not_finite
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
@@ -36,7 +37,6 @@ from mlx_gptoss.convert.writer import (
     write_text,
 )
 from mlx_gptoss.errors import ConversionError
-from mlx_gptoss.safetensors_file import INDEX_NAME
 
 SHARD_SIZE = 5_000_000_000
 SPARE_BYTES = 16 << 20  # free space wanted beside the weights, for the tokenizer and the like
@@ -130,7 +130,7 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
     path = Path(source).expanduser()
     if path.exists() and is_gguf(path):
         return open_source(path)
-    from mlx_gptoss.hub import is_repo_id, resolve
+    from mlx_gptoss.checkpoint.hub import is_repo_id, resolve
 
     folder = resolve(source, revision=revision, offline=offline, gguf=True)
     hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None

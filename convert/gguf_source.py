@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gptoss.checkpoint import NAMES
-from mlx_gptoss.config import ModelConfig, read_config
+from mlx_gptoss.checkpoint.reader import NAMES
 from mlx_gptoss.convert.sources import Source, SourceTensor
 from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError
+from mlx_gptoss.model.config import ModelConfig, read_config
 
 ARCHITECTURE = "gpt-oss"
 BLOCK_BYTES = 17  # of MXFP4: a scale byte and 32 nibbles

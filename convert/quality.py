@@ -21,12 +21,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.cache import SequenceCache
-from mlx_gptoss.checkpoint import Checkpoint
+from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.errors import ConversionError
-from mlx_gptoss.linear import Projection
-from mlx_gptoss.model import Batch, Segment
+from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.graph import Batch, Segment
+from mlx_gptoss.model.matrix import Projection
 from mlx_gptoss.tokenizer import Tokenizer
 
 DEFAULT_TEXT = "Alice's Adventures in Wonderland, chapter I (Lewis Carroll, 1865)"

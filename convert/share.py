@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_gptoss.checkpoint.hub import explain, is_repo_id
 from mlx_gptoss.convert.card import model_card
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry
 from mlx_gptoss.convert.verify import CARD_NAME, Progress, verify
 from mlx_gptoss.errors import ConversionError, HubError
-from mlx_gptoss.hub import explain, is_repo_id
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

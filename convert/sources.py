@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_gptoss import safetensors_file as st
-from mlx_gptoss.checkpoint import NAMES, Checkpoint
-from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.checkpoint import safetensors as st
+from mlx_gptoss.checkpoint.reader import NAMES, Checkpoint
+from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.convert import affine
 from mlx_gptoss.convert.manifest import FileEntry, SourceEntry
 from mlx_gptoss.errors import CheckpointError, ConversionError
-from mlx_gptoss.linear import Quantization
-from mlx_gptoss.safetensors_file import TensorInfo
+from mlx_gptoss.model.config import ModelConfig
+from mlx_gptoss.model.matrix import Quantization
 
 ReadRows = Callable[[int, int], np.ndarray]
 """Rows [first, last) of the first axis: uint16 bits for BF16, uint8 for U8, float32 for F32."""

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.safetensors import TensorInfo, read_folder, read_header
 from mlx_gptoss.convert.against_source import Comparison, compare_with_source
 from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.gguf_source import gguf_files
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
 from mlx_gptoss.convert.sources import is_gguf
 from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
-from mlx_gptoss.safetensors_file import TensorInfo, read_folder, read_header
 
 CHUNK = 4 << 20  # bytes read at a time
 CARD_NAME = "README.md"  # a share adds it, and a download brings it along

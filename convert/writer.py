@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.plan import Output
 from mlx_gptoss.convert.sources import Extent
 from mlx_gptoss.errors import ConversionError
-from mlx_gptoss.safetensors_file import INDEX_NAME
 
 COPY_BYTES = 16 << 20  # copied between two looks at whether to stop
 HASH_BYTES = 1 << 20  # read and hashed at a time: stays in a core's cache

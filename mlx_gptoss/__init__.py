@@ -15,11 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine, load
+    from mlx_gptoss.chat.session import Session
     from mlx_gptoss.errors import GptOssError
     from mlx_gptoss.harmony import Done, ReasoningDelta, Reply, TextDelta, ToolCall, ToolCallDelta
+    from mlx_gptoss.llm import Engine, load
     from mlx_gptoss.sampling import SamplingParams
-    from mlx_gptoss.session import Session
 
 __version__ = "0.1.0"
 
@@ -39,16 +39,16 @@ __all__ = [
 
 _HOME = {
     "Done": "harmony",
-    "Engine": "engine",
+    "Engine": "llm",
     "GptOssError": "errors",
     "ReasoningDelta": "harmony",
     "Reply": "harmony",
     "SamplingParams": "sampling",
-    "Session": "session",
+    "Session": "chat.session",
     "TextDelta": "harmony",
     "ToolCall": "harmony",
     "ToolCallDelta": "harmony",
-    "load": "engine",
+    "load": "llm",
 }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.byte_tokenizer import write_byte_tokenizer
-from tests.checkpoints import write_checkpoint
-from tests.random_weights import Shape
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import Shape
 
 TINY = Shape(vocab=320)
 

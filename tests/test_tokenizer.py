@@ -8,7 +8,7 @@ import pytest
 
 from mlx_gptoss.errors import RequestError, TokenizerError
 from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tests.byte_tokenizer import write_byte_tokenizer
+from tests.support.byte_tokenizer import write_byte_tokenizer
 
 TEXTS = [
     "plain",

@@ -18,7 +18,7 @@ from mlx_gptoss.cli.options import ModelSource, model_options
 from mlx_gptoss.errors import RequestError
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.llm import Engine
 
 # Bytes read to measure the memory's bandwidth: more than any cache holds.
 STREAMED = 512 * 2**20
@@ -59,8 +59,8 @@ def bench(
         raise RequestError(
             f"tokens is {tokens}: expected at least 2, to tell decoding from prefill", "tokens"
         )
-    from mlx_gptoss.plan import plan
-    from mlx_gptoss.platform import describe, peak_memory
+    from mlx_gptoss.checkpoint.memory import plan
+    from mlx_gptoss.device import describe, peak_memory
 
     folder = source.folder()
     source = replace(source, model=str(folder))
@@ -107,7 +107,7 @@ def measure_bandwidth() -> float:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_gptoss.platform import on_gpu
+    from mlx_gptoss.device import on_gpu
 
     data = mx.ones(STREAMED // 4, mx.float32)
     mx.eval(data)

@@ -19,8 +19,8 @@ from mlx_gptoss.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
-    from mlx_gptoss.terminal.chat import Settings
+    from mlx_gptoss.cli.terminal.chat import Settings
+    from mlx_gptoss.llm import Engine
 
 
 @click.command()
@@ -45,7 +45,7 @@ def chat(
     sampling: SamplingOptions,
 ) -> None:
     """Chat with MODEL. In a pipe: answer what comes in, print the answer only."""
-    from mlx_gptoss.terminal.chat import Settings
+    from mlx_gptoss.cli.terminal.chat import Settings
     from mlx_gptoss.tools import builtin_tools
 
     params = sampling.params()
@@ -67,8 +67,8 @@ def run_chat(llm: Engine, settings: Settings) -> None:
     """Chat at the terminal until the user leaves."""
     from rich.console import Console
 
-    from mlx_gptoss.terminal.chat import Chat
-    from mlx_gptoss.terminal.prompt import Prompt
+    from mlx_gptoss.cli.terminal.chat import Chat
+    from mlx_gptoss.cli.terminal.prompt import Prompt
 
     talk = Chat(llm, settings, Console(highlight=False))
     talk.run(Prompt(talk.commands, talk.status))
@@ -84,7 +84,7 @@ def _read_message() -> str:
 
 
 def _answer_once(llm: Engine, settings: Settings, message: str) -> None:
-    from mlx_gptoss.terminal.once import answer_once
+    from mlx_gptoss.cli.terminal.once import answer_once
 
     events = settings.session(llm).stream(message)
     answer_once(events, show_reasoning=settings.show_reasoning)

@@ -124,9 +124,9 @@ def _print_summary(result: Converted) -> None:
 
 
 def _verify(result: Converted, source: str, revision: str | None, offline: bool) -> None:
+    from mlx_gptoss.checkpoint.hub import resolve
     from mlx_gptoss.convert.verify import bytes_to_read
     from mlx_gptoss.convert.verify import verify as check
-    from mlx_gptoss.hub import resolve
 
     gguf = source.endswith(".gguf")
     origin = Path(source) if gguf else resolve(source, revision=revision, offline=offline, gguf=True)

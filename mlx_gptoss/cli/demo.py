@@ -18,8 +18,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlx_gptoss.engine import Engine
     from mlx_gptoss.harmony import Event, Usage
+    from mlx_gptoss.llm import Engine
 
 PROMPTS = (
     ("What is 358 + 267?", "high"),
@@ -51,7 +51,7 @@ def demo() -> None:
     """Convert, inspect and talk to the built-in demo model: sums, a tool, a JSON answer. No download."""
     from rich.console import Console
 
-    from mlx_gptoss.engine import load
+    from mlx_gptoss.llm import load
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
@@ -98,10 +98,10 @@ def _heading(console: Console, text: str) -> None:
 
 
 def _convert(console: Console, target: Path) -> None:
+    from mlx_gptoss.checkpoint.hub import resolve
     from mlx_gptoss.cli.inspect import inspect
     from mlx_gptoss.convert.convert import convert
     from mlx_gptoss.convert.recipes import make_recipe
-    from mlx_gptoss.hub import resolve
 
     source = resolve("demo")
     before = (source / "model.safetensors").stat().st_size

@@ -28,8 +28,8 @@ from mlx_gptoss.cli.options import (
 from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
-    from mlx_gptoss.request import TokenStream
+    from mlx_gptoss.engine.request import TokenStream
+    from mlx_gptoss.llm import Engine
     from mlx_gptoss.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -131,7 +131,7 @@ def run_chat(
     llm: Engine, message: str, request: dict[str, Any], *, show_reasoning: bool, as_json: bool
 ) -> None:
     """Answer a message: the text as it comes, or one JSON object with all of the reply."""
-    from mlx_gptoss.terminal.once import answer_once
+    from mlx_gptoss.cli.terminal.once import answer_once
 
     if not as_json:
         answer_once(llm.stream(message, **request), show_reasoning=show_reasoning)
@@ -217,7 +217,7 @@ def _pieces(
             produced.append(output.token_id)
             yield f"{' ' if len(produced) > 1 else ''}{output.token_id}"
         return
-    from mlx_gptoss.stops import UntilStop
+    from mlx_gptoss.chat.stops import UntilStop
 
     detokenizer, shown, special = llm.tokenizer.detokenizer(), UntilStop(stops), llm.tokenizer.stop_ids
     for output in stream:
@@ -241,7 +241,7 @@ class Speed:
 
     @classmethod
     def of(cls, stream: TokenStream) -> Speed:
-        from mlx_gptoss.platform import peak_memory
+        from mlx_gptoss.device import peak_memory
 
         first, rest = stream.time_to_first_token, stream.decode_seconds
         computed, decoded = stream.prompt_tokens - stream.cached_tokens, stream.completion_tokens - 1

@@ -11,7 +11,7 @@ import click
 from mlx_gptoss.cli.options import dtype_option, model_argument, offline_option, revision_option
 
 if TYPE_CHECKING:
-    from mlx_gptoss.plan import MemoryPlan
+    from mlx_gptoss.checkpoint.memory import MemoryPlan
 
 CONTEXTS = (4096, 32_768, 131_072)
 
@@ -25,8 +25,8 @@ CONTEXTS = (4096, 32_768, 131_072)
 def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, as_json: bool) -> None:
     """Show the architecture and layout of MODEL, its bytes by part, the bytes one decoded token reads, and
     the memory it needs, without loading it."""
-    from mlx_gptoss.hub import resolve
-    from mlx_gptoss.plan import plan
+    from mlx_gptoss.checkpoint.hub import resolve
+    from mlx_gptoss.checkpoint.memory import plan
 
     folder = resolve(model, revision=revision, offline=offline)
     report = describe(model, plan(folder, dtype))
@@ -38,7 +38,7 @@ def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, 
 
 def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
     """Everything `inspect` tells, as JSON-ready values; sizes in bytes."""
-    from mlx_gptoss import platform
+    from mlx_gptoss import device as platform
 
     config, free = made.config, platform.available_memory()
     contexts = sorted({min(c, config.max_position) for c in CONTEXTS})
@@ -68,7 +68,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mlx_gptoss.plan import gigabytes
+    from mlx_gptoss.checkpoint.memory import gigabytes
 
     console = Console()
     a, sizes, machine = report["architecture"], report["bytes"], report["machine"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.llm import Engine
     from mlx_gptoss.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -54,14 +54,14 @@ class ModelSource:
 
     def folder(self) -> Path:
         """The local folder of the model, downloaded if need be."""
-        from mlx_gptoss.hub import resolve
+        from mlx_gptoss.checkpoint.hub import resolve
 
         return resolve(self.model, revision=self.revision, offline=self.offline)
 
     def load(self) -> Engine:
         """The loaded engine; close it, or use it in a with statement."""
         from mlx_gptoss.cli.progress import loading_bar
-        from mlx_gptoss.engine import load
+        from mlx_gptoss.llm import load
 
         with loading_bar() as progress:
             return load(

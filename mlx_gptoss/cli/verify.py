@@ -44,10 +44,10 @@ def verify(
     With --source, verbatim tensors must be the source's own bytes, and the errors of the others are measured.
     FOLDER may also be a Hub id. The exit status is 1 when anything differs.
     """
+    from mlx_gptoss.checkpoint.hub import resolve
     from mlx_gptoss.convert.manifest import read_manifest
     from mlx_gptoss.convert.verify import bytes_to_read
     from mlx_gptoss.convert.verify import verify as check
-    from mlx_gptoss.hub import resolve
 
     if (quality or text) and source is None:
         raise click.UsageError("--quality compares with the source: add --source SRC")

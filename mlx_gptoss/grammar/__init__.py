@@ -7,7 +7,7 @@ their arguments follow the tool's JSON schema. `llguidance` turns grammars into 
 channels is in `turn`.
 """
 
-from mlx_gptoss.grammar.request import ToolChoice, compile_constraint
+from mlx_gptoss.grammar.compile import ToolChoice, compile_constraint
 from mlx_gptoss.grammar.schema import Schema, json_schema_of, parse_reply
 from mlx_gptoss.grammar.turn import TurnConstraint
 

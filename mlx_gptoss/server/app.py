@@ -8,14 +8,19 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from mlx_gptoss import __version__
-from mlx_gptoss.server import chat_completions, completions, messages, models, page, responses
-from mlx_gptoss.server.errors import install_handlers
+from mlx_gptoss.server.anthropic import messages_routes as messages
 from mlx_gptoss.server.gate import Gate
+from mlx_gptoss.server.http import page
+from mlx_gptoss.server.http.errors import install_handlers
+from mlx_gptoss.server.openai import chat_routes as chat_completions
+from mlx_gptoss.server.openai import completions_routes as completions
+from mlx_gptoss.server.openai import models_routes as models
+from mlx_gptoss.server.openai import responses_routes as responses
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.llm import Engine
 
 
 def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> FastAPI:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp
 
-from mlx_gptoss.server.errors import ApiError, error_response
-from mlx_gptoss.server.security import (
+from mlx_gptoss.server.http.errors import ApiError, error_response
+from mlx_gptoss.server.http.security import (
     Headers,
     Message,
     Receive,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from mlx_gptoss.server.app import create_app
-from mlx_gptoss.server.http_protocol import protocol_class
+from mlx_gptoss.server.http.slow_clients import protocol_class
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.llm import Engine
 
 logger = logging.getLogger("mlx_gptoss.server")
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_gptoss.server.errors import ApiError
-from mlx_gptoss.server.jobs import Jobs
-from mlx_gptoss.server.metrics import Metrics
-from mlx_gptoss.server.response_store import ResponseStore
+from mlx_gptoss.server.http.errors import ApiError
+from mlx_gptoss.server.memory.responses import ResponseStore
+from mlx_gptoss.server.memory.turns import TurnMemory
+from mlx_gptoss.server.running.jobs import Jobs
+from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
-from mlx_gptoss.server.turn_memory import TurnMemory
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine import Engine
+    from mlx_gptoss.llm import Engine
 
 
 @dataclass

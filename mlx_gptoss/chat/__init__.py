@@ -1,0 +1,1 @@
+"""Conversations: the chat format, grammar and tools joined to the engine."""

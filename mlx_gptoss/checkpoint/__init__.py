@@ -1,0 +1,1 @@
+"""Weights on disk: layouts, headers, reading, the memory they will take, and the Hub."""

@@ -1,0 +1,314 @@
+"""From what a person typed to a local folder: "demo", a folder, or the id of a repository on the Hub.
+
+Downloads go through ``huggingface_hub`` (its cache, its token, its progress bar), and only of the files that
+this runtime reads: never the ``metal/`` and ``original/`` copies that triple the download.
+"""
+
+import errno
+import fnmatch
+import glob
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
+from mlx_gptoss.model.config import read_config
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
+
+WANTED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "USAGE_POLICY",
+)
+"""Top-level files that loading reads, and the terms; the same under ``original/`` if that is all there is."""
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_TIMEOUT = 10.0  # seconds for the one question that precedes a download
+
+
+def resolve(
+    model: str | Path, *, revision: str | None = None, offline: bool = False, gguf: bool = False
+) -> Path:
+    """The local folder that holds `model`, downloaded first when it is a Hub id that isn't in the cache.
+
+    model: "demo" (the model shipped in this package), an existing folder, or NAMESPACE/NAME on the Hub.
+    revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
+    gguf: a .gguf file will do as well, and a repository of one (or of the parts of one), for `convert`.
+    A folder that holds nothing but ``original/`` resolves to that.
+
+    Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline)
+    or the folder may not be entered, HubError when the Hub refuses, can't be reached, or the disk is full,
+    and ConfigError, before anything else is downloaded, when config.json is not of a gpt-oss model.
+    """
+    text = str(model)
+    if text == DEMO:
+        if not DEMO_FOLDER.is_dir():
+            raise ModelNotFoundError(
+                f"the demo model is not part of this installation ({DEMO_FOLDER} is missing)"
+            )
+        return DEMO_FOLDER
+    try:
+        local = _local(text, gguf)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{text!r} cannot be read: {error.strerror}; expected a folder that you may enter, or a Hub id"
+        ) from None
+    if local is not None:
+        return local
+    if isinstance(model, Path) or not is_repo_id(text):
+        raise ModelNotFoundError(
+            f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', or 'demo'"
+        )
+    return _from_hub(text, revision, offline, gguf)
+
+
+def _local(text: str, gguf: bool) -> Path | None:
+    """The folder (or .gguf file) at the path `text`, None when nothing is there. Raises OSError."""
+    folder = Path(os.path.expanduser(text))
+    if text and folder.is_dir():
+        return _layout_folder(folder)
+    if gguf and folder.suffix == ".gguf" and folder.is_file():
+        return folder
+    if text and folder.exists():
+        raise ModelNotFoundError(f"{text!r} is a file; expected a model's folder (the one that holds it?)")
+    return None
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a Hub id, NAMESPACE/NAME (nothing is asked of the network)."""
+    return _REPO_ID.fullmatch(text) is not None and len(text) <= 96 and ".." not in text and "--" not in text
+
+
+def explain(
+    error: Exception, repo: str, *, revision: str | None = None, doing: str = "download"
+) -> GptOssError:
+    """The one-line error for whatever ``huggingface_hub`` raised while `doing` something with `repo`."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, GptOssError):
+        return error
+    if isinstance(error, GatedRepoError):
+        return HubError(f"{repo!r} is gated: accept its terms at {where}, then log in with `hf auth login`")
+    if isinstance(error, RepositoryNotFoundError):
+        near = _nearby_folder(repo)
+        return ModelNotFoundError(
+            f"no model {repo!r} on the Hub{near}; check the spelling, "
+            "or log in with `hf auth login` if it is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFoundError(
+            f"{repo!r} has no revision {revision!r}; expected a branch, a tag or a commit"
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return HubError(f"cannot {doing} {repo!r}: not logged in; run `hf auth login` or set HF_TOKEN")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        cure = {
+            401: "the token is missing or invalid: run `hf auth login`",
+            403: "this account may not do that: check the token's permissions",
+            404: "not found",
+            429: "too many requests: wait a little and run the same command again",
+        }.get(
+            status,
+            "run the same command again: finished files are kept" if status >= 500 else _first_line(error),
+        )
+        return HubError(f"cannot {doing} {repo!r}: the Hub answered {status}; {cure}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HubError(
+            f"cannot {doing} {repo!r}: the disk is full; free some space or set HF_HOME to another disk, "
+            "then run the same command again"
+        )
+    if isinstance(error, PermissionError):
+        return HubError(
+            f"cannot {doing} {repo!r}: no permission to write {error.filename}; set HF_HOME elsewhere"
+        )
+    return HubError(
+        f"cannot {doing} {repo!r} ({_first_line(error)}); check the connection to {constants.ENDPOINT} "
+        "and run the same command again: finished files are kept"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """The deepest cause's first line: ``huggingface_hub`` wraps what went wrong, sometimes twice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _nearby_folder(repo: str) -> str:
+    """A remark when NAMESPACE is a local folder, so that NAMESPACE/NAME may be a mistyped path."""
+    parent = Path(repo).parent
+    return f" and no folder of that name in {str(parent)!r}" if parent.is_dir() else ""
+
+
+def _layout_folder(folder: Path) -> Path:
+    """`folder`, or its ``original/`` where that alone holds a model."""
+    original = folder / "original"
+    if not (folder / "config.json").exists() and (original / "config.json").exists():
+        return original
+    return folder
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What to download of a repository: exact names, and the bytes that are not yet in the cache."""
+
+    names: tuple[str, ...]
+    size: int
+
+
+def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Path:
+    from huggingface_hub import HfApi, constants
+
+    if offline or constants.is_offline_mode():
+        cached = _cached(repo, revision, gguf)
+        if cached is None:
+            at = f" at revision {revision!r}" if revision else ""
+            raise ModelNotFoundError(
+                f"{repo!r}{at} is not wholly in the local cache, and offline was asked for; "
+                "run the same command once with a connection"
+            )
+        return cached
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    except Exception as error:
+        # No connection, the Hub is down, a token has run out: what is in the cache is good enough.
+        cached = _cached(repo, revision, gguf)
+        if cached is not None:
+            return cached
+        raise explain(error, repo, revision=revision) from error
+    selection = _select(repo, info.siblings or [], info.sha, gguf)
+    _check_space(repo, selection.size, Path(constants.HF_HUB_CACHE))
+    _check_config(repo, selection.names, info.sha)
+    return _layout_folder(_download(repo, revision, selection.names))
+
+
+def _select(repo: str, siblings: Sequence["RepoSibling"], commit: str | None, gguf: bool) -> _Selection:
+    """The files of `repo` that loading needs; ModelNotFoundError when there are no weights among them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings}
+    chosen = _choose(repo, list(sizes), gguf)
+    missing = [n for n in chosen if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str)]
+    return _Selection(tuple(chosen), sum(sizes[name] for name in missing))
+
+
+def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
+    """Which of a repository's files to download: of the first place that holds weights, what is WANTED."""
+    for prefix in ("", "original/"):
+        here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        chosen = [
+            n for n in here if any(fnmatch.fnmatchcase(n, pattern) for pattern in WANTED) and "/" not in n
+        ]
+        if any(name.endswith(".safetensors") for name in chosen):
+            return [prefix + name for name in chosen]
+    quantised = [name for name in names if name.endswith(".gguf") and "/" not in name]
+    models = {re.sub(r"-\d{5}-of-\d{5}", "", name) for name in quantised}  # a split file is one model
+    if gguf and len(models) == 1:
+        return quantised
+    if gguf and quantised:
+        shown = ", ".join(quantised[:5]) + (" .." if len(quantised) > 5 else "")
+        raise ModelNotFoundError(
+            f"{repo!r} holds {len(quantised)} GGUF files ({shown}); download one and name it"
+        )
+    found = ", ".join(sorted({Path(name).suffix for name in names} - {""})) or "no files"
+    raise ModelNotFoundError(
+        f"{repo!r} holds no safetensors weights (it has {found}); "
+        "expected a gpt-oss checkpoint such as 'openai/gpt-oss-20b'"
+    )
+
+
+def _check_space(repo: str, size: int, cache: Path) -> None:
+    """Refuse before the first byte when the cache's disk can't hold `size` more bytes."""
+    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise HubError(
+            f"{repo!r} needs {size / 1e9:.1f} GB more in {cache}, where {free / 1e9:.1f} GB are free; "
+            "free some space or set HF_HOME to another disk"
+        )
+
+
+def _check_config(repo: str, names: Sequence[str], commit: str | None) -> None:
+    """Download config.json alone and refuse what is no gpt-oss model, before gigabytes of weights follow."""
+    from huggingface_hub import hf_hub_download
+
+    for name in names:
+        if name in ("config.json", "original/config.json"):
+            try:
+                path = Path(hf_hub_download(repo, name, revision=commit))
+            except Exception as error:
+                raise explain(error, repo) from error
+            read_config(path.parent)
+
+
+def _download(repo: str, revision: str | None, names: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # The names are exact, but the library takes patterns: escape them.
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(n) for n in names])
+        )
+    except Exception as error:
+        raise explain(error, repo, revision=revision) from error
+
+
+def _cached(repo: str, revision: str | None, gguf: bool) -> Path | None:
+    """The snapshot of `repo` in the local cache, or None when it isn't there or isn't whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # An empty list of patterns: the library checks no files, since which are needed differs by layout.
+        snapshot = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+    except LocalEntryNotFoundError:
+        return None
+    folder = _layout_folder(Path(snapshot))
+    return folder if _is_whole(folder) or (gguf and any(folder.glob("*.gguf"))) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config.json and every shard of the index are there (an interrupted download lacks some)."""
+    if not (folder / "config.json").exists():
+        return False
+    indexes = list(folder.glob("*.safetensors.index.json"))
+    if not indexes:
+        return any(folder.glob("*.safetensors"))
+    for index in indexes:
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return True  # present but broken: the checkpoint's reader names what is wrong with it
+        if not all((folder / str(shard)).exists() for shard in shards):
+            return False
+    return True

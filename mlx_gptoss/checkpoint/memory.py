@@ -1,0 +1,196 @@
+"""How much memory a checkpoint will take and how many bytes a token reads, from the files' headers alone.
+
+Used by `inspect`, and by the engine before it loads anything. All sizes are bytes. What each part becomes in
+memory follows reader.py: quantised words, MXFP4 scales and the embedding stay as they are stored, all
+other floats become the compute dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_gptoss.checkpoint.reader import FLOATS, Checkpoint
+from mlx_gptoss.checkpoint.safetensors import TensorInfo
+from mlx_gptoss.device import available_memory, on_gpu
+from mlx_gptoss.errors import MemoryLimitError
+from mlx_gptoss.model.cache import SLACK, SPARE
+from mlx_gptoss.model.config import FULL, ModelConfig
+
+# Python, MLX and its libraries, the tokenizer's table, and the activations of one decoded token. A GPU's
+# working set, which is what is counted there, holds the activations alone.
+RUNTIME_BYTES = 400 * 2**20
+GPU_RUNTIME_BYTES = 64 * 2**20
+
+PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
+_PART_OF = {"moe.router": "router", "norm": "norms", "attention.norm": "norms", "moe.norm": "norms"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model in one stored format. `read` is what one decoded token reads of it."""
+
+    name: str
+    format: str
+    tensors: int
+    stored: int
+    loaded: int
+    read: float
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A checkpoint's bytes: on disk, in memory, per decoded token, per token of context."""
+
+    config: ModelConfig
+    layout: str
+    dtype: mx.Dtype
+    parts: tuple[Part, ...]
+    transient: int  # the largest tensor that is cast while loading: its stored form is alive beside the cast
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(p.stored for p in self.parts)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the loaded weights."""
+        return sum(p.loaded for p in self.parts)
+
+    @property
+    def read_per_token(self) -> int:
+        """Bytes of weights that one decoded token reads (its keys and values come on top).
+
+        That is everything but most of the embedding, where it reads one row, and of the experts, where it
+        reads experts_per_token in each layer.
+        """
+        return round(sum(p.read for p in self.parts))
+
+    @property
+    def kv_per_token(self) -> int:
+        """Bytes of keys and values that a token adds in the full-attention layers."""
+        return self._token_layer * self.config.layer_types.count(FULL)
+
+    @property
+    def kv_window(self) -> int:
+        """Bytes of keys and values of the sliding layers of one sequence, whatever its length."""
+        sliding = self.config.num_layers - self.config.layer_types.count(FULL)
+        return self._token_layer * sliding * (self.config.sliding_window - 1 + SLACK + SPARE)
+
+    @property
+    def _token_layer(self) -> int:
+        return 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.size
+
+    def kv(self, context: int) -> int:
+        """Bytes of the KV caches of one sequence of `context` tokens."""
+        return self.kv_per_token * context + self.kv_window
+
+    def total(self, context: int = 0) -> int:
+        """Bytes a process needs to run one sequence of `context` tokens: weights, caches, the runtime."""
+        running = self.kv(context) if context else 0
+        runtime = GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
+        return self.weights + max(running, self.transient) + runtime
+
+    def require(self, available: int | None = None) -> None:
+        """Raise MemoryLimitError when the weights do not fit into `available` (default: free) bytes."""
+        room = available_memory() if available is None else available
+        if self.total() > room:
+            cure = ", or let the GPU have more (sudo sysctl iogpu.wired_limit_mb=N)" if on_gpu() else ""
+            raise MemoryLimitError(
+                f"the model needs {gigabytes(self.total())} (weights {gigabytes(self.weights)} as "
+                f"{_name(self.dtype)}) and {gigabytes(room)} are free: close other programs, use a smaller "
+                f"or more strongly quantised model (mlx-gptoss convert makes 4 bits){cure}",
+                needed=self.total(),
+                available=room,
+            )
+
+
+def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
+    """The plan of the checkpoint in `folder` for a compute dtype (default: the device's).
+
+    Reads headers only. Raises ConfigError and CheckpointError like loading does.
+    """
+    return plan_checkpoint(Checkpoint(Path(folder), dtype))
+
+
+def plan_checkpoint(checkpoint: Checkpoint) -> MemoryPlan:
+    """The plan of a checkpoint whose headers are already read."""
+    part_of = _parts_by_template(checkpoint)
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
+    transient = 0
+    for tensor in checkpoint.tensors.values():
+        name = part_of[_template(tensor.name)]
+        loaded = _loaded(tensor, checkpoint, name)
+        if loaded != tensor.nbytes:
+            transient = max(transient, tensor.nbytes)
+        row = sums[name, _format(tensor, checkpoint)]
+        row[0] += 1
+        row[1] += tensor.nbytes
+        row[2] += loaded
+        row[3] += loaded * _share_read(name, checkpoint.config)
+    parts = [
+        Part(name, form, int(count), int(stored), int(loaded), read)
+        for (name, form), (count, stored, loaded, read) in sums.items()
+    ]
+    parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
+    return MemoryPlan(checkpoint.config, checkpoint.layout, checkpoint.dtype, tuple(parts), transient)
+
+
+def gigabytes(count: float) -> str:
+    """1.27 GB, 4.4 MB, 0.8 kB: decimal, as disks, bandwidths and model cards count."""
+    if count >= 1e8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _template(name: str) -> str:
+    """A tensor's name without its layer number and without what tells matrix, bias and scales apart."""
+    name = re.sub(r"\.(\d+)\.", ".{i}.", name, count=1)
+    return re.sub(r"(\.(weight|bias|scales|biases)|_bias|_scales|\.blocks|_blocks)$", "", name)
+
+
+def _parts_by_template(checkpoint: Checkpoint) -> dict[str, str]:
+    found = {}
+    for part, name in checkpoint.names.items():
+        family = part.partition(".")[0]
+        found[_template(name)] = _PART_OF.get(part) or {"moe": "experts"}.get(family, family)
+    return found
+
+
+def _path(name: str) -> str:
+    return re.sub(r"\.(weight|scales|biases)$", "", name)
+
+
+def _format(tensor: TensorInfo, checkpoint: Checkpoint) -> str:
+    if tensor.dtype == "U8":
+        return "mxfp4"
+    quantization = checkpoint.quantization_of(_path(tensor.name))
+    if quantization is not None and not tensor.name.endswith(".bias"):
+        if quantization.mode == "affine":
+            return f"affine {quantization.bits}-bit / {quantization.group_size}"
+        return quantization.mode
+    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(tensor.dtype, tensor.dtype)
+
+
+def _loaded(tensor: TensorInfo, checkpoint: Checkpoint, part: str) -> int:
+    """Bytes in memory once reader.py has read it."""
+    kept = part == "embedding" and checkpoint.quantization_of(_path(tensor.name)) is None
+    if tensor.dtype not in FLOATS or kept:
+        return tensor.nbytes
+    return prod(tensor.shape) * checkpoint.dtype.size
+
+
+def _share_read(part: str, config: ModelConfig) -> float:
+    if part == "embedding":
+        return 1 / config.vocab_size
+    return config.experts_per_token / config.num_experts if part == "experts" else 1.0
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

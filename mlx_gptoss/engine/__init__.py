@@ -1,0 +1,1 @@
+"""The engine: requests as token ids, batched into forwards, over kept prefixes."""

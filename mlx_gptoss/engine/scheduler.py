@@ -1,0 +1,508 @@
+"""Continuous batching: which tokens of which sequences go into the next forward.
+
+Every step runs one ragged forward over one token of each decoding sequence and a chunk of prompt, shared
+evenly among the sequences that still read theirs. A step is launched before the last one's tokens are read,
+so the device never waits for Python; masks of constrained requests are computed while the forward runs.
+
+Used by the engine's thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.device import on_gpu
+from mlx_gptoss.engine.prefix_disk import PrefixDisk
+from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
+from mlx_gptoss.engine.request import FinishReason, Request, TokenOutput
+from mlx_gptoss.engine.sequence import Piece, Running
+from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
+from mlx_gptoss.errors import GptOssError, MemoryLimitError
+from mlx_gptoss.model.cache import KVBits, SequenceCache
+from mlx_gptoss.model.graph import Model, Segment
+from mlx_gptoss.sampling import Sampler, logprob_arrays, read_logprobs, unpack_bits
+
+logger = logging.getLogger("mlx_gptoss.engine")
+
+# Window states are taken at the prompt's end, at message starts this many tokens apart, and in long messages.
+STATE_AFTER_MESSAGE = 128
+STATE_AT_LATEST = 512
+# Keys kept beyond the window in a state: a sequence can resume up to so many tokens before its end.
+STATE_SLACK = 32
+# A request waits for another one that is computing at least so many tokens more of their common prefix.
+WORTH_WAITING = 16
+# Tokens of output that admission counts on; beyond it a sequence grows while there is room.
+EXPECTED_OUTPUT = 512
+
+
+@dataclass
+class Counters:
+    """Totals since the engine started; tokens, unless said otherwise."""
+
+    finished: int = 0  # requests
+    cancelled: int = 0  # requests
+    failed: int = 0  # requests
+    preempted: int = 0  # times a sequence gave its memory back, to start again
+    prompt: int = 0
+    cached: int = 0
+    computed: int = 0
+    generated: int = 0
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0  # of the drafted
+    gave_up: int = 0  # requests for which guessing did not pay
+
+
+class Scheduler:
+    """Runs requests to their ends, one `step` after the other.
+
+    budget: bytes for the KV of running sequences and the prefix store together. chunk: prompt tokens a step.
+    message_start: id of the token that begins a message, where window states are worth taking.
+    pinned_tokens: how many leading tokens of a prompt (system message and tools) to keep longest.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        budget: int,
+        chunk: int,
+        disk: PrefixDisk | None = None,
+        max_running: int,
+        kv_bits: KVBits = (None, None),
+        drafters: DrafterFactory | None = None,
+        draft_tokens: int = 4,
+        message_start: int | None = None,
+        pinned_tokens: Callable[[Sequence[int]], int] = lambda tokens: 0,
+    ) -> None:
+        self.model = model
+        self.budget = budget
+        self.chunk = chunk
+        self.make_cache = partial(SequenceCache, model.config, model.dtype, kv_bits)
+        self.max_running = max_running
+        self.store = PrefixStore(budget, disk)
+        # What to do when there is nothing to do: each gives a background request, or None.
+        self.preparations: deque[Callable[[], Request | None]] = deque(maxlen=8)
+        self.counters = Counters()
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self._message_start = message_start
+        self._pinned_tokens = pinned_tokens
+        self._drafters = drafters
+        self._draft_tokens = draft_tokens
+        self._started = 0.0  # when the step began
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the running sequences' caches."""
+        drafts = sum(r.speculation.drafter.nbytes for r in self.running if r.speculation is not None)
+        return drafts + sum(r.live.committed for r in self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for sampling values that do not fit the vocabulary."""
+        prompt = np.array(request.prompt, np.int32)
+        sampler = Sampler(request.params, self.model.config.vocab_size, prompt)
+        self.waiting.append(Running(request, sampler))
+        if not request.background:
+            self.counters.prompt += len(request.prompt)
+
+    def step(self) -> bool:
+        """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
+        self._started = time.perf_counter()
+        try:
+            self._drop_cancelled()
+            self._admit()
+            if self._reads_first():
+                self._read(self.running)
+            pieces = self._plan()
+            if not pieces and not any(r.decoding for r in self.running):
+                return bool(self.waiting) or self._idle()
+            logits = self._forward(pieces)
+            self._read(self.running)
+            self._sample(pieces, logits)
+        except Exception as error:
+            self._recover(error)
+        return True
+
+    def _reads_first(self) -> bool:
+        """True when the last step's tokens are wanted before the next forward is launched.
+
+        Guesses go on from tokens that are known; and the CPU backend works on a chunk of prompt while it
+        launches it, which would hold up the tokens that are ready.
+        """
+        if any(r.speculation is not None and r.speculation.on for r in self.running):
+            return True
+        return not on_gpu() and any(not r.decoding for r in self.running)
+
+    def _idle(self) -> bool:
+        """A piece of work that can wait for a quiet moment; False when there is none."""
+        if self.preparations:
+            request = self.preparations.popleft()()
+            if request is not None:
+                self.add(request)
+            return True
+        return self.store.save()
+
+    def close(self) -> None:
+        """End every request with an error, write what is to be kept, and free all memory."""
+        for r in [*self.running, *self.waiting]:
+            self._fail(r, GptOssError("the engine was closed"))
+        self.waiting.clear()
+        while self.store.save():
+            pass
+        self.store.clear()
+        del self.model
+        self._drafters = None
+        mx.clear_cache()
+
+    # --- who runs
+
+    def _drop_cancelled(self) -> None:
+        for r in [r for r in self.waiting if r.request.cancelled]:
+            self.waiting.remove(r)
+            self._close(r, "cancelled")
+        for r in [r for r in self.running if r.request.cancelled]:
+            self._finish(r, "cancelled")
+
+    def _admit(self) -> None:
+        """Let waiting sequences in, first come first served, as far as places and memory go."""
+        foreground = [r for r in (*self.running, *self.waiting) if not r.request.background]
+        if foreground:
+            for r in [r for r in self.running if r.request.background]:
+                self._finish(r, "cancelled")
+        for r in list(self.waiting):
+            if len(self.running) >= self.max_running or any(x.alone for x in self.running):
+                return
+            if r.request.background and foreground:
+                continue
+            if r.alone and self.running:
+                return  # nobody overtakes it, so its moment comes
+            tokens = np.array(r.tokens, np.int32)
+            if self._soon_computed(tokens):
+                continue
+            rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
+            need = self.make_cache().nbytes_at(len(tokens) + rest, self.chunk)
+            if need > self.budget - self.live_bytes and self.running:
+                return
+            self.waiting.remove(r)
+            try:
+                self._wake(r, tokens)
+            except Exception as error:
+                self._fail(r, error)
+            self.store.shrink(self.budget - self.live_bytes)
+
+    def _soon_computed(self, tokens: np.ndarray) -> bool:
+        """True while a running sequence is computing much of the same prompt: waiting is cheaper."""
+        reading = [r for r in self.running if r.live.offset < len(r.prompt)]
+        if not reading:
+            return False
+        held = self.store.common(tokens)
+        return any(
+            common_prefix(tokens, r.prompt) - max(held, r.live.length) >= WORTH_WAITING for r in reading
+        )
+
+    def _wake(self, r: Running, tokens: np.ndarray) -> None:
+        """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
+        known = self._best_match(tokens[:-1])
+        cache = self.make_cache()
+        self.store.shrink(self.budget - self.live_bytes - cache.nbytes_at(len(tokens), self.chunk))
+        cache.reserve(len(tokens))
+        start = cache.load(known.spans, known.states)
+        mx.eval(cache.arrays())
+        r.cache, r.branch, r.last_state = cache, known.length, start
+        if start == known.length > 0:
+            # Others may branch off here as well; the state this one started from lies elsewhere.
+            here = cache.snapshot(start, cache.window_history + STATE_SLACK)
+            r.states = [] if here is None else [here]
+        if not r.sampled and not r.request.background:
+            r.request.cached_tokens = start
+            self.counters.cached += start
+        if self._drafters is not None and r.request.constraint is None and not r.request.background:
+            r.speculation = Speculation(self._drafters(), self._draft_tokens)
+        self.running.append(r)
+
+    def _best_match(self, tokens: np.ndarray) -> Match:
+        """The longest common prefix in the store or in a running sequence."""
+        match = self.store.match(tokens)
+        for r in self.running:
+            n = min(common_prefix(tokens, np.array(r.tokens, np.int32)), r.live.length)
+            if n > match.length:
+                here = r.live.snapshot(n)
+                # States of the store that end beyond its own match belong to other branches.
+                shared = [s for s in match.states if s.end <= match.length]
+                states = [*shared, *r.states, *([here] if here is not None else [])]
+                match = Match(n, r.live.export([(0, n)]), states)
+        return match
+
+    # --- one forward
+
+    def _plan(self) -> list[Piece]:
+        """A token of each decoding sequence, and the chunk shared evenly among those reading prompts."""
+        pieces = []
+        for r in self.running:
+            if r.next is not None and r.sampled < r.request.max_tokens:
+                pieces.append(Piece(r, r.next, 1, True))
+        reading = [r for r in self.running if r.next is None]
+        left = self.chunk
+        # Those who need least first: what they leave is shared among the others.
+        for i, r in enumerate(sorted(reading, key=lambda r: len(r.tokens) - r.live.offset)):
+            start = r.live.offset
+            n = min(len(r.tokens) - start, max(1, left // (len(reading) - i)))
+            left -= n
+            ends = start + n == len(r.tokens) and r.request.max_tokens > 0
+            tokens, draft = r.tokens[start : start + n], tuple[int, ...]()
+            if n == 1 and ends and r.speculation is not None:
+                room = r.request.max_tokens - r.sampled - 1
+                draft = tuple(r.speculation.propose(r.tokens, room))
+            pieces.append(Piece(r, mx.array([*tokens, *draft], mx.int32), n + len(draft), ends, draft))
+        return self._make_room(pieces)
+
+    def _make_room(self, pieces: list[Piece]) -> list[Piece]:
+        """Shrink the store, and then send the youngest sequences back to wait, until the forward fits."""
+        while True:
+            live = self.live_bytes + sum(p.running.live.growth(p.length) for p in pieces)
+            if live + self.store.nbytes > self.budget:
+                self.store.shrink(self.budget - live)
+            if live <= self.budget or len(self.running) <= 1:
+                return pieces
+            youngest = self.running[-1]
+            self._read([youngest])
+            pieces = [p for p in pieces if p.running is not youngest]
+            if youngest in self.running:
+                self._send_back(youngest)
+                self.counters.preempted += 1
+
+    def _send_back(self, r: Running) -> None:
+        """Free a sequence's caches; it will read its timeline again."""
+        self.running.remove(r)
+        if r.next is not None:
+            # Drawn and never read: it is drawn again.
+            r.sampler.state = r.undrawn
+            r.sampled -= 1
+        r.cache, r.next, r.logprobs, r.states, r.speculation = None, None, None, [], None
+        self.waiting.appendleft(r)
+
+    def _forward(self, pieces: list[Piece]) -> mx.array | None:
+        """Launch the forward; logits of the rows wanted, [R, vocab], not evaluated yet."""
+        if not pieces:
+            return None
+        rows: list[int] = []
+        at = 0
+        for p in pieces:
+            at += p.length
+            rows += range(at - p.rows, at)
+        tokens = [p.tokens for p in pieces]
+        segments = [Segment(p.length, p.running.live) for p in pieces]
+        logits = self.model(tokens[0] if len(tokens) == 1 else mx.concatenate(tokens), segments, rows)
+        self.counters.forwards += 1
+        launched = [] if logits is None else [logits]
+        for p in pieces:
+            self.counters.computed += p.length
+            p.running.request.computed_tokens += p.length
+            launched += self._take_states(p)
+            if not p.wants:
+                launched += p.running.live.arrays()
+        mx.async_eval(launched)
+        return logits
+
+    def _take_states(self, piece: Piece) -> list[mx.array]:
+        """Copy the sliding windows where a later request may branch off; the arrays to evaluate."""
+        r = piece.running
+        if piece.draft:
+            return []  # part of it may be taken back
+        end = r.live.offset
+        start = end - piece.length
+        places = set()
+        if not r.decoding:
+            if start < r.branch <= end:
+                places.add(r.branch)
+            if end == len(r.tokens):
+                places.add(end)
+            if self._message_start is not None:
+                inside = np.array(r.tokens[start + 1 : end], np.int32)
+                places.update((np.flatnonzero(inside == self._message_start) + start + 1).tolist())
+        must = {r.branch, len(r.prompt)}
+        taken = []
+        for place in sorted({*places, end}):
+            distance = place - r.last_state
+            if place in must or distance >= (STATE_AFTER_MESSAGE if place in places else STATE_AT_LATEST):
+                state = r.live.snapshot(place, r.live.window_history + STATE_SLACK)
+                if state is not None:
+                    r.states.append(state)
+                    r.last_state = place
+                    taken += [] if state.data is None else [state.data]
+        return taken
+
+    def _sample(self, pieces: list[Piece], logits: mx.array | None) -> None:
+        """Sample the next token of every sequence that has come to its end, and launch that."""
+        greedy: mx.array | None = None
+        row, launched = 0, []
+        for p in pieces:
+            r = p.running
+            if not p.wants:
+                if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
+                    self._finish(r, "length")
+                continue
+            at, row = row, row + p.rows
+            if r not in self.running or logits is None:
+                continue
+            params = r.request.params
+            r.undrawn = r.sampler.state
+            try:
+                if r.speculation is not None and (r.speculation.on or p.draft):
+                    self._verify(p, logits[at : at + p.rows])
+                    continue
+                if params.plain_greedy and r.request.constraint is None and params.logprobs is None:
+                    if greedy is None:
+                        greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
+                    r.next = greedy[at : at + 1]
+                else:
+                    self._draw(r, logits[at : at + 1].squeeze(0))
+            except Exception as error:
+                self._fail(r, error)
+                continue
+            r.alone = False
+            r.sampled += 1
+            launched += [a for a in (r.next, *(r.logprobs or ())) if a is not None]
+        mx.async_eval(launched)
+
+    def _draw(self, r: Running, logits: mx.array) -> None:
+        """Sample from logits [vocab] as the request wants it."""
+        constraint, top = r.request.constraint, r.request.params.logprobs
+        allowed = None if constraint is None else constraint.allowed()
+        r.next = r.sampler.sample(logits, allowed)
+        if top is not None:
+            if allowed is not None:
+                logits = mx.where(unpack_bits(allowed, logits.shape[-1]), logits, -mx.inf)
+            r.logprobs = logprob_arrays(logits, r.next, top)
+
+    def _verify(self, piece: Piece, logits: mx.array) -> None:
+        """Draw a token for each row of logits [1 + draft, vocab], up to the first unlike its guess."""
+        r, speculation = piece.running, piece.running.speculation
+        assert speculation is not None
+        drawn: list[mx.array] = []
+        logprobs, states = [], []
+        for i in range(len(piece.draft) + 1):
+            self._draw(r, logits[i : i + 1].squeeze(0))
+            assert r.next is not None
+            drawn.append(r.next)
+            logprobs.append(r.logprobs)
+            states.append(r.sampler.state)
+        r.next = r.logprobs = None
+        tokens: list[int] = np.array(mx.concatenate(drawn)).tolist()
+        accepted = 0
+        while accepted < len(piece.draft) and tokens[accepted] == piece.draft[accepted]:
+            accepted += 1
+        r.sampler.state = states[accepted]
+        r.alone = False
+        if piece.draft:
+            r.live.rewind(len(r.tokens) + accepted)
+            self.counters.drafted += len(piece.draft)
+            self.counters.accepted += accepted
+        if piece.length == len(piece.draft) + 1:
+            seconds = time.perf_counter() - self._started
+            self.counters.gave_up += speculation.record(len(piece.draft), accepted, seconds)
+        for token, row in zip(tokens[: accepted + 1], logprobs, strict=False):
+            r.sampled += 1
+            self._deliver(r, TokenOutput(token, None if row is None else read_logprobs(row)))
+            if r not in self.running:
+                return
+
+    # --- what came out
+
+    def _read(self, sequences: Sequence[Running]) -> None:
+        """Read the tokens sampled before this forward was launched, and deliver them."""
+        for r in list(sequences):
+            if r.next is None:
+                continue
+            token = int(r.next.item())  # type: ignore[arg-type]
+            logprobs = None if r.logprobs is None else read_logprobs(r.logprobs)
+            r.next = r.logprobs = None
+            self._deliver(r, TokenOutput(token, logprobs))
+
+    def _deliver(self, r: Running, output: TokenOutput) -> None:
+        request = r.request
+        r.tokens.append(output.token_id)
+        self.counters.generated += 1
+        try:
+            if request.constraint is not None:
+                request.constraint.accept(output.token_id)
+            stopped = request.stop_text is not None and request.stop_text(output.token_id)
+        except Exception as error:
+            self._fail(r, error)
+            return
+        request.emit(output)
+        if stopped or output.token_id in request.stop_ids:
+            self._finish(r, "stop")
+        elif request.completion_tokens >= request.max_tokens:
+            self._finish(r, "length")
+        elif request.cancelled:
+            self._finish(r, "cancelled")
+
+    def _finish(self, r: Running, reason: FinishReason) -> None:
+        """Keep what was computed, free the caches, and tell the caller."""
+        self.running.remove(r)
+        cache, r.cache, r.next = r.live, None, None
+        try:
+            self._keep(r, cache)
+        except Exception:
+            logger.exception("what a request computed is not kept")
+            self.store.clear()  # it may be half written
+        r.states = []
+        self._close(r, reason)
+
+    def _keep(self, r: Running, cache: SequenceCache) -> None:
+        """Move what a sequence's caches hold to the store."""
+        self.store.shrink(self.budget - self.live_bytes - cache.committed)
+        n = min(cache.offset, len(r.tokens))
+        if n == cache.length or n == len(r.tokens):
+            last = cache.snapshot(n, cache.window_history + STATE_SLACK)
+            states = [s for s in (*r.states, last) if s is not None and s.end <= n]
+            tokens = np.array(r.tokens[:n], np.int32)
+            self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
+            self.store.shrink(self.budget - self.live_bytes)
+
+    def _close(self, r: Running, reason: FinishReason) -> None:
+        if not r.request.background:
+            if reason == "cancelled":
+                self.counters.cancelled += 1
+            else:
+                self.counters.finished += 1
+        r.request.end(reason)
+
+    def _fail(self, r: Running, error: Exception) -> None:
+        """End one sequence with an error; its caches are dropped, as they may be half written."""
+        if r in self.running:
+            self.running.remove(r)
+        r.cache, r.next, r.states, r.speculation = None, None, [], None
+        self.counters.failed += 1
+        r.request.fail(error)
+
+    def _recover(self, error: Exception) -> None:
+        """A whole forward failed. Nobody knows because of whom: everyone starts again, alone."""
+        running = list(self.running)
+        if not running:
+            # It was no forward, then; whoever comes next must not meet it again for ever.
+            if self.waiting:
+                self._fail(self.waiting.popleft(), error)
+            return
+        if len(running) == 1:
+            if isinstance(error, MemoryError) or "allocat" in str(error).lower():
+                error = MemoryLimitError(f"the device is out of memory: lower --kv-budget ({error})")
+            self._fail(running[0], error)
+            return
+        logger.warning(
+            "a forward of %d sequences failed; each starts again alone", len(running), exc_info=error
+        )
+        for r in reversed(running):
+            r.alone = True
+            self._send_back(r)
+        self.store.clear()

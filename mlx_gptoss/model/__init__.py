@@ -1,0 +1,1 @@
+"""The MLX graph of gpt-oss and what it needs: configuration, matrices, caches, the CPU backend."""

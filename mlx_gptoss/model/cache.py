@@ -1,0 +1,502 @@
+"""KV caches that rewind: one SequenceCache holds the timeline of one sequence.
+
+Full layers keep every key in a slab that grows in steps and is trimmed by moving a length. Sliding layers
+keep the last window and some slack in a slab that is compacted when it is full, so that a short rewind is
+free. A longer one starts from a WindowState (a copy of one window of every sliding layer) or, with none at
+hand, replays at most (window - 1) x (number of sliding layers) tokens while the full layers only read.
+
+Shapes: H KV heads, D channels a head, t new tokens, n keys; arrays are [1, H, n, D] with rotated keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig
+
+Mask = mx.array | str | None
+KVBits = tuple[int | None, int | None]
+
+# Full layers' slabs grow by doubling between these two numbers of tokens: few copies, bounded waste.
+GROW_LEAST = 256
+GROW_MOST = 4096
+# Sliding layers: history kept beyond the window at a compaction, and room until the next one.
+SLACK = 64
+SPARE = 256
+
+
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+) -> mx.array:
+    """Attention with sinks over unquantised keys. queries [1, Hq, t, D] -> [1, Hq, t, D]."""
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+class FullCache:
+    """Keys and values of one full-attention layer.
+
+    `length` tokens are stored, `offset` is the position of the next token. While a replay runs
+    (offset < length) stored tokens are read and never written again.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
+        empty = mx.zeros((1, config.num_kv_heads, 0, config.head_dim), dtype)
+        self._slabs = self.encode(empty, empty)
+        self.offset = 0
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit before the slab must grow."""
+        return int(self._slabs[0].shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self._slabs)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one stored token takes."""
+        return sum(int(s.shape[1] * s.shape[3] * s.itemsize) for s in self._slabs)
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """New keys and values as this cache stores them, each with tokens on axis 2."""
+        return [k, v]
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append t tokens; every key and value up to the last of them, [1, H, offset + t, D]."""
+        self.append(k, v)
+        keys, values = (slab[:, :, : self.offset] for slab in self._slabs)
+        return keys, values
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array:
+        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D]."""
+        keys, values = self.update_and_fetch(k, v)
+        return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+
+    def append(self, k: mx.array, v: mx.array) -> None:
+        """Move the offset by t, storing those of the t tokens that are not stored yet."""
+        end = self.offset + k.shape[2]
+        if end > self.length:
+            known = self.length - self.offset
+            if known:
+                k, v = k[:, :, known:], v[:, :, known:]
+            self.write(self.encode(k, v))
+        self.offset = end
+
+    def write(self, parts: Sequence[mx.array]) -> None:
+        """Store `parts` (as `encode` makes them) after the stored tokens."""
+        end = self.length + parts[0].shape[2]
+        self.reserve(self.capacity_for(end))
+        for i, part in enumerate(parts):
+            self._slabs[i][:, :, self.length : end] = part
+        self.length = end
+
+    def capacity_for(self, tokens: int) -> int:
+        """The capacity the slab has once it holds `tokens` tokens, if it holds them one step from now."""
+        if tokens <= self.capacity:
+            return self.capacity
+        room = tokens + min(max(self.length, GROW_LEAST), GROW_MOST)
+        return -(-room // GROW_LEAST) * GROW_LEAST
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all."""
+        tokens = -(-tokens // GROW_LEAST) * GROW_LEAST
+        if tokens <= self.capacity:
+            return
+        for i, slab in enumerate(self._slabs):
+            room = mx.zeros((*slab.shape[:2], tokens - self.length, slab.shape[3]), slab.dtype)
+            self._slabs[i] = mx.concatenate([slab[:, :, : self.length], room], axis=2)
+
+    @property
+    def part_count(self) -> int:
+        """How many arrays hold the keys and values."""
+        return len(self._slabs)
+
+    def release(self) -> None:
+        """Free the slabs; the cache is of no more use."""
+        self._slabs = [slab[:, :, :0] for slab in self._slabs]
+        mx.eval(self._slabs)
+
+    def seek(self, offset: int, length: int) -> None:
+        """Keep `length` stored tokens and go on at position `offset`."""
+        self.offset, self.length = offset, min(length, self.length)
+
+    def parts(self, start: int, end: int) -> list[mx.array]:
+        """The stored form of tokens [start, end): views into the slab."""
+        return [slab[:, :, start:end] for slab in self._slabs]
+
+    def arrays(self) -> list[mx.array]:
+        return list(self._slabs)
+
+
+class QuantizedFullCache(FullCache):
+    """The same with keys and values, or one of them, in 4 or 8 bits (affine, groups along the channels).
+
+    `bits` is (keys', values'), None for unquantised. Keys are the sensitive half.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype, bits: KVBits) -> None:
+        self._bits = bits
+        self._group = 64 if config.head_dim % 64 == 0 else 32
+        super().__init__(config, dtype)
+
+    def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """Keys, then values: one dense array, or the words, scales and biases of a quantised one."""
+        return [*self._quantize(k, self._bits[0]), *self._quantize(v, self._bits[1])]
+
+    def _quantize(self, x: mx.array, bits: int | None) -> list[mx.array]:
+        if bits is None:
+            return [x]
+        if x.shape[2] == 0:
+            columns = (x.shape[3] * bits // 32, x.shape[3] // self._group, x.shape[3] // self._group)
+            kinds = (mx.uint32, x.dtype, x.dtype)
+            return [mx.zeros((*x.shape[:3], c), kind) for c, kind in zip(columns, kinds, strict=True)]
+        return list(mx.quantize(x, group_size=self._group, bits=bits))
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append t tokens; every key and value up to the last of them, unpacked, [1, H, offset + t, D]."""
+        self.append(k, v)
+        keys, values = self._stored()
+        return self._dense(keys, self._bits[0]), self._dense(values, self._bits[1])
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array:
+        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D].
+
+        One token works on the packed values: the sink is one more column of the softmax and is then dropped.
+        For more tokens the scores would take more room than the unpacked keys of one layer do.
+        """
+        if q.shape[2] > 1:
+            keys, values = self.update_and_fetch(k, v)
+            return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+        self.append(k, v)
+        packed_keys, packed_values = self._stored()
+        heads, kv_heads = q.shape[1], k.shape[1]
+        shape = (1, kv_heads, heads // kv_heads, 1)
+        grouped = (q * scale).reshape(*shape, q.shape[3])
+        scores = self._product(grouped, packed_keys, self._bits[0], transpose=True)
+        column = mx.broadcast_to(sinks.astype(scores.dtype).reshape(*shape, 1), (*shape, 1))
+        weights = mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1, precise=True)[..., :-1]
+        return self._product(weights, packed_values, self._bits[1], transpose=False).reshape(q.shape)
+
+    def _stored(self) -> tuple[list[mx.array], list[mx.array]]:
+        parts = self.parts(0, self.offset)
+        of_keys = 1 if self._bits[0] is None else 3
+        return parts[:of_keys], parts[of_keys:]
+
+    def _dense(self, parts: list[mx.array], bits: int | None) -> mx.array:
+        if bits is None:
+            return parts[0]
+        words, scales, biases = parts
+        return mx.dequantize(words, scales, biases, group_size=self._group, bits=bits)
+
+    def _product(self, x: mx.array, parts: list[mx.array], bits: int | None, transpose: bool) -> mx.array:
+        """x [1, H, r, t, ..] times the stored [1, H, n, D] of each KV head, transposed or not."""
+        wide = [p[:, :, None] for p in parts]
+        if bits is None:
+            return x @ (wide[0].swapaxes(-1, -2) if transpose else wide[0])
+        words, scales, biases = wide
+        return mx.quantized_matmul(
+            x, words, scales, biases, transpose=transpose, group_size=self._group, bits=bits
+        )
+
+
+class SlidingCache:
+    """Keys and values of one sliding layer: positions [start, offset), of which the last ones matter."""
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
+        self._shape = (1, config.num_kv_heads, 0, config.head_dim)
+        self._keys = mx.zeros(self._shape, dtype)
+        self._values = self._keys
+        self._reach = config.sliding_window - 1
+        self.start = 0
+        self.offset = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one stored token takes."""
+        return int(2 * self._keys.shape[1] * self._keys.shape[3] * self._keys.itemsize)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the slab has room for."""
+        return int(self._keys.shape[2])
+
+    def capacity_for(self, t: int) -> int:
+        """The capacity once t more tokens are appended."""
+        used = self.offset - self.start
+        if used + t <= self.capacity:
+            return self.capacity
+        return max(min(used, self._reach + SLACK) + t, self._reach + SLACK + SPARE)
+
+    @property
+    def history(self) -> int:
+        """How many earlier keys the next token sees."""
+        return min(self.offset - self.start, self._reach)
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append t tokens; the keys and values that any of them sees, [1, H, history + t, D]."""
+        seen = self.history
+        used, new = self.offset - self.start, k.shape[2]
+        if used + new > self.capacity:
+            self._compact(k, v)
+        else:
+            self._keys[:, :, used : used + new] = k
+            self._values[:, :, used : used + new] = v
+        self.offset += new
+        end = self.offset - self.start
+        first = end - new - seen
+        return self._keys[:, :, first:end], self._values[:, :, first:end]
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array:
+        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D]."""
+        keys, values = self.update_and_fetch(k, v)
+        return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+
+    def _compact(self, k: mx.array, v: mx.array) -> None:
+        """A new slab of the recent history, the new tokens, and room for more."""
+        used = self.offset - self.start
+        keep = min(used, self._reach + SLACK)
+        capacity = self.capacity_for(k.shape[2])
+        room = mx.zeros((*k.shape[:2], capacity - keep - k.shape[2], k.shape[3]), k.dtype)
+        self._keys = mx.concatenate([self._keys[:, :, used - keep : used], k, room], axis=2)
+        self._values = mx.concatenate([self._values[:, :, used - keep : used], v, room], axis=2)
+        self.start = self.offset - keep
+
+    def restart(self, start: int, keys: mx.array | None, values: mx.array | None) -> None:
+        """Forget everything and go on after the given history, which begins at position `start`."""
+        self.start = self.offset = start
+        self._keys = self._values = mx.zeros(self._shape, self._keys.dtype)
+        if keys is not None and values is not None:
+            self.update_and_fetch(keys, values)
+
+    def window(self, start: int, end: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of positions [start, end): views into the slab."""
+        a, b = start - self.start, end - self.start
+        return self._keys[:, :, a:b], self._values[:, :, a:b]
+
+    def arrays(self) -> list[mx.array]:
+        return [self._keys, self._values]
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """A copy of the sliding layers' keys and values of positions [start, end).
+
+    `data` is [2 x sliding layers, H, end - start, D] (keys and values of a layer side by side), one compact
+    array that pins nothing else. None for a model without sliding layers.
+    """
+
+    start: int
+    end: int
+    data: mx.array | None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else int(self.data.nbytes)
+
+    def resume_point(self, position: int, reach: int) -> int | None:
+        """The last place at or before `position` where a sequence can go on from here, or None."""
+        at = min(position, self.end)
+        return at if self.start <= max(0, at - reach) else None
+
+
+class SequenceCache:
+    """The caches of every layer of one sequence, moved together.
+
+    `offset` is the position of the next token to compute; `length` >= offset counts the tokens whose
+    full-attention KV is stored. They differ only while a rewind is being replayed. `kv_bits` quantises the
+    full layers' keys and values; the sliding layers' are small and stay as they are.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None)) -> None:
+        self._reach = config.sliding_window - 1
+        self.full = [
+            FullCache(config, dtype)
+            if kv_bits == (None, None)
+            else QuantizedFullCache(config, dtype, kv_bits)
+            for kind in config.layer_types
+            if kind == FULL
+        ]
+        self.sliding = [SlidingCache(config, dtype) for kind in config.layer_types if kind == SLIDING]
+        full, sliding = iter(self.full), iter(self.sliding)
+        self.layers: list[FullCache | SlidingCache] = [
+            next(full) if kind == FULL else next(sliding) for kind in config.layer_types
+        ]
+        self.offset = 0
+        self.length = 0
+        # Sliding keys before this position came out of a replay that had not settled yet.
+        self._exact_from = 0
+
+    @property
+    def committed(self) -> int:
+        """Bytes these caches take, the sliding slabs counted at the size they run at."""
+        full = sum(layer.nbytes for layer in self.full)
+        return full + sum(max(x.capacity, self._slab()) * x.token_bytes for x in self.sliding)
+
+    @property
+    def window_history(self) -> int:
+        """Keys that a full sliding window holds beside the current token."""
+        return self._reach
+
+    def growth(self, t: int) -> int:
+        """Bytes that `committed` grows by when t tokens are appended."""
+        more = 0
+        for full in self.full:
+            more += (full.capacity_for(self.offset + t) - full.capacity) * full.token_bytes
+        for sliding in self.sliding:
+            more += (
+                max(0, sliding.capacity_for(t) - max(sliding.capacity, self._slab())) * sliding.token_bytes
+            )
+        return more
+
+    def nbytes_at(self, tokens: int, chunk: int = 1) -> int:
+        """Bytes of these caches when they hold `tokens` tokens that came in chunks of `chunk`."""
+        full = sum(x.token_bytes for x in self.full)
+        sliding = sum(x.token_bytes for x in self.sliding)
+        return tokens * full + (self._slab() + max(0, chunk - SPARE)) * sliding
+
+    def _slab(self) -> int:
+        """Tokens that a sliding layer's slab has room for, chunks larger than its spare room aside."""
+        return self._reach + SLACK + SPARE
+
+    def arrays(self) -> list[mx.array]:
+        """Every array the caches hold: what to evaluate after a forward without logits."""
+        return [a for layer in self.layers for a in layer.arrays()]
+
+    def masks(self, t: int) -> dict[str, Mask]:
+        """The attention masks of the next t tokens, one for each kind of layer; call before the forward.
+
+        None: every returned key is visible; "causal": aligned at the last key; else bool [t, keys].
+        """
+        if t == 1:
+            return {FULL: None, SLIDING: None}
+        window: Mask = "causal"
+        seen = self.sliding[0].history if self.sliding else 0
+        if seen + t > self._reach + 1:
+            query = mx.arange(seen, seen + t)[:, None]
+            key = mx.arange(seen + t)[None]
+            window = (key <= query) & (key >= query - self._reach)
+        return {FULL: "causal", SLIDING: window}
+
+    def advance(self, t: int) -> None:
+        """The t tokens that every layer has just taken are part of the sequence now."""
+        self.offset += t
+        self.length = max(self.length, self.offset)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, so that no slab has to grow on the way there."""
+        for layer in self.full:
+            layer.reserve(tokens)
+
+    def rewind(self, position: int, states: Iterable[WindowState] = ()) -> int:
+        """Go back to `position` tokens; the position from which tokens must be fed again, <= position.
+
+        Free when the sliding slabs still hold the window before `position`; else from the best of `states`;
+        else by a replay of at most (window - 1) x (sliding layers) tokens. Feeding tokens [result:] makes
+        everything from `position` on exactly what a fresh computation gives. Raises ValueError when
+        `position` is not within the sequence.
+        """
+        if not 0 <= position <= self.length:
+            raise ValueError(f"position is {position}: expected 0 to {self.length}")
+        oldest = max(self.sliding[0].start, self._exact_from) if self.sliding else 0
+        if position <= self.offset and oldest <= max(0, position - self._reach):
+            self._seek(position, position)
+            return position
+        points = [(at, s) for s in states if (at := s.resume_point(position, self._reach)) is not None]
+        best, state = max(points, key=lambda p: p[0], default=(-1, None))
+        # Layer by layer a sliding window settles one reach later than the one below it.
+        replay = max(0, position - self._reach * len(self.sliding))
+        if state is not None and best >= replay:
+            self._restore(state, best)
+            self._exact_from = state.start
+        else:
+            best = replay
+            for layer in self.sliding:
+                layer.restart(replay, None, None)
+            self._exact_from = max(0, position - self._reach) if replay else 0
+        self._seek(best, position)
+        return best
+
+    def _seek(self, offset: int, length: int) -> None:
+        for full in self.full:
+            full.seek(offset, length)
+        for sliding in self.sliding:
+            sliding.offset = offset
+        self.offset, self.length = offset, length
+
+    def _restore(self, state: WindowState, end: int) -> None:
+        if state.data is None:
+            for layer in self.sliding:
+                layer.restart(end, None, None)
+            return
+        start = max(state.start, end - self._reach - SLACK)
+        for i, layer in enumerate(self.sliding):
+            pair = state.data[2 * i : 2 * i + 2, :, start - state.start : end - state.start]
+            layer.restart(start, pair[:1], pair[1:])
+
+    def snapshot(self, end: int | None = None, history: int | None = None) -> WindowState | None:
+        """A copy of the sliding layers' window that ends before position `end` (default: the offset).
+
+        `history` keys are copied (default: window - 1; more, as far as the slabs hold them, lets a sequence
+        resume earlier as well). None when the slabs no longer hold a whole, exact window before `end`.
+        """
+        end = self.offset if end is None else end
+        if not self.sliding:
+            return WindowState(0, end, None)
+        oldest = max(self.sliding[0].start, self._exact_from)
+        needed = max(0, end - self._reach)
+        if end > self.offset or oldest > needed:
+            return None
+        start = max(oldest, min(needed, end - (history or 0)))
+        if start == end:
+            return WindowState(0, 0, None)
+        pieces = [a for layer in self.sliding for a in layer.window(start, end)]
+        return WindowState(start, end, mx.concatenate(pieces, axis=0))
+
+    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[list[mx.array]]:
+        """Compact copies of the full layers' KV of the token ranges [start, end), for `load`.
+
+        A list for each range: layer after layer its stored parts (keys, values; more when quantised),
+        [1, H, end - start, D]. `release` frees each layer's slab once it is copied: the caches end there, and
+        there is never a second copy of more than one layer.
+        """
+        spans: list[list[mx.array]] = [[] for _ in ranges]
+        for layer in self.full:
+            copied = []
+            for span, (start, end) in zip(spans, ranges, strict=True):
+                copied += [mx.contiguous(part) for part in layer.parts(start, end)]
+                span += copied[-layer.part_count :]
+            mx.eval(copied)
+            if release:
+                layer.release()
+        return spans
+
+    def load(self, spans: Sequence[list[mx.array]], states: Iterable[WindowState] = ()) -> int:
+        """Fill an empty cache with exported spans, in order; the position from which to feed tokens.
+
+        The lists are emptied layer by layer, so what nobody else holds is freed on the way. `states` as in
+        `rewind`.
+        """
+        total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
+        self.reserve(total + GROW_LEAST)
+        for layer in self.full:
+            for span in spans:
+                layer.write(span[: layer.part_count])
+                del span[: layer.part_count]
+            mx.eval(layer.arrays())
+        self.length = total
+        # Nothing is known of the sliding layers yet.
+        for sliding in self.sliding:
+            sliding.start = sliding.offset = total
+        self.offset = total
+        return self.rewind(total, states)

@@ -1,0 +1,249 @@
+"""MLX's CPU backend, made usable: the host's BLAS for dense matrices, two streams for quantised ones.
+
+The CPU backend is where this package is developed, tested and, on machines without a GPU, served. Measured
+there (benchmarks/decode.py, benchmarks/engine.py): numpy's BLAS is several times faster than the one that
+MLX's Linux wheel is linked with, so dense products go through it, and for many rows those of the experts as
+well, expert by expert; and a stream is one core, so large quantised matrices are applied by halves on two
+streams. Nothing here runs on a GPU.
+
+Large products are shared among threads of our own, and the BLAS keeps to one: its threads spin for some
+20 ms after each product, on the cores that MLX's streams then need. That alone makes decoding a third slower.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from mlx_gptoss.model.matrix import FP4_VALUES, MXFP4, Matrix
+
+# A switch between streams, or a wait for the array that the BLAS is to read, costs about 25 us: for one row,
+# only matrices of so many values are worth it.
+LARGE = 1 << 20
+# Matrices (or stacks) of fewer values stay with MLX, which is as fast for several rows.
+SMALL = 1 << 16
+# Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
+UNPACK_FROM = 4
+# Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
+UNPACK_ROWS = 128
+
+_own = threading.local()
+
+
+@cache
+def _side_stream() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.cpu)
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores(), thread_name_prefix="product")
+
+
+def _cores() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x [N, I] @ weight [O, I].T, float32, by the host's BLAS; large ones on every core."""
+    with _blas().limit(limits=1):
+        if weight.size < LARGE:
+            return x @ weight.T
+        out = np.empty((len(x), len(weight)), np.float32)
+        bounds = np.linspace(0, len(weight), _cores() + 1, dtype=int).tolist()
+
+        def part(first: int, last: int) -> None:
+            np.matmul(x, weight[first:last].T, out=out[:, first:last])
+
+        list(_workers().map(part, bounds[:-1], bounds[1:]))
+        return out
+
+
+def expert_stack(matrix: Matrix) -> Matrix | HalvedStack | SmallStack:
+    """How to apply this stack of experts on the CPU backend."""
+    if _is_large(matrix):
+        return HalvedStack(matrix)
+    return (
+        SmallStack(matrix) if SMALL <= matrix.outputs * matrix.inputs * _experts(matrix) < LARGE else matrix
+    )
+
+
+def _experts(matrix: Matrix) -> int:
+    return int(matrix.weight.shape[0])
+
+
+def _is_large(matrix: Matrix) -> bool:
+    return matrix.outputs * matrix.inputs >= LARGE
+
+
+def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    middle = matrix.outputs // 2
+    return matrix.rows(0, middle), matrix.rows(middle, matrix.outputs)
+
+
+class HostProjection:
+    """One matrix: float32 through the host's BLAS where that pays, a large one by halves on two streams."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._large = _is_large(matrix)
+        self._small = matrix.outputs * matrix.inputs < SMALL
+        self._parts = _halves(matrix)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        m = self.matrix
+        if m.weight.dtype == x.dtype == mx.float32 and self._pays(len(x)):
+            return mx.array(product(np.asarray(x), np.asarray(m.weight)))
+        if not self._large:
+            return m.apply(x)
+        upper = self._parts[0].apply(x)
+        lower = self._parts[1].apply(x, stream=_side_stream())
+        return mx.concatenate([upper, lower], axis=-1)
+
+    def _pays(self, rows: int) -> bool:
+        return self._large or (rows > 1 and not self._small)
+
+    def arrays(self) -> list[mx.array]:
+        return self.matrix.arrays()
+
+
+class HalvedStack:
+    """A stack of experts whose outputs are computed by halves on two streams. Stands in for a Matrix."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._parts = _halves(matrix)
+
+    @property
+    def outputs(self) -> int:
+        return self.matrix.outputs
+
+    def gather(
+        self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
+    ) -> mx.array:
+        """As Matrix.gather."""
+        upper = self._parts[0].gather(x, experts, rows, in_order=in_order)
+        lower = self._parts[1].gather(x, experts, rows, in_order=in_order, stream=_side_stream())
+        return mx.concatenate([upper, lower], axis=-1)
+
+    def arrays(self) -> list[mx.array]:
+        return self.matrix.arrays()
+
+    def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
+        """Whether `by_expert` is the faster way for these rows."""
+        if self.matrix.quantization != MXFP4 or x.dtype != mx.float32:
+            return False
+        return bool(chosen.size >= UNPACK_FROM * min(_experts(self.matrix), chosen.size))
+
+    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
+        """Each row through its expert, unpacked: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
+        matrix = self.matrix
+        blocks = np.asarray(matrix.weight).view(np.uint8)
+        scales = np.asarray(matrix.scales)
+        out = np.empty((len(x), matrix.outputs), np.float32)
+
+        def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
+            some = slice(first, min(first + UNPACK_ROWS, matrix.outputs))
+            values = _unpack(blocks[expert, some], scales[expert, some])
+            out[rows, some] = inputs @ values.T
+
+        with _blas().limit(limits=1):
+            jobs = [
+                _workers().submit(part, rows, x[rows], expert, first)
+                for expert, rows in _rows_of_experts(expert_of_row)
+                for first in range(0, matrix.outputs, UNPACK_ROWS)
+            ]
+            for job in jobs:
+                job.result()
+        return out
+
+
+class SmallStack:
+    """A stack of few values, 4 MB at most when unpacked: kept so for more than one row at a time.
+
+    Stands in for a Matrix.
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self._dense = np.asarray(matrix.dense(mx.float32))
+
+    @property
+    def outputs(self) -> int:
+        return self.matrix.outputs
+
+    def gather(
+        self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
+    ) -> mx.array:
+        """As Matrix.gather."""
+        return self.matrix.gather(x, experts, rows, in_order=in_order)
+
+    def arrays(self) -> list[mx.array]:
+        return self.matrix.arrays()
+
+    def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
+        """Whether `by_expert` is the faster way for these rows."""
+        return bool(x.dtype == mx.float32 and x.shape[0] > 1)
+
+    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
+        """Each row through its expert: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
+        out = np.empty((len(x), self.outputs), np.float32)
+        with _blas().limit(limits=1):
+            for expert, rows in _rows_of_experts(expert_of_row):
+                out[rows] = x[rows] @ self._dense[expert].T
+        return out
+
+
+Stack = HalvedStack | SmallStack
+
+
+def _rows_of_experts(expert_of_row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each expert that has rows, and which."""
+    order = np.argsort(expert_of_row, kind="stable")
+    starts = np.flatnonzero(np.diff(expert_of_row[order], prepend=-1)).tolist()
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield int(expert_of_row[order[start]]), order[start:end]
+
+
+def _unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """MXFP4 blocks uint8 [O, I / 2] and scales uint8 [O, I / 32] -> float32 [O, I], O <= UNPACK_ROWS.
+
+    The result is this thread's own and holds until its next call.
+    """
+    powers, quads = _mxfp4_tables()
+    codes = blocks.view(np.uint16)
+    shape = (UNPACK_ROWS, codes.shape[1] * 4)
+    values = getattr(_own, "values", None)
+    if values is None or values.shape != shape:
+        _own.values = values = np.empty(shape, np.float32)
+    values = values[: len(codes)]
+    np.take(quads, codes, out=values.view(np.complex128), mode="clip")
+    groups = values.reshape(len(codes), -1, 32)
+    groups *= powers[scales][..., None]
+    return values
+
+
+@cache
+def _mxfp4_tables() -> tuple[np.ndarray, np.ndarray]:
+    """2^(s - 127) for each scale byte, and for each two bytes of blocks their four values side by side.
+
+    numpy has no type of 16 plain bytes that it takes as fast: the four float32 values pose as a complex128.
+    """
+    powers = np.exp2(np.arange(256, dtype=np.float64) - 127)
+    powers[255] = np.nan  # E8M0 has no infinity; a checkpoint that holds it was refused at loading
+    table = np.array(FP4_VALUES, np.float32)
+    codes = np.arange(1 << 16)
+    quads = np.stack([table[codes >> shift & 15] for shift in (0, 4, 8, 12)], axis=-1)
+    return powers.astype(np.float32), quads.view(np.complex128)[:, 0].copy()

@@ -1,0 +1,1 @@
+"""What every HTTP request meets: errors, checks, the protocol's limits, the page."""

@@ -1,0 +1,1 @@
+"""What a server remembers: sampled turns and stored responses."""

@@ -1,0 +1,237 @@
+"""The request of /v1/responses, and the items of its input."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.harmony import Message
+from mlx_gptoss.server.memory.turns import AssistantTurn, Call
+from mlx_gptoss.server.openai.chat_request import (
+    ContentPart,
+    Protocol,
+    Temperature,
+    TokenLimit,
+    TopP,
+    text_of,
+)
+from mlx_gptoss.server.translate.options import ConversationBuilder
+
+SEALED = "gptoss-reasoning:"
+
+
+class InputPart(ContentPart):
+    """A part of an item's content; what it has besides is listed again."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+InputContent = str | list[InputPart]
+
+
+class InputItem(Protocol):
+    """One item of any type; `type` says which of the fields count. The others are only listed again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "message"
+    id: str | None = None
+    role: str | None = None
+    content: InputContent | None = None
+    phase: str | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    output: InputContent | None = None
+    encrypted_content: str | None = None
+    status: str | None = None
+
+
+class TextFormat(Protocol):
+    type: str = "text"
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class TextConfig(Protocol):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Protocol):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class ResponsesRequest(Protocol):
+    input: str | list[InputItem] = Field(default_factory=list)
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_output_tokens: TokenLimit | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    truncation: str | None = None
+    background: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+
+    def refuse_unsupported(self) -> None:
+        """RequestError for what is asked and cannot be done."""
+        cures = {
+            "conversation": "send previous_response_id or the whole input",
+            "prompt": "there are no stored prompt templates here; send instructions and input",
+        }
+        for name, cure in cures.items():
+            if getattr(self, name) is not None:
+                raise RequestError(f"{name} is not supported: {cure}", name)
+        if self.background:
+            raise RequestError("background is not supported: stream the response instead", "background")
+        if self.truncation not in (None, "auto", "disabled"):
+            raise RequestError(
+                f"truncation is {self.truncation[:40]!r}: expected auto or disabled", "truncation"
+            )
+
+
+def add_items(builder: ConversationBuilder, items: list[InputItem]) -> None:
+    """Add the input's items to a conversation; neighbouring items of the assistant make up one turn."""
+    turn = AssistantTurn()
+
+    def flush() -> None:
+        nonlocal turn
+        if turn.calls and turn.text:  # what was said before a call was not the answer
+            turn.preamble, turn.text = turn.preamble + turn.text, ""
+        builder.assistant(turn)
+        turn = AssistantTurn()
+
+    for index, item in enumerate(items):
+        where = f"input[{index}]"
+        if item.type == "reasoning":
+            if turn.text or turn.calls:
+                flush()
+            turn.reasoning += _reasoning_text(item, where)
+        elif item.type == "message" and item.role == "assistant":
+            if turn.calls or turn.text:
+                flush()
+            text = text_of(item.content, f"{where}.content")
+            if item.phase == "commentary":
+                turn.preamble += text
+            else:
+                turn.text += text
+        elif item.type in ("function_call", "custom_tool_call"):
+            turn.calls.append(_call(item, where))
+        else:
+            flush()
+            _add_other(builder, item, where)
+    flush()
+
+
+def listed(item: InputItem) -> dict[str, Any]:
+    """An item as GET …/input_items lists it: as it came, with what OpenAI's types ask for besides."""
+    fields = item.model_dump(exclude_none=True)
+    fields["id"] = item.id or f"item_{uuid.uuid4().hex}"
+    if item.type == "reasoning":
+        fields.setdefault("summary", [])
+    else:
+        fields.setdefault("status", "completed")
+    if item.type == "message":
+        content = fields.get("content", "")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        fields["content"] = [_listed_part(part, item.role == "assistant") for part in parts]
+    return fields
+
+
+def _listed_part(part: dict[str, Any], said: bool) -> dict[str, Any]:
+    if part["type"] == "refusal":
+        return part
+    return {"annotations": []} | part | {"type": "output_text"} if said else part | {"type": "input_text"}
+
+
+def _add_other(builder: ConversationBuilder, item: InputItem, where: str) -> None:
+    if item.type in ("function_call_output", "custom_tool_call_output"):
+        builder.tool_result(item.call_id, text_of(item.output, f"{where}.output"), f"{where}.call_id")
+    elif item.type != "message":
+        raise RequestError(
+            f"{where} is of type {item.type[:40]!r}: expected message, reasoning, function_call or "
+            "function_call_output (a hosted tool's item has no meaning to this server)",
+            f"{where}.type",
+        )
+    elif item.content is None:
+        raise RequestError(f"{where}.content is missing", f"{where}.content")
+    elif item.role in ("system", "developer"):
+        builder.instructions(text_of(item.content, f"{where}.content"))
+    elif item.role == "user":
+        builder.user(text_of(item.content, f"{where}.content"))
+    else:
+        raise RequestError(
+            f"{where}.role is {str(item.role)[:40]!r}: expected user, assistant, system or developer",
+            f"{where}.role",
+        )
+
+
+def _call(item: InputItem, where: str) -> Call:
+    arguments = item.arguments if item.type == "function_call" else item.input
+    if not item.call_id or not item.name or arguments is None:
+        raise ToolError(f"{where}: a {item.type} needs call_id, name and its arguments", where)
+    return Call(item.call_id, item.name, arguments)
+
+
+def seal(reasoning: str) -> str:
+    """`encrypted_content` of a reasoning item: opaque to clients, but only encoded."""
+    return SEALED + base64.b64encode(reasoning.encode()).decode()
+
+
+def _reasoning_text(item: InputItem, where: str) -> str:
+    """The reasoning sent back: its text, or what was sealed of it; summaries are not the reasoning."""
+    if isinstance(item.content, list) and item.content:
+        return "".join(part.text or "" for part in item.content if part.type == "reasoning_text")
+    sealed = item.encrypted_content or ""
+    if not sealed.startswith(SEALED):
+        return ""
+    try:
+        return base64.b64decode(sealed.removeprefix(SEALED), validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise RequestError(
+            f"{where}.encrypted_content is damaged: send it back as it was", f"{where}.encrypted_content"
+        ) from None
+
+
+def drop_oldest(messages: list[Message], excess: int, tokens: int) -> list[Message] | None:
+    """Messages without the oldest turns; None when only the last turn is left.
+
+    Of the text at least `excess` parts in `tokens` go: about that many tokens. Turns start with a user
+    message, so that no result is left without its call.
+    """
+    starts = [index for index, message in enumerate(messages) if message.role == "user" and index > 0]
+    if not starts:
+        return None
+    total = sum(len(message.content) for message in messages)
+    dropped = 0
+    for before, start in zip([0, *starts], starts, strict=False):
+        dropped += sum(len(message.content) for message in messages[before:start])
+        if dropped * tokens >= excess * total:
+            return messages[start:]
+    return messages[starts[-1] :]

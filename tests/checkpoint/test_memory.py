@@ -1,0 +1,102 @@
+"""The plan reproduces the published models' sizes, from headers alone."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_gptoss.checkpoint.memory import MemoryPlan, plan
+from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.errors import MemoryLimitError
+from mlx_gptoss.model.cache import SequenceCache
+from tests.support.checkpoints import write_checkpoint
+from tests.support.random_weights import SHAPES, MlxRecipe, Shape
+from tests.support.sparse_checkpoint import write_sparse
+
+LAYERS, EXPERTS_READ = {"20b": 24, "120b": 36}, {"20b": 1.269e9, "120b": 1.904e9}
+
+
+def the(made: MemoryPlan, name: str) -> dict[str, float]:
+    """Sums over a part's formats."""
+    chosen = [p for p in made.parts if p.name == name]
+    return {
+        field: sum(getattr(p, field) for p in chosen) for field in ("stored", "loaded", "read", "tensors")
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "tensors", "stored", "read"),
+    [
+        ("hf", "20b", 459, 13_761_264_768, 3.71e9),
+        ("hf", "120b", 687, 65_248_815_744, 5.00e9),
+        ("original", "20b", 363, 13_761_264_768, 3.71e9),
+        ("original", "120b", 543, 65_248_815_744, 5.00e9),
+    ],
+)
+def test_published_sizes(tmp_path, layout, name, tensors, stored, read):
+    made = plan(write_sparse(tmp_path, SHAPES[name], layout), "bfloat16")
+    assert made.layout == layout
+    assert sum(p.tensors for p in made.parts) == tensors
+    assert made.stored == stored == made.weights
+    assert made.read_per_token == pytest.approx(read, abs=0.01e9)
+    assert the(made, "experts")["read"] == pytest.approx(EXPERTS_READ[name], rel=1e-2)
+    assert made.kv_per_token == 24_576 * LAYERS[name] / 24
+    assert made.transient == 0
+
+
+@pytest.mark.parametrize(("bits", "read", "stored"), [(8, 2.57e9, 12.08e9), (4, 1.96e9, 11.18e9)])
+def test_quantised_dense_parts_read_and_store_less(tmp_path, bits, read, stored):
+    made = plan(write_sparse(tmp_path, SHAPES["20b"], "mlx", MlxRecipe(bits)), "bfloat16")
+    assert made.read_per_token == pytest.approx(read, rel=0.005)
+    assert made.stored == pytest.approx(stored, rel=0.001)
+
+
+def test_float32_widens_dense_parts_and_nothing_else(tmp_path):
+    folder = write_sparse(tmp_path, SHAPES["20b"])
+    narrow, wide = plan(folder, "bfloat16"), plan(folder, "float32")
+    assert the(wide, "embedding")["loaded"] == the(wide, "embedding")["stored"]
+    for part in ("attention", "head", "router", "norms"):
+        assert the(wide, part)["loaded"] == 2 * the(narrow, part)["loaded"]
+    biases = 2 * sum(p.loaded for p in narrow.parts if p.name == "experts" and p.format == "bfloat16")
+    blocks = sum(p.loaded for p in narrow.parts if p.format == "mxfp4")
+    assert the(wide, "experts")["loaded"] == biases + blocks
+    assert wide.kv_per_token == 2 * narrow.kv_per_token
+    assert wide.transient == 201088 * 2880 * 2  # the head, read as bfloat16 and cast
+
+
+@pytest.mark.parametrize(
+    ("layout", "recipe"),
+    [("hf", None), ("original", None), ("bf16", None), ("mlx", MlxRecipe(8)), ("mlx", MlxRecipe(4, 4))],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_weights_are_what_loading_allocates(tmp_path, layout, recipe, dtype):
+    folder = write_checkpoint(tmp_path, Shape(), layout=layout, recipe=recipe)
+    made, model = plan(folder, dtype), load_model(folder, dtype)
+    assert made.weights == sum(a.nbytes for a in model.arrays())
+
+
+def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path):
+    made = plan(write_checkpoint(tmp_path, Shape(layers=4)), "float32")
+    cache = SequenceCache(made.config, mx.float32)
+    keys = mx.zeros((1, made.config.num_kv_heads, 256, made.config.head_dim))
+    for _ in range(4):
+        for layer in cache.layers:
+            layer.update_and_fetch(keys, keys)
+        cache.advance(256)
+    full_room = cache.full[0].capacity
+    held = sum(a.nbytes for a in cache.arrays())
+    assert held <= made.kv(full_room)
+    assert made.kv(full_room) - held <= made.kv_window
+
+
+def test_too_little_memory_is_said_with_numbers(tmp_path):
+    made = plan(write_sparse(tmp_path, SHAPES["20b"]), "bfloat16")
+    with pytest.raises(MemoryLimitError, match=r"needs 14\.\d+ GB .* 8\.00 GB are free") as caught:
+        made.require(8_000_000_000)
+    assert caught.value.needed == made.total()
+    assert caught.value.available == 8_000_000_000
+    made.require(16_000_000_000)
+
+
+def test_memory_grows_with_the_context(tmp_path):
+    made = plan(write_sparse(tmp_path, SHAPES["120b"]), "bfloat16")
+    assert made.kv(131_072) - made.kv(4096) == (131_072 - 4096) * made.kv_per_token
+    assert made.kv_per_token * 131_072 == 4.5 * 2**30

@@ -1,0 +1,52 @@
+"""Properties of `mlx-gptoss bench`: a report that can be read by machines and pasted by people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_gptoss.cli import run
+from tests.support.checkpoints import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def small_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module = importlib.import_module("mlx_gptoss.cli.bench")
+    monkeypatch.setattr(module, "STREAMED", 1 << 20)
+
+
+def test_the_report_has_a_row_for_each_context_and_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_checkpoint(tmp_path))
+    common = [
+        "bench",
+        folder,
+        "--kv-budget",
+        "32MB",
+        "--contexts",
+        "8,20",
+        "--batches",
+        "1,2",
+        "--tokens",
+        "3",
+    ]
+    assert run([*common, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(r["context"], r["batch"]) for r in report["rows"]] == [(8, 1), (8, 2), (20, 1), (20, 2)]
+    assert all(r["prefill_rate"] > 0 and r["decode_rate"] > 0 for r in report["rows"])
+    assert report["bandwidth_bytes_per_second"] > 0 and report["machine"]["mlx"]
+    assert run(common) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| mlx-gptoss |") == 4
+
+
+def test_wrong_numbers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", str(tmp_path), "--contexts", "a"]) == 1
+    assert "--contexts is 'a'" in capsys.readouterr().err
+    assert run(["bench", str(tmp_path), "--tokens", "1"]) == 1
+    assert "tokens is 1" in capsys.readouterr().err

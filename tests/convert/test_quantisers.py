@@ -1,0 +1,158 @@
+"""The quantisers: MLX's formats bit for bit, less error than MLX's own, exact where the format can be."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
+from mlx_gptoss.convert import affine, mxfp4
+
+SHAPE = (64, 768)
+DISTRIBUTIONS = {
+    "gaussian": lambda random: random.standard_normal(SHAPE),
+    "student t, 4 degrees": lambda random: random.standard_t(4, SHAPE),
+    "laplace": lambda random: random.laplace(size=SHAPE),
+    "outliers": lambda random: random.standard_normal(SHAPE) * np.where(random.random(SHAPE) < 0.003, 10, 1),
+}
+
+
+def weights(distribution: str = "gaussian", scale: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    """bfloat16 bits and the float32 values they stand for."""
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(7)) * scale
+    bits = affine.to_bfloat16(values.astype(np.float32))
+    return bits, bfloat16_to_float32(bits)
+
+
+def squared_error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sum(np.square(a.astype(np.float64) - b)))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_four_bits_have_18_percent_less_squared_error_than_mlx(distribution):
+    bits, values = weights(distribution)
+    found, theirs = affine.search(values, 4, 64), affine.quantize(bits, 4, 64, measure=True)
+    assert found.squared_error < 0.82 * theirs.squared_error
+
+
+@pytest.mark.parametrize("group_size", affine.GROUP_SIZES)
+@pytest.mark.parametrize("width", affine.BITS)
+def test_every_width_is_better_than_mlx_and_says_its_true_error(width, group_size):
+    bits, values = weights()
+    found = affine.search(values, width, group_size)
+    theirs = affine.quantize(bits, width, group_size, measure=True)
+    assert found.squared_error < 0.9 * theirs.squared_error
+    again = affine.dequantize(*found[:3], width, group_size)
+    assert found.squared_error == pytest.approx(squared_error(again, values), rel=1e-4)
+
+
+@pytest.mark.parametrize("width", affine.BITS)
+def test_the_packed_format_is_mlxs(width):
+    _, values = weights()
+    found = affine.search(values, width, 64)
+    scales, biases = (mx.array(v).view(mx.bfloat16).astype(mx.float32) for v in (found.scales, found.biases))
+    theirs = np.array(mx.dequantize(mx.array(found.weight), scales, biases, 64, width))
+    assert np.abs(theirs - affine.dequantize(*found[:3], width, 64)).max() < 1e-6
+
+
+def test_rows_do_not_influence_each_other():
+    _, values = weights()
+    whole, half = affine.search(values, 4, 64), affine.search(values[17:31], 4, 64)
+    assert all((a[17:31] == b).all() for a, b in zip(whole[:3], half[:3], strict=True))
+
+
+def test_constant_and_representable_groups_are_exact():
+    codes = np.random.default_rng(0).integers(0, 16, (8, 128)).astype(np.float32)
+    codes[:, 0::64], codes[:, 1::64] = 0, 15
+    for values in (np.zeros((4, 64), np.float32), np.full((4, 64), -1.5, np.float32), codes * 0.25 - 2):
+        found = affine.search(values, 4, 64)
+        assert (affine.dequantize(*found[:3], 4, 64) == values).all() and found.squared_error == 0
+
+
+def test_huge_and_tiny_weights_stay_finite():
+    for scale in (1e-30, 1e15):
+        _, values = weights(scale=scale)
+        found = affine.search(values, 4, 64)
+        error = squared_error(affine.dequantize(*found[:3], 4, 64) / scale, values / scale)
+        assert error < 0.01 * np.sum(np.square(values.astype(np.float64) / scale))
+
+
+def test_float16_scales_are_used_unrounded():
+    rows = np.arange(16, dtype=np.uint32).reshape(2, 8)
+    scale, bias = np.full((2, 1), 0.1, np.float32), np.full((2, 1), -0.7, np.float32)
+    assert affine.dequantize(rows, scale, bias, 4, 64)[0, 8] == np.float32(0.1) * np.float32(1) + np.float32(
+        -0.7
+    )
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    values = np.array(
+        [1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20, np.inf, np.nan, 3.4e38], np.float32
+    )
+    expected = np.array(mx.array(values).astype(mx.bfloat16).view(mx.uint16))
+    found = affine.to_bfloat16(values)
+    assert (found[:5] == expected[:5]).all() and found[6] == expected[6]
+    assert np.isnan(bfloat16_to_float32(found)[5])
+
+
+# --- MXFP4
+
+
+def nearest_even(value: float) -> float:
+    """The standard's rounding by definition: the nearest of the table, on a tie the even code."""
+    table = mxfp4.TABLE[:8]
+    distance = np.abs(table - abs(value))
+    ties = [code for code in range(8) if distance[code] == distance.min()]
+    return float(np.copysign(table[min(ties, key=lambda code: code % 2)], value))
+
+
+def test_rounding_follows_the_standard_on_every_eighth():
+    values = np.zeros(32 * 32, np.float32)
+    values[: 2 * 64 - 1] = np.arange(-63, 64) / 8  # ties and all, up to 7.875
+    blocks = values.reshape(-1, 32).copy()
+    blocks[:, 31] = 4.0  # fixes the scale at 1
+    found = mxfp4.quantize(blocks)
+    assert (found.scales == 127).all()
+    expected = np.array([[nearest_even(v) for v in row] for row in blocks])
+    assert (mxfp4.dequantize(found.blocks, found.scales) == expected).all()
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_values_the_format_can_hold_come_back_exactly(search):
+    random = np.random.default_rng(1)
+    blocks = random.integers(0, 256, (64, 12, 16), np.uint8)
+    scales = random.integers(0, 253, (64, 12), np.uint8)
+    values = mxfp4.dequantize(blocks, scales)
+    found = mxfp4.quantize(values, search=search)
+    assert (mxfp4.dequantize(found.blocks, found.scales) == values).all() and found.squared_error == 0
+
+
+def test_the_layout_is_mlxs_mxfp4():
+    random = np.random.default_rng(2)
+    blocks = random.integers(0, 256, (8, 4, 16), np.uint8)
+    scales = random.integers(110, 140, (8, 4), np.uint8)
+    theirs = mx.dequantize(
+        mx.array(blocks.reshape(8, 64).view(np.uint32)), mx.array(scales), group_size=32, bits=4, mode="mxfp4"
+    )
+    assert (np.array(theirs.astype(mx.float32)) == mxfp4.dequantize(blocks, scales)).all()
+
+
+def test_the_exponent_search_is_never_worse_and_better_on_the_whole():
+    _, values = weights()
+    plain, searched = mxfp4.quantize(values), mxfp4.quantize(values, search=True)
+    errors = [
+        np.square(mxfp4.dequantize(q.blocks, q.scales) - values).reshape(-1, 32).sum(1)
+        for q in (plain, searched)
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert searched.squared_error < 0.96 * plain.squared_error
+    assert searched.squared_error == pytest.approx(float(errors[1].sum()), rel=1e-4)
+
+
+def test_zero_blocks_and_the_ends_of_the_exponent_are_representable():
+    values = np.zeros((3, 32), np.float32)
+    values[1, 5], values[2, 5] = 2.0**-126, 3.3e38
+    found = mxfp4.quantize(values)
+    again = mxfp4.dequantize(found.blocks, found.scales)
+    assert (again[:2] == values[:2]).all() and np.isfinite(again).all()

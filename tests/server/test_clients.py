@@ -1,0 +1,318 @@
+"""The clients that people use, talking to a live server: on scripted answers, and on the demo model.
+
+What the demo model says is its own affair: the tests look at the shape of answers, at tools called and at
+formats kept, and give it a call or a schema where the outcome matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
+from pydantic import BaseModel
+
+import mlx_gptoss
+from mlx_gptoss.server import ServerSettings, create_app
+from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.server_help import live
+
+pytest_plugins = ["tests.support.server_fixtures"]
+
+QUESTION = "What is the weather in Oslo?"
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "The city."}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CHAT_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Get the weather in a city.", "parameters": SCHEMA},
+}
+RESPONSES_TOOL: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Get the weather in a city.",
+    "parameters": SCHEMA,
+    "strict": True,
+}
+KEY = "sk-test"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+    city: str
+
+
+@pytest.fixture(scope="module")
+def demo_url() -> Iterator[str]:
+    """A live server of the demo model."""
+    with (
+        mlx_gptoss.load("demo", max_context=512) as engine,
+        live(create_app(engine, ServerSettings(port=0, api_key=KEY))) as url,
+    ):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def scripted_url(tokenizer: Tokenizer) -> Iterator[str]:
+    """A live server of scripted answers."""
+    app = create_app(ScriptedEngine(tokenizer), ServerSettings(port=0, api_key=KEY))  # type: ignore[arg-type]
+    with live(app) as url:
+        yield url
+
+
+@pytest.fixture(params=["scripted", "demo"])
+def url(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url + "/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def fits(arguments: str) -> None:
+    """The arguments are those of get_weather's schema."""
+    value = json.loads(arguments)
+    assert list(value) == ["city"] and isinstance(value["city"], str)
+
+
+def test_openai_chat_has_text_and_reasoning(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+    options: Any = {"model": "any", "messages": messages, "temperature": 0, "reasoning_effort": "low"}
+    whole = client.chat.completions.create(**options, max_completion_tokens=150)
+    message = whole.choices[0].message
+    assert message.reasoning
+    stream = client.chat.completions.create(**options, max_completion_tokens=150, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(choice.delta.content or "" for choice in chunks) == (message.content or "")
+    assert chunks[-1].finish_reason == whole.choices[0].finish_reason
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="any", messages=messages, temperature=9)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_openai_chat_runs_a_tool(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    options: Any = {"model": "any", "tools": [CHAT_TOOL], "temperature": 0}
+    with client.chat.completions.stream(**options, messages=messages, tool_choice="required") as stream:
+        for _ in stream:
+            pass
+        completion = stream.get_final_completion()
+    message = completion.choices[0].message
+    assert completion.choices[0].finish_reason == "tool_calls"
+    assert message.tool_calls is not None
+    [call] = message.tool_calls
+    assert call.function.name == "get_weather"
+    fits(call.function.arguments)
+    messages += [
+        message.model_dump(exclude_none=True, exclude={"parsed": True}),
+        {"role": "tool", "tool_call_id": call.id, "content": "11 degrees and cloudy"},
+    ]
+    answer = client.chat.completions.create(**options, messages=messages, tool_choice="none", max_tokens=100)
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.usage and answer.usage.prompt_tokens_details
+    assert answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_openai_parse_gives_an_object(client: openai.OpenAI) -> None:
+    text = "Anna is 31 years old and lives in Rome."
+    completion = client.chat.completions.parse(
+        model="any", messages=[{"role": "user", "content": text}], response_format=Person, temperature=0
+    )
+    assert isinstance(completion.choices[0].message.parsed, Person)
+    response = client.responses.parse(model="any", input=text, text_format=Person, temperature=0)
+    assert isinstance(response.output_parsed, Person)
+
+
+def test_openai_responses_stream_and_go_on(client: openai.OpenAI) -> None:
+    tool: Any = [RESPONSES_TOOL]
+    with client.responses.stream(
+        model="any", input=QUESTION, tools=tool, tool_choice="required", temperature=0
+    ) as stream:
+        kinds = [event.type for event in stream]
+        first = stream.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert "response.reasoning_text.delta" in kinds and "response.function_call_arguments.delta" in kinds
+    call = first.output[-1]
+    assert call.type == "function_call"
+    fits(call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "11 degrees and cloudy"}
+    second = client.responses.create(
+        model="any", input=[result], previous_response_id=first.id, temperature=0, max_output_tokens=100
+    )
+    assert second.status in ("completed", "incomplete")
+    assert second.usage and second.usage.input_tokens_details.cached_tokens
+    assert client.responses.retrieve(second.id).output == second.output
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
+def test_openai_raw_completions_and_models(client: openai.OpenAI) -> None:
+    [model] = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id
+    completion = client.completions.create(model="any", prompt="The", max_tokens=5, temperature=0)
+    assert completion.usage and completion.usage.completion_tokens <= 5
+    pieces = client.completions.create(model="any", prompt="The", max_tokens=5, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_openai_agents_run_their_tools(url: str, api: str) -> None:
+    set_tracing_disabled(True)
+    asked: list[str] = []
+
+    @function_tool
+    def get_weather(city: str) -> str:
+        """Get the weather in a city."""
+        asked.append(city)
+        return "11 degrees and cloudy"
+
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key=KEY, max_retries=0) as client:
+            kind = OpenAIChatCompletionsModel if api == "chat" else OpenAIResponsesModel
+            agent = Agent(
+                name="forecaster",
+                model=kind("any", client),
+                tools=[get_weather],
+                model_settings=ModelSettings(tool_choice="required", temperature=0, max_tokens=300),
+                # The demo model need not know when it has asked enough: the tool's result ends the run.
+                tool_use_behavior="stop_on_first_tool",
+            )
+            whole = await Runner.run(agent, QUESTION)
+            streamed = Runner.run_streamed(agent, QUESTION)
+            async for _ in streamed.stream_events():
+                pass
+            return [whole.final_output, streamed.final_output]
+
+    assert asyncio.run(run()) == ["11 degrees and cloudy"] * 2
+    assert len(asked) == 2 and all(asked)
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_openai_agents_loop_until_the_answer(scripted_url: str, api: str) -> None:
+    @function_tool
+    def get_weather(city: str) -> str:
+        """Get the weather in a city."""
+        return f"sunny in {city}"
+
+    async def run() -> str:
+        async with openai.AsyncOpenAI(base_url=scripted_url + "/v1", api_key=KEY) as client:
+            kind = OpenAIChatCompletionsModel if api == "chat" else OpenAIResponsesModel
+            agent = Agent(name="forecaster", model=kind("any", client), tools=[get_weather])
+            return str((await Runner.run(agent, QUESTION)).final_output)
+
+    assert asyncio.run(run()) == "The tool says: sunny in Paris"
+
+
+def test_anthropic_messages_run_a_tool(url: str) -> None:
+    tool: Any = {"name": "get_weather", "description": "Get the weather in a city.", "input_schema": SCHEMA}
+    greedy = {"temperature": 0}  # the newest SDKs know no such argument any more
+    options: Any = {"model": "any", "max_tokens": 300, "tools": [tool], "extra_body": greedy}
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
+        with client.messages.stream(
+            **options, messages=messages, tool_choice={"type": "any"}, thinking={"type": "adaptive"}
+        ) as stream:
+            first = stream.get_final_message()
+        assert first.stop_reason == "tool_use"
+        assert first.content[0].type == "thinking"
+        use = first.content[-1]
+        assert use.type == "tool_use"
+        fits(json.dumps(use.input))
+        result = {"type": "tool_result", "tool_use_id": use.id, "content": "11 degrees and cloudy"}
+        messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
+        second = client.messages.create(**options | {"max_tokens": 100}, messages=messages)
+        assert second.usage.cache_read_input_tokens
+        counted = client.messages.count_tokens(model="any", messages=messages[:1], tools=[tool])
+        assert counted.input_tokens > 10
+        with pytest.raises(anthropic.BadRequestError):
+            client.messages.create(model="any", max_tokens=0, messages=messages)
+
+
+# --- node, where `make clients` has fetched the packages
+
+NODE = Path(os.environ.get("GPTOSS_NODE_CLIENTS", Path(__file__).parent / "clients"))
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+@pytest.mark.skipif(not (NODE / "node_modules/openai").is_dir(), reason="run `make clients` to fetch openai")
+def test_openai_for_node_runs_a_tool(scripted_url: str) -> None:
+    script = Path(__file__).parent / "clients" / "openai_client.mjs"
+    environment = os.environ | {
+        "BASE_URL": scripted_url + "/v1",
+        "OPENAI_API_KEY": KEY,
+        "PACKAGES": str(NODE),
+    }
+    done = subprocess.run(["node", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "chat": "The tool says: sunny",
+        "responses": "The tool says: sunny",
+        "parsed": {"city": "Paris"},
+    }
+
+
+@pytest.mark.skipif(
+    not (NODE / "node_modules/@openai/codex").is_dir(), reason="run `make clients` to fetch codex"
+)
+def test_codex_completes_a_function_call_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from tests.support.scripted_engine import Script
+
+    def write(conversation: Any, options: Any) -> Script:
+        if conversation.messages[-1].role == "tool":
+            output = conversation.messages[-1].content
+            return Script(text="found it" if "swordfish" in output else f"no: {output}")
+        assert "exec_command" in [tool.name for tool in conversation.tools]
+        return Script(calls=[("exec_command", json.dumps({"cmd": "echo sword''fish"}))])
+
+    engine = ScriptedEngine(tokenizer, write, max_context=100_000)
+    app = create_app(engine, ServerSettings(port=0))  # type: ignore[arg-type]
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    with live(app) as url:
+        (home / "config.toml").write_text(
+            'model = "gpt-oss-20b"\nmodel_provider = "local"\n[model_providers.local]\nname = "local"\n'
+            f'base_url = "{url}/v1"\nwire_api = "responses"\n',
+            encoding="utf-8",
+        )
+        flags = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+        done = subprocess.run(
+            [NODE / "node_modules/.bin/codex", *flags, "find it"],
+            cwd=work,
+            env=os.environ | {"CODEX_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("found it")
+    assert any(m.role == "tool" for m in engine.seen[-1][0].messages)
+    assert any(m.token_ids for m in engine.seen[-1][0].messages), "the call's own tokens"

@@ -1,0 +1,245 @@
+"""The life of a generation: queue, first event, disconnect, time limit, shutdown, and its metrics."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from mlx_gptoss.errors import (
+    BusyError,
+    ConfigError,
+    ContextLengthError,
+    MemoryLimitError,
+    ModelNotFoundError,
+    RequestError,
+    SchemaError,
+    TokenizerError,
+    ToolError,
+)
+from mlx_gptoss.harmony import Message
+from mlx_gptoss.server import ServerSettings, create_app
+from mlx_gptoss.server.http.errors import as_api_error
+from mlx_gptoss.server.memory.turns import AssistantTurn, Call, TurnMemory
+from mlx_gptoss.server.run import serve
+from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.server_help import live, read_events, wait_until
+
+pytest_plugins = ["tests.support.server_fixtures"]
+
+CHAT = "/v1/chat/completions"
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+ENDLESS = Script(text="x" * 20_000, delay=0.005)
+
+
+@pytest.fixture(scope="module")
+def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedEngine, FastAPI]]:
+    """A live server with room for two generations, on an engine that never ends by itself."""
+    engine = ScriptedEngine(tokenizer, lambda *_: ENDLESS)
+    app = create_app(engine, ServerSettings(port=0, max_active=2, heartbeat=0.2))  # type: ignore[arg-type]
+    with live(app) as url:
+        yield url, engine, app
+
+
+def ended(engine: ScriptedEngine) -> bool:
+    return all(thread.ended.is_set() for thread in engine.running)
+
+
+PATHS = [
+    (CHAT, HI),
+    ("/v1/responses", {"input": "hi"}),
+    ("/v1/messages", HI | {"max_tokens": 9}),
+    ("/v1/completions", {"prompt": "hi", "max_tokens": 100_000_000}),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("path", "body"), PATHS, ids=[path for path, _ in PATHS])
+def test_a_client_that_goes_away_cancels_its_generation(
+    slow: tuple[str, ScriptedEngine, FastAPI], path: str, body: dict[str, Any], stream: bool
+) -> None:
+    url, engine, app = slow
+    started = len(engine.running)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection.request(
+        "POST", path, json.dumps(body | {"stream": stream}), {"Content-Type": "application/json"}
+    )
+    if stream:
+        assert connection.getresponse().read(10)
+    wait_until(lambda: len(engine.running) > started)
+    assert not ended(engine)
+    assert connection.sock is not None or stream
+    connection.close()
+    if stream:  # http.client leaves the socket to the response
+        del connection
+    wait_until(lambda: ended(engine))
+    wait_until(lambda: not app.state.server.jobs._active)
+
+
+def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, ScriptedEngine, FastAPI]) -> None:
+    url, engine, app = slow
+    with httpx.Client(base_url=url) as client:
+        first = client.build_request("POST", CHAT, json=HI | {"stream": True, "n": 2})
+        response = client.send(first, stream=True)
+        try:
+            refused = client.post(CHAT, json=HI)
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            assert client.get("/health").status_code == 200
+        finally:
+            response.close()
+    wait_until(lambda: ended(engine) and not app.state.server.jobs._active)
+
+
+def test_a_request_ends_when_its_time_is_up(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda *_: ENDLESS)
+    app = create_app(engine, ServerSettings(request_timeout=0.3))  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    response = client.post(CHAT, json=HI)
+    assert response.status_code == 504
+    streamed = read_events(client.post(CHAT, json=HI | {"stream": True}).text)
+    assert "longer than 0.3 s" in streamed[-1][1]["error"]["message"]
+    wait_until(lambda: ended(engine))
+
+
+def test_a_waiting_stream_is_kept_alive(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda *_: Script(reasoning="", text="late", delay=0.5))
+    app = create_app(engine, ServerSettings(heartbeat=0.1))  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    text = client.post(CHAT, json=HI | {"stream": True}).text
+    assert text.count(": waiting\n\n") >= 2
+    assert read_events(text)[-1][1] == "[DONE]"
+    ping = client.post("/v1/messages", json=HI | {"stream": True, "max_tokens": 5}).text
+    assert ("ping", {"type": "ping"}) in read_events(ping)
+
+
+def test_stopping_lets_short_answers_finish_and_ends_long_ones(tokenizer: Tokenizer) -> None:
+    scripts = {"short": Script(text="y" * 40, delay=0.02), "long": ENDLESS}
+    engine = ScriptedEngine(tokenizer, lambda conversation, _: scripts[conversation.messages[-1].content])
+    app = create_app(engine, ServerSettings(port=0, shutdown_grace=1.5))  # type: ignore[arg-type]
+    answers: dict[str, str] = {}
+
+    def ask(url: str, what: str) -> None:
+        body = {"messages": [{"role": "user", "content": what}], "stream": True}
+        answers[what] = httpx.post(url + CHAT, json=body, timeout=20).text
+
+    with live(app) as url:
+        threads = [threading.Thread(target=ask, args=(url, what)) for what in scripts]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(engine.running) == 2)
+    for thread in threads:
+        thread.join(10)
+    assert read_events(answers["short"])[-1][1] == "[DONE]"
+    assert read_events(answers["long"])[-1][1]["error"]["code"] == "shutting_down"
+    assert ended(engine)
+
+
+def test_the_port_is_open_while_the_model_loads(tokenizer: Tokenizer) -> None:
+    app = create_app(None, ServerSettings(port=0))
+    with live(app) as url, httpx.Client(base_url=url) as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        for response in (client.get("/v1/models"), client.post(CHAT, json=HI)):
+            assert response.status_code == 503 and response.headers["Retry-After"]
+            assert response.json()["error"]["code"] == "model_loading"
+        assert client.get("/").status_code == client.get("/metrics").status_code == 200
+        app.state.server.attach(ScriptedEngine(tokenizer))
+        assert client.get("/health").json() == {"status": "ok", "model": "scripted"}
+        assert client.post(CHAT, json=HI).status_code == 200
+
+
+def test_what_cannot_be_loaded_stops_the_server() -> None:
+    def load() -> Any:
+        raise ModelNotFoundError("no model there")
+
+    with pytest.raises(ModelNotFoundError, match="no model there"):
+        serve(load, ServerSettings(port=0))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "param"),
+    [
+        (RequestError("m", "top_p"), 400, "invalid_value", "top_p"),
+        (ContextLengthError(5000, 4096), 400, "context_length_exceeded", "messages"),
+        (SchemaError("m", "tools"), 400, "invalid_schema", "tools"),
+        (ToolError("m", "tools"), 400, "invalid_tool", "tools"),
+        (BusyError("m", 2.5), 429, "rate_limit_exceeded", None),
+        (MemoryLimitError("m"), 503, "insufficient_memory", None),
+        (TokenizerError("m"), 503, "no_tokenizer", None),
+        (ConfigError("m"), 500, "engine_error", None),
+        (ValueError("a secret"), 500, "internal_error", None),
+    ],
+)
+def test_every_error_has_a_status(error: Exception, status: int, code: str, param: str | None) -> None:
+    api = as_api_error(error)
+    assert (api.status, api.code, api.param) == (status, code, param)
+    assert "secret" not in api.message
+    if isinstance(error, BusyError):
+        assert api.headers["Retry-After"] == "3"
+    if isinstance(error, ContextLengthError):
+        assert "5,000" in api.message and "4,096" in api.message
+
+
+def test_metrics_count_what_happened(tokenizer: Tokenizer) -> None:
+    app = create_app(ScriptedEngine(tokenizer))  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    client.post(CHAT, json=HI)
+    client.get("/v1/models/" + "x" * 50)
+    client.get("/made-up")
+    response = client.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    values = {}
+    for line in response.text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            values[name] = float(value)
+    assert values['gptoss_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert values['gptoss_requests_total{path="/v1/models/{name:path}",status="404"}'] == 1
+    assert values['gptoss_requests_total{path="other",status="404"}'] == 1
+    assert values['gptoss_generations_total{finish_reason="stop"}'] == 1
+    assert values["gptoss_prompt_tokens_total"] == 2 and values["gptoss_cached_tokens_total"] == 3
+    assert values['gptoss_time_to_first_token_seconds_bucket{le="+Inf"}'] == 1
+    assert values["gptoss_active_generations"] == 0
+    assert "gptoss_engine_running" in values
+
+
+# --- remembered turns
+
+
+def sampled(text: str, call_id: str | None = None) -> Message:
+    message = Message.tool_call("f", text, call_id) if call_id else Message.assistant(text)
+    return Message(**{**vars(message), "token_ids": (1, 2, 3)})
+
+
+def test_turns_are_bounded_in_number_and_in_tokens() -> None:
+    memory = TurnMemory(max_turns=2, max_tokens=100)
+    for text in ("a", "b"):
+        memory.remember([sampled(text)], text)
+    assert memory.recall(AssistantTurn(text="a"))
+    memory.remember([sampled("c")], "c")
+    assert memory.recall(AssistantTurn(text="b")) is None
+    assert memory.recall(AssistantTurn(text="a"))
+    small = TurnMemory(max_turns=100, max_tokens=5)
+    for text in ("a", "b"):
+        small.remember([sampled(text)], text)
+    assert len(small) == 1
+
+
+def test_a_turn_is_recalled_by_each_call_and_never_when_changed() -> None:
+    memory = TurnMemory(max_turns=9)
+    memory.remember([sampled("{}", "c1"), sampled("{}", "c2")], "")
+    both = [Call("c1", "f", "{}"), Call("c2", "f", "{ }")]
+    assert memory.recall(AssistantTurn(calls=both))
+    for calls in (both[:1], both[::-1], [Call("c1", "g", "{}"), both[1]], [Call("c1", "f", "[]"), both[1]]):
+        assert memory.recall(AssistantTurn(calls=calls)) is None

@@ -1,0 +1,52 @@
+"""What /metrics says, and how events are framed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from mlx_gptoss.server import create_app
+from mlx_gptoss.server.running import sse
+from mlx_gptoss.server.running.metrics import Metrics
+from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.scripted_engine import ScriptedEngine
+
+pytest_plugins = ["tests.support.server_fixtures"]
+
+
+@pytest.fixture
+def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
+    """An application that has counted nothing yet."""
+    yield TestClient(create_app(ScriptedEngine(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
+
+
+def test_counters_and_sums_are_exact() -> None:
+    metrics = Metrics()
+    metrics.prompt_tokens.add(123_456_789)
+    metrics.prompt_tokens.add(1)
+    metrics.duration.observe(1_234_567.25)
+    lines = metrics.text().splitlines()
+    assert "gptoss_prompt_tokens_total 123456790" in lines
+    assert "gptoss_generation_seconds_sum 1234567.25" in lines
+
+
+def test_routes_that_begin_alike_are_counted_apart(client: TestClient) -> None:
+    paths = ("/v1/responses/a", "/v1/responses/b/input_items", "/v1/responses/c/input_items", "/v1/responses")
+    for path in paths:
+        client.get(path)
+    text = client.get("/metrics").text
+    for path, count in (("/{response_id}", 1), ("/{response_id}/input_items", 2)):
+        assert f'gptoss_requests_total{{path="/v1/responses{path}",status="404"}} {count}' in text
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\n", "\r", "\x0b", "\x1c"])
+def test_no_text_can_break_an_events_line(mark: str) -> None:
+    value = {"type": "x", "text": f"a{mark}b é"}
+    for event in (sse.data(value), sse.event(value), f"data: {sse.dumps(value)}\n\n".encode()):
+        *named, line, end = event.decode().splitlines()
+        assert named in ([], ["event: x"]) and end == ""
+        assert json.loads(line.removeprefix("data: ")) == value
+        assert "é" in line
