@@ -25,10 +25,11 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.grammar import compile_constraint
+from mlx_gptoss.engine.sampler import Sampler, unpack_bits
 from mlx_gptoss.harmony import Tool
-from mlx_gptoss.sampling import Sampler, SamplingParams, unpack_bits
+from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.constraints import constrain
 
 TEMPERATURE = 1.5
 MAX_TOKENS = 3000
@@ -218,7 +219,7 @@ def one_sample(tokenizer: Tokenizer, number: int) -> tuple[Turn, str]:
     name = names[number % len(names)]
     budget = pick.randrange(12)
     if pick.random() < 0.6 or SCHEMAS[name].get("type") != "object":
-        constraint = compile_constraint(tokenizer, schema=SCHEMAS[name], reasoning_budget=budget)
+        constraint = constrain(tokenizer, schema=SCHEMAS[name], reasoning_budget=budget)
         turn = sample_turn(tokenizer, constraint, number)
         if not turn.cut:
             if (turn.last["channel"], turn.last["end"]) != ("final", "<|return|>"):
@@ -228,7 +229,7 @@ def one_sample(tokenizer: Tokenizer, number: int) -> tuple[Turn, str]:
     declared = {f"tool_{i}": SCHEMAS[n] for i, n in enumerate(names) if SCHEMAS[n].get("type") == "object"}
     declared = dict(pick.sample(sorted(declared.items()), 3)) | {"the_tool": SCHEMAS[name]}
     choice: Any = pick.choice(["auto", "required", ("named", "the_tool")])
-    constraint = compile_constraint(
+    constraint = constrain(
         tokenizer,
         tools=[Tool(n, parameters=s) for n, s in declared.items()],
         tool_choice=choice,
@@ -258,7 +259,7 @@ def time_masks(tokenizer: Tokenizer, samples: int = 10) -> dict[str, list[float]
     }  # fmt: skip
     for number in range(samples):
         schema = SCHEMAS[list(SCHEMAS)[number % len(SCHEMAS)]]
-        constraint = compile_constraint(tokenizer, schema=schema, reasoning_budget=8)
+        constraint = constrain(tokenizer, schema=schema, reasoning_budget=8)
         assert constraint is not None
         model = RandomModel(tokenizer, number)
         sampler = Sampler(
@@ -281,7 +282,7 @@ def time_masks(tokenizer: Tokenizer, samples: int = 10) -> dict[str, list[float]
                 region = "header"
     people = json.dumps([{"name": "Ada Lovelace", "born": 1815, "fields": ["mathematics", "poetry"]}] * 8)
     for _ in range(3):
-        constraint = compile_constraint(tokenizer, schema={"type": "array"}, reasoning_budget=0)
+        constraint = constrain(tokenizer, schema={"type": "array"}, reasoning_budget=0)
         assert constraint is not None
         special = tokenizer.special
         head = [special.channel, *tokenizer.encode("final"), special.message]

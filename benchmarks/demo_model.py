@@ -24,7 +24,7 @@ from typing import Any
 from demo.world.mixture import sample
 from demo.world.sample import Sample
 from mlx_gptoss.harmony import Conversation, Done, Message, Reply, render
-from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.sampling import SamplingParams
 
 GROUPS = {
@@ -53,7 +53,7 @@ def held_out(each: int, seed: str = "benchmark") -> list[Sample]:
     return chosen
 
 
-def replies(llm: Engine, conversations: Sequence[Conversation], temperature: float = 0.0) -> list[Reply]:
+def replies(llm: LLM, conversations: Sequence[Conversation], temperature: float = 0.0) -> list[Reply]:
     """The replies to all conversations, AT_ONCE at a time; sampled ones with the seeds 0, 1, 2, .."""
     out: list[Reply] = []
     for start in range(0, len(conversations), AT_ONCE):
@@ -92,7 +92,7 @@ def _json(text: str) -> Any:
         return text
 
 
-def accuracy(llm: Engine, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+def accuracy(llm: LLM, samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
     """By task: (right, seen). The tools' results are given as the sample has them."""
     right: Counter[str] = Counter()
     seen = Counter(s.task for s in samples)
@@ -123,14 +123,14 @@ def by_group(pairs: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def well_formed(llm: Engine, samples: Sequence[Sample]) -> tuple[int, int]:
+def well_formed(llm: LLM, samples: Sequence[Sample]) -> tuple[int, int]:
     """At temperature 1: how many first replies end by themselves without any diagnostic."""
     answers = replies(llm, [s.conversation for s in samples], temperature=1.0)
     good = sum(not r.diagnostics and r.finish_reason in ("stop", "tool_calls") for r in answers)
     return good, len(answers)
 
 
-def speed(llm: Engine, samples: Sequence[Sample]) -> float:
+def speed(llm: LLM, samples: Sequence[Sample]) -> float:
     """Tokens a second of `llm.respond`, one prompt after another, prompts included."""
     tokens, began = 0, time.perf_counter()
     for made in samples:
@@ -141,7 +141,7 @@ def speed(llm: Engine, samples: Sequence[Sample]) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def against_transformers(llm: Engine, samples: Sequence[Sample]) -> dict[str, float]:
+def against_transformers(llm: LLM, samples: Sequence[Sample]) -> dict[str, float]:
     """The same checkpoint in transformers, float32: greatest difference in logits along prompt and greedy
     reply, and how many greedy replies are its own, token by token."""
     import numpy as np

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.device import describe
-from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model, Segment
 from mlx_gptoss.sampling import SamplingParams
@@ -102,7 +102,7 @@ def ragged_batches(model: Model) -> tuple[float, int]:
     return worst, differ
 
 
-def throughput(llm: Engine, count: int, tokens: int = 64) -> dict[str, float]:
+def throughput(llm: LLM, count: int, tokens: int = 64) -> dict[str, float]:
     """Decoded tokens a second of `count` requests at once, and how evenly they came."""
     rng = np.random.default_rng(count)
     params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
@@ -126,16 +126,16 @@ def throughput(llm: Engine, count: int, tokens: int = 64) -> dict[str, float]:
     return {"rate": count * (tokens - 1) / spent, "fairness": max(snapshot[0]) / max(1, min(snapshot[0]))}
 
 
-def interrupted_prefill(llm: Engine, length: int) -> int:
+def interrupted_prefill(llm: LLM, length: int) -> int:
     """Forwards from the arrival of a short request in the middle of a long prefill to its first token."""
     rng = np.random.default_rng(3)
     one = SamplingParams(temperature=0.0, max_tokens=1, stop_token_ids=())
     long = llm.submit(rng.integers(0, llm.config.vocab_size, length).tolist(), one)
-    while llm.stats().forwards == 0 or long.computed_tokens < 2 * llm.options.prefill_chunk:
+    while llm.stats().forwards == 0 or long.computed_tokens < 2 * llm.engine.options.prefill_chunk:
         time.sleep(0.002)
     before = llm.stats().forwards
     seen: list[int] = []
-    scheduler = llm._scheduler
+    scheduler = llm.engine.scheduler
     short = llm.submit(
         rng.integers(0, llm.config.vocab_size, 20).tolist(),
         one,

@@ -24,7 +24,7 @@ import numpy as np
 from mlx_gptoss.device import describe
 from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
 from mlx_gptoss.engine.scheduler import STATE_SLACK
-from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.byte_tokenizer import write_byte_tokenizer
@@ -45,7 +45,7 @@ Trace = Callable[[Generate, "Words"], None]
 class Words:
     """Messages of random words in the format's markup."""
 
-    def __init__(self, llm: Engine, seed: int) -> None:
+    def __init__(self, llm: LLM, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
         self.special = llm.tokenizer.special
         self._role = {r: llm.tokenizer.encode(r) for r in ("system", "user", "assistant", "tool", "final")}
@@ -112,7 +112,7 @@ TRACES: dict[str, Trace] = {
 }
 
 
-def run_trace(llm: Engine, trace: Trace) -> dict[str, float]:
+def run_trace(llm: LLM, trace: Trace) -> dict[str, float]:
     """New, computed by us, and computed by mlx_lm.server's cache, in tokens."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER, stop_token_ids=())
     seen: list[np.ndarray] = []
@@ -163,7 +163,7 @@ class _MlxLmCache:
         self._cache.insert_cache("model", [*prompt, *out], [self._Layer()], cache_type="assistant")
 
 
-def first_token_times(llm: Engine, words: Words) -> dict[str, float]:
+def first_token_times(llm: LLM, words: Words) -> dict[str, float]:
     """Seconds to the first token after 4,000 tokens: cold, and with a new question about them."""
     text = words.text(4000)
     one = SamplingParams(temperature=0.0, max_tokens=4, stop_token_ids=())

@@ -2,7 +2,7 @@
 
     python -m benchmarks.server [--model demo] [--tokens 256] [--rounds 5]
 
-Throughput: tokens a second of one greedy stream, by `Engine.start` and over HTTP (a client in a process of
+Throughput: tokens a second of one greedy stream, by `LLM.start` and over HTTP (a client in a process of
 its own), in turns. First byte: from the request's last byte to the stream's first event with generated
 text, less the same for the bare engine; the prompt is in the prefix store either way.
 """
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import mlx_gptoss
 from mlx_gptoss.harmony import Conversation, Done, Message
-from mlx_gptoss.llm import Engine
+from mlx_gptoss.llm import LLM
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.run import make_server
@@ -30,7 +30,7 @@ from mlx_gptoss.server.run import make_server
 PROMPT = "What is 358 + 267?"
 
 
-def bare(engine: Engine, tokens: int, today: str) -> tuple[float, float]:
+def bare(engine: LLM, tokens: int, today: str) -> tuple[float, float]:
     """(seconds to the first event, tokens a second after it) of the engine alone."""
     conversation = Conversation([Message.user(PROMPT)], current_date=today, reasoning_effort="high")
     began = time.perf_counter()

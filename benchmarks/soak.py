@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_gptoss.engine.request import TokenStream
 from mlx_gptoss.errors import BusyError, ContextLengthError
-from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
@@ -52,7 +52,7 @@ class EvenTokens:
 class Soak:
     """What was asked, and what came of it."""
 
-    def __init__(self, llm: Engine, seed: int) -> None:
+    def __init__(self, llm: LLM, seed: int) -> None:
         self.llm = llm
         self.rng = random.Random(seed)
         self.documents = [
@@ -131,7 +131,7 @@ def main() -> None:
         folder = write_checkpoint(Path(name), SHAPE)
         with load(folder, kv_budget=BUDGET, prefill_chunk=64) as llm:
             list(llm.generate([1, 2, 3], SamplingParams(max_tokens=4)))
-            llm._worker.call(llm._scheduler.store.clear)
+            llm.engine.worker.call(llm.engine.scheduler.store.clear)
             gc.collect()
             start = mx.get_active_memory()
             soak = Soak(llm, args.seed)
@@ -155,13 +155,13 @@ def main() -> None:
             for thread in threads:
                 thread.join()
             stats = llm.stats()
-            llm._worker.call(llm._scheduler.store.clear)
+            llm.engine.worker.call(llm.engine.scheduler.store.clear)
             gc.collect()
             grown = mx.get_active_memory() / start
         checked = soak.finished[::CHECKED_ALONE]
         with load(folder, kv_budget=64 << 20) as llm:
             for prompt, params, even, out in checked:
-                llm._worker.call(llm._scheduler.store.clear)
+                llm.engine.worker.call(llm.engine.scheduler.store.clear)
                 alone = list(llm.generate(prompt, params, constraint=EvenTokens() if even else None))
                 if alone != out:
                     problems.append(f"an answer to {len(prompt)} tokens differs from the same request alone")

@@ -15,51 +15,137 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_gptoss.chat.session import Session
-    from mlx_gptoss.errors import GptOssError
-    from mlx_gptoss.harmony import Done, ReasoningDelta, Reply, TextDelta, ToolCall, ToolCallDelta
-    from mlx_gptoss.llm import Engine, load
-    from mlx_gptoss.sampling import SamplingParams
-
-__version__ = "0.1.0"
+    from mlx_gptoss.chat.session import (
+        Session,
+    )
+    from mlx_gptoss.errors import (
+        BusyError,
+        CheckpointError,
+        ConfigError,
+        ContextLengthError,
+        ConversionError,
+        GptOssError,
+        HubError,
+        MemoryLimitError,
+        ModelNotFoundError,
+        RequestError,
+        SchemaError,
+        TokenizerError,
+        ToolError,
+        VerificationError,
+    )
+    from mlx_gptoss.harmony import (
+        Conversation,
+        Diagnostic,
+        Done,
+        Event,
+        Message,
+        MessageDone,
+        PreambleDelta,
+        ReasoningDelta,
+        Reply,
+        TextDelta,
+        Tool,
+        ToolCall,
+        ToolCallDelta,
+        Usage,
+    )
+    from mlx_gptoss.llm import (
+        LLM,
+        load,
+    )
+    from mlx_gptoss.sampling import (
+        SamplingParams,
+    )
 
 __all__ = [
+    "BusyError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "Conversation",
+    "ConversionError",
+    "Diagnostic",
     "Done",
-    "Engine",
+    "Event",
     "GptOssError",
+    "HubError",
+    "LLM",
+    "MemoryLimitError",
+    "Message",
+    "MessageDone",
+    "ModelNotFoundError",
+    "PreambleDelta",
     "ReasoningDelta",
     "Reply",
+    "RequestError",
     "SamplingParams",
+    "SchemaError",
     "Session",
     "TextDelta",
+    "TokenizerError",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "ToolError",
+    "Usage",
+    "VerificationError",
     "load",
 ]
 
-_HOME = {
-    "Done": "harmony",
-    "Engine": "llm",
-    "GptOssError": "errors",
-    "ReasoningDelta": "harmony",
-    "Reply": "harmony",
-    "SamplingParams": "sampling",
-    "Session": "chat.session",
-    "TextDelta": "harmony",
-    "ToolCall": "harmony",
-    "ToolCallDelta": "harmony",
-    "load": "llm",
+_HOMES = {
+    "chat.session": ("Session",),
+    "errors": (
+        "BusyError",
+        "CheckpointError",
+        "ConfigError",
+        "ContextLengthError",
+        "ConversionError",
+        "GptOssError",
+        "HubError",
+        "MemoryLimitError",
+        "ModelNotFoundError",
+        "RequestError",
+        "SchemaError",
+        "TokenizerError",
+        "ToolError",
+        "VerificationError",
+    ),
+    "harmony": (
+        "Conversation",
+        "Diagnostic",
+        "Done",
+        "Event",
+        "Message",
+        "MessageDone",
+        "PreambleDelta",
+        "ReasoningDelta",
+        "Reply",
+        "TextDelta",
+        "Tool",
+        "ToolCall",
+        "ToolCallDelta",
+        "Usage",
+    ),
+    "llm": ("LLM", "load"),
+    "sampling": ("SamplingParams",),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME.get(name)
-    if home is None:
+    value: object
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("mlx-gptoss")
+    elif name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -18,7 +18,7 @@ from mlx_gptoss.cli.options import ModelSource, model_options
 from mlx_gptoss.errors import RequestError
 
 if TYPE_CHECKING:
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
 
 # Bytes read to measure the memory's bandwidth: more than any cache holds.
 STREAMED = 512 * 2**20
@@ -124,7 +124,7 @@ def measure_bandwidth() -> float:
 
 
 def measure_engine(
-    llm: Engine, lengths: list[int], counts: list[int], tokens: int, share: Callable[[int, float], float]
+    llm: LLM, lengths: list[int], counts: list[int], tokens: int, share: Callable[[int, float], float]
 ) -> Iterator[Row]:
     """Our figures, a row for each context length and number of requests."""
     import numpy as np

@@ -20,7 +20,7 @@ from mlx_gptoss.cli.options import (
 
 if TYPE_CHECKING:
     from mlx_gptoss.cli.terminal.chat import Settings
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
 
 
 @click.command()
@@ -63,7 +63,7 @@ def chat(
             run_chat(stack.enter_context(source.load()), settings)
 
 
-def run_chat(llm: Engine, settings: Settings) -> None:
+def run_chat(llm: LLM, settings: Settings) -> None:
     """Chat at the terminal until the user leaves."""
     from rich.console import Console
 
@@ -83,7 +83,7 @@ def _read_message() -> str:
     return message
 
 
-def _answer_once(llm: Engine, settings: Settings, message: str) -> None:
+def _answer_once(llm: LLM, settings: Settings, message: str) -> None:
     from mlx_gptoss.cli.terminal.once import answer_once
 
     events = settings.session(llm).stream(message)

@@ -18,10 +18,10 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlx_gptoss.harmony import Event, Usage
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.harmony import Event, ReasoningEffort, Usage
+    from mlx_gptoss.llm import LLM
 
-PROMPTS = (
+PROMPTS: tuple[tuple[str, ReasoningEffort], ...] = (
     ("What is 358 + 267?", "high"),
     ("How many r's are in strawberry?", "medium"),
     ("Why is the sky blue?", "low"),
@@ -117,7 +117,7 @@ def _convert(console: Console, target: Path) -> None:
     )
 
 
-def _prompts(console: Console, llm: Engine, meter: _Meter) -> None:
+def _prompts(console: Console, llm: LLM, meter: _Meter) -> None:
     _heading(console, "Three prompts, with the reasoning")
     for prompt, effort in PROMPTS:
         console.print(f"> {prompt}  [dim](reasoning effort: {effort})[/dim]")
@@ -128,7 +128,7 @@ def _prompts(console: Console, llm: Engine, meter: _Meter) -> None:
         console.print(f"  {reply.text}", markup=False)
 
 
-def _tool(console: Console, llm: Engine, meter: _Meter) -> None:
+def _tool(console: Console, llm: LLM, meter: _Meter) -> None:
     _heading(console, "A tool: the Python function get_weather(city)")
     console.print(f"> {TOOL_PROMPT}")
     began = time.perf_counter()
@@ -152,7 +152,7 @@ def _show(console: Console, events: Iterable[Event]) -> Usage:
     raise AssertionError("a stream ends with Done")
 
 
-def _structured(console: Console, llm: Engine, meter: _Meter) -> None:
+def _structured(console: Console, llm: LLM, meter: _Meter) -> None:
     _heading(console, "An answer that must be JSON with name, age and city")
     console.print(f"> {JSON_PROMPT}")
     began = time.perf_counter()

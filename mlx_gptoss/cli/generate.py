@@ -29,7 +29,7 @@ from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine.request import TokenStream
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -108,7 +108,7 @@ def _check_chat(as_chat: bool, tokens: str | None) -> None:
 
 
 def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None) -> dict[str, Any]:
-    """The arguments of Engine.stream. Raises RequestError for an unreadable schema file."""
+    """The arguments of LLM.stream. Raises RequestError for an unreadable schema file."""
     request: dict[str, Any] = {
         "instructions": talk.system,
         "reasoning_effort": talk.effort,
@@ -127,9 +127,7 @@ def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None
     return request
 
 
-def run_chat(
-    llm: Engine, message: str, request: dict[str, Any], *, show_reasoning: bool, as_json: bool
-) -> None:
+def run_chat(llm: LLM, message: str, request: dict[str, Any], *, show_reasoning: bool, as_json: bool) -> None:
     """Answer a message: the text as it comes, or one JSON object with all of the reply."""
     from mlx_gptoss.cli.terminal.once import answer_once
 
@@ -184,7 +182,7 @@ def _require_tokenizer(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-def run_raw(llm: Engine, ids: list[int], params: SamplingParams, *, as_ids: bool, as_json: bool) -> None:
+def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, as_json: bool) -> None:
     """Generate after `ids`, show the output as it comes (or one JSON object), then the measured line."""
     produced: list[int] = []
     text: list[str] = []
@@ -209,7 +207,7 @@ def run_raw(llm: Engine, ids: list[int], params: SamplingParams, *, as_ids: bool
 
 
 def _pieces(
-    llm: Engine, stream: TokenStream, produced: list[int], stops: tuple[str, ...], *, as_ids: bool
+    llm: LLM, stream: TokenStream, produced: list[int], stops: tuple[str, ...], *, as_ids: bool
 ) -> Iterator[str]:
     """The output as it may be shown; every token id is appended to `produced`."""
     if as_ids:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.harmony import ReasoningEffort
+    from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -58,7 +59,7 @@ class ModelSource:
 
         return resolve(self.model, revision=self.revision, offline=self.offline)
 
-    def load(self) -> Engine:
+    def load(self) -> LLM:
         """The loaded engine; close it, or use it in a with statement."""
         from mlx_gptoss.cli.progress import loading_bar
         from mlx_gptoss.llm import load
@@ -104,7 +105,7 @@ class ChatOptions:
     """How the model is addressed in the chat format."""
 
     system: str | None
-    effort: str
+    effort: ReasoningEffort
     show_reasoning: bool
 
 

@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.engine.prefix_disk import PrefixDisk, Span
-from mlx_gptoss.model.cache import SequenceCache, WindowState
+from mlx_gptoss.engine.runner import KVCache, Spans
+from mlx_gptoss.model.cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
@@ -28,8 +29,6 @@ SPAN = 1024
 STATES_SHARE = 0.4
 # Of the store's limit, the share that pinned prefixes may keep from ageing.
 PINNED_SHARE = 0.25
-
-Spans = list[list[mx.array]]
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -128,7 +127,7 @@ class PrefixStore:
         return Match(length, spans, states)
 
     def insert(
-        self, tokens: np.ndarray, cache: SequenceCache, states: Sequence[WindowState], pinned: int = 0
+        self, tokens: np.ndarray, cache: KVCache, states: Sequence[WindowState], pinned: int = 0
     ) -> None:
         """Keep what `cache` holds of `tokens`, int32 [n <= cache.length], sharing what is already held.
 

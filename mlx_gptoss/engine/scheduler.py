@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -23,42 +22,24 @@ from mlx_gptoss.device import on_gpu
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
 from mlx_gptoss.engine.request import FinishReason, Request, TokenOutput
-from mlx_gptoss.engine.sequence import Piece, Running
+from mlx_gptoss.engine.runner import KVCache, ModelRunner
+from mlx_gptoss.engine.sampler import Sampler, logprob_arrays, read_logprobs, unpack_bits
+from mlx_gptoss.engine.sequence import Piece, Sequence
 from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
+from mlx_gptoss.engine.stats import Counters, EngineStats
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
-from mlx_gptoss.model.cache import KVBits, SequenceCache
-from mlx_gptoss.model.graph import Model, Segment
-from mlx_gptoss.sampling import Sampler, logprob_arrays, read_logprobs, unpack_bits
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
 # Window states are taken at the prompt's end, at message starts this many tokens apart, and in long messages.
-STATE_AFTER_MESSAGE = 128
-STATE_AT_LATEST = 512
+STATE_MIN_DISTANCE = 128
+STATE_MAX_DISTANCE = 512
 # Keys kept beyond the window in a state: a sequence can resume up to so many tokens before its end.
 STATE_SLACK = 32
 # A request waits for another one that is computing at least so many tokens more of their common prefix.
 WORTH_WAITING = 16
 # Tokens of output that admission counts on; beyond it a sequence grows while there is room.
 EXPECTED_OUTPUT = 512
-
-
-@dataclass
-class Counters:
-    """Totals since the engine started; tokens, unless said otherwise."""
-
-    finished: int = 0  # requests
-    cancelled: int = 0  # requests
-    failed: int = 0  # requests
-    preempted: int = 0  # times a sequence gave its memory back, to start again
-    prompt: int = 0
-    cached: int = 0
-    computed: int = 0
-    generated: int = 0
-    forwards: int = 0
-    drafted: int = 0
-    accepted: int = 0  # of the drafted
-    gave_up: int = 0  # requests for which guessing did not pay
 
 
 class Scheduler:
@@ -71,29 +52,27 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Model,
+        runner: ModelRunner,
         *,
         budget: int,
         chunk: int,
         disk: PrefixDisk | None = None,
         max_running: int,
-        kv_bits: KVBits = (None, None),
         drafters: DrafterFactory | None = None,
         draft_tokens: int = 4,
         message_start: int | None = None,
-        pinned_tokens: Callable[[Sequence[int]], int] = lambda tokens: 0,
+        pinned_tokens: Callable[[list[int]], int] = lambda tokens: 0,
     ) -> None:
-        self.model = model
+        self.runner = runner
         self.budget = budget
         self.chunk = chunk
-        self.make_cache = partial(SequenceCache, model.config, model.dtype, kv_bits)
         self.max_running = max_running
         self.store = PrefixStore(budget, disk)
         # What to do when there is nothing to do: each gives a background request, or None.
         self.preparations: deque[Callable[[], Request | None]] = deque(maxlen=8)
         self.counters = Counters()
-        self.waiting: deque[Running] = deque()
-        self.running: list[Running] = []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
         self._message_start = message_start
         self._pinned_tokens = pinned_tokens
         self._drafters = drafters
@@ -106,13 +85,25 @@ class Scheduler:
         drafts = sum(r.speculation.drafter.nbytes for r in self.running if r.speculation is not None)
         return drafts + sum(r.live.committed for r in self.running)
 
+    def stats(self) -> EngineStats:
+        """What there is at this moment."""
+        return EngineStats(
+            **asdict(self.counters),
+            running=len(self.running),
+            waiting=len(self.waiting),
+            live_kv_bytes=self.live_bytes,
+            prefix_bytes=self.store.nbytes,
+            prefix_nodes=len(self.store),
+            kv_budget=self.budget,
+        )
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError for sampling values that do not fit the vocabulary."""
         prompt = np.array(request.prompt, np.int32)
-        sampler = Sampler(request.params, self.model.config.vocab_size, prompt)
-        self.waiting.append(Running(request, sampler))
+        sampler = Sampler(request.params, self.runner.vocab_size, prompt)
+        self.waiting.append(Sequence(request, sampler))
         if not request.background:
-            self.counters.prompt += len(request.prompt)
+            self.counters.prompt_tokens += len(request.prompt)
 
     def step(self) -> bool:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
@@ -159,7 +150,7 @@ class Scheduler:
         while self.store.save():
             pass
         self.store.clear()
-        del self.model
+        del self.runner
         self._drafters = None
         mx.clear_cache()
 
@@ -189,7 +180,7 @@ class Scheduler:
             if self._soon_computed(tokens):
                 continue
             rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
-            need = self.make_cache().nbytes_at(len(tokens) + rest, self.chunk)
+            need = self.runner.cache_bytes(len(tokens) + rest, self.chunk)
             if need > self.budget - self.live_bytes and self.running:
                 return
             self.waiting.remove(r)
@@ -209,11 +200,11 @@ class Scheduler:
             common_prefix(tokens, r.prompt) - max(held, r.live.length) >= WORTH_WAITING for r in reading
         )
 
-    def _wake(self, r: Running, tokens: np.ndarray) -> None:
+    def _wake(self, r: Sequence, tokens: np.ndarray) -> None:
         """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
         known = self._best_match(tokens[:-1])
-        cache = self.make_cache()
-        self.store.shrink(self.budget - self.live_bytes - cache.nbytes_at(len(tokens), self.chunk))
+        cache = self.runner.make_cache()
+        self.store.shrink(self.budget - self.live_bytes - self.runner.cache_bytes(len(tokens), self.chunk))
         cache.reserve(len(tokens))
         start = cache.load(known.spans, known.states)
         mx.eval(cache.arrays())
@@ -224,7 +215,7 @@ class Scheduler:
             r.states = [] if here is None else [here]
         if not r.sampled and not r.request.background:
             r.request.cached_tokens = start
-            self.counters.cached += start
+            self.counters.cached_tokens += start
         if self._drafters is not None and r.request.constraint is None and not r.request.background:
             r.speculation = Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
@@ -268,19 +259,19 @@ class Scheduler:
     def _make_room(self, pieces: list[Piece]) -> list[Piece]:
         """Shrink the store, and then send the youngest sequences back to wait, until the forward fits."""
         while True:
-            live = self.live_bytes + sum(p.running.live.growth(p.length) for p in pieces)
+            live = self.live_bytes + sum(p.sequence.live.growth(p.length) for p in pieces)
             if live + self.store.nbytes > self.budget:
                 self.store.shrink(self.budget - live)
             if live <= self.budget or len(self.running) <= 1:
                 return pieces
             youngest = self.running[-1]
             self._read([youngest])
-            pieces = [p for p in pieces if p.running is not youngest]
+            pieces = [p for p in pieces if p.sequence is not youngest]
             if youngest in self.running:
                 self._send_back(youngest)
                 self.counters.preempted += 1
 
-    def _send_back(self, r: Running) -> None:
+    def _send_back(self, r: Sequence) -> None:
         """Free a sequence's caches; it will read its timeline again."""
         self.running.remove(r)
         if r.next is not None:
@@ -300,22 +291,23 @@ class Scheduler:
             at += p.length
             rows += range(at - p.rows, at)
         tokens = [p.tokens for p in pieces]
-        segments = [Segment(p.length, p.running.live) for p in pieces]
-        logits = self.model(tokens[0] if len(tokens) == 1 else mx.concatenate(tokens), segments, rows)
+        shares = [(p.length, p.sequence.live) for p in pieces]
+        flat = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+        logits = self.runner.forward(flat, shares, rows)
         self.counters.forwards += 1
         launched = [] if logits is None else [logits]
         for p in pieces:
-            self.counters.computed += p.length
-            p.running.request.computed_tokens += p.length
+            self.counters.computed_tokens += p.length
+            p.sequence.request.computed_tokens += p.length
             launched += self._take_states(p)
             if not p.wants:
-                launched += p.running.live.arrays()
+                launched += p.sequence.live.arrays()
         mx.async_eval(launched)
         return logits
 
     def _take_states(self, piece: Piece) -> list[mx.array]:
         """Copy the sliding windows where a later request may branch off; the arrays to evaluate."""
-        r = piece.running
+        r = piece.sequence
         if piece.draft:
             return []  # part of it may be taken back
         end = r.live.offset
@@ -333,7 +325,7 @@ class Scheduler:
         taken = []
         for place in sorted({*places, end}):
             distance = place - r.last_state
-            if place in must or distance >= (STATE_AFTER_MESSAGE if place in places else STATE_AT_LATEST):
+            if place in must or distance >= (STATE_MIN_DISTANCE if place in places else STATE_MAX_DISTANCE):
                 state = r.live.snapshot(place, r.live.window_history + STATE_SLACK)
                 if state is not None:
                     r.states.append(state)
@@ -346,7 +338,7 @@ class Scheduler:
         greedy: mx.array | None = None
         row, launched = 0, []
         for p in pieces:
-            r = p.running
+            r = p.sequence
             if not p.wants:
                 if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
                     self._finish(r, "length")
@@ -374,7 +366,7 @@ class Scheduler:
             launched += [a for a in (r.next, *(r.logprobs or ())) if a is not None]
         mx.async_eval(launched)
 
-    def _draw(self, r: Running, logits: mx.array) -> None:
+    def _draw(self, r: Sequence, logits: mx.array) -> None:
         """Sample from logits [vocab] as the request wants it."""
         constraint, top = r.request.constraint, r.request.params.logprobs
         allowed = None if constraint is None else constraint.allowed()
@@ -386,7 +378,7 @@ class Scheduler:
 
     def _verify(self, piece: Piece, logits: mx.array) -> None:
         """Draw a token for each row of logits [1 + draft, vocab], up to the first unlike its guess."""
-        r, speculation = piece.running, piece.running.speculation
+        r, speculation = piece.sequence, piece.sequence.speculation
         assert speculation is not None
         drawn: list[mx.array] = []
         logprobs, states = [], []
@@ -405,11 +397,11 @@ class Scheduler:
         r.alone = False
         if piece.draft:
             r.live.rewind(len(r.tokens) + accepted)
-            self.counters.drafted += len(piece.draft)
-            self.counters.accepted += accepted
+            self.counters.drafted_tokens += len(piece.draft)
+            self.counters.accepted_tokens += accepted
         if piece.length == len(piece.draft) + 1:
             seconds = time.perf_counter() - self._started
-            self.counters.gave_up += speculation.record(len(piece.draft), accepted, seconds)
+            self.counters.drafts_given_up += speculation.record(len(piece.draft), accepted, seconds)
         for token, row in zip(tokens[: accepted + 1], logprobs, strict=False):
             r.sampled += 1
             self._deliver(r, TokenOutput(token, None if row is None else read_logprobs(row)))
@@ -418,7 +410,7 @@ class Scheduler:
 
     # --- what came out
 
-    def _read(self, sequences: Sequence[Running]) -> None:
+    def _read(self, sequences: Iterable[Sequence]) -> None:
         """Read the tokens sampled before this forward was launched, and deliver them."""
         for r in list(sequences):
             if r.next is None:
@@ -428,10 +420,10 @@ class Scheduler:
             r.next = r.logprobs = None
             self._deliver(r, TokenOutput(token, logprobs))
 
-    def _deliver(self, r: Running, output: TokenOutput) -> None:
+    def _deliver(self, r: Sequence, output: TokenOutput) -> None:
         request = r.request
         r.tokens.append(output.token_id)
-        self.counters.generated += 1
+        self.counters.generated_tokens += 1
         try:
             if request.constraint is not None:
                 request.constraint.accept(output.token_id)
@@ -447,7 +439,7 @@ class Scheduler:
         elif request.cancelled:
             self._finish(r, "cancelled")
 
-    def _finish(self, r: Running, reason: FinishReason) -> None:
+    def _finish(self, r: Sequence, reason: FinishReason) -> None:
         """Keep what was computed, free the caches, and tell the caller."""
         self.running.remove(r)
         cache, r.cache, r.next = r.live, None, None
@@ -459,7 +451,7 @@ class Scheduler:
         r.states = []
         self._close(r, reason)
 
-    def _keep(self, r: Running, cache: SequenceCache) -> None:
+    def _keep(self, r: Sequence, cache: KVCache) -> None:
         """Move what a sequence's caches hold to the store."""
         self.store.shrink(self.budget - self.live_bytes - cache.committed)
         n = min(cache.offset, len(r.tokens))
@@ -470,7 +462,7 @@ class Scheduler:
             self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
             self.store.shrink(self.budget - self.live_bytes)
 
-    def _close(self, r: Running, reason: FinishReason) -> None:
+    def _close(self, r: Sequence, reason: FinishReason) -> None:
         if not r.request.background:
             if reason == "cancelled":
                 self.counters.cancelled += 1
@@ -478,7 +470,7 @@ class Scheduler:
                 self.counters.finished += 1
         r.request.end(reason)
 
-    def _fail(self, r: Running, error: Exception) -> None:
+    def _fail(self, r: Sequence, error: Exception) -> None:
         """End one sequence with an error; its caches are dropped, as they may be half written."""
         if r in self.running:
             self.running.remove(r)
@@ -487,7 +479,7 @@ class Scheduler:
         r.request.fail(error)
 
     def _recover(self, error: Exception) -> None:
-        """A whole forward failed. Nobody knows because of whom: everyone starts again, alone."""
+        """A whole forward failed. Any of its sequences may be the cause: each starts again, alone."""
         running = list(self.running)
         if not running:
             # It was no forward, then; whoever comes next must not meet it again for ever.

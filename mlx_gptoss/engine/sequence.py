@@ -1,4 +1,4 @@
-"""A request on its way through the scheduler, and its share of one forward."""
+"""A sequence: a request on its way through the scheduler; and its share of one forward."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.engine.request import Request
+from mlx_gptoss.engine.runner import KVCache
+from mlx_gptoss.engine.sampler import Sampler
 from mlx_gptoss.engine.speculate import Speculation
-from mlx_gptoss.model.cache import SequenceCache, WindowState
-from mlx_gptoss.sampling import Sampler
+from mlx_gptoss.model.cache import WindowState
 
 
-class Running:
-    """A request on its way: its timeline of tokens, its caches and its sampler.
+class Sequence:
+    """A request on its way: its tokens so far, its caches and its sampler.
 
     `cache` is None while it waits. `next` is a token, int32 [1], that was sampled and has not been read.
     """
@@ -24,7 +25,7 @@ class Running:
         self.sampler = sampler
         self.tokens = list(request.prompt)
         self.prompt = np.array(request.prompt, np.int32)
-        self.cache: SequenceCache | None = None
+        self.cache: KVCache | None = None
         self.states: list[WindowState] = []
         self.last_state = 0  # where the last window state ended
         self.branch = 0  # where this timeline left another one
@@ -40,7 +41,7 @@ class Running:
         return self.next is not None
 
     @property
-    def live(self) -> SequenceCache:
+    def live(self) -> KVCache:
         """The caches of a sequence that is not waiting."""
         assert self.cache is not None
         return self.cache
@@ -50,7 +51,7 @@ class Running:
 class Piece:
     """A sequence's share of one forward; `wants` its last row's logits, and those of a draft's rows."""
 
-    running: Running
+    sequence: Sequence
     tokens: mx.array
     length: int
     wants: bool

@@ -15,8 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.model.cache import SequenceCache
-from mlx_gptoss.model.graph import Model, Segment
+from mlx_gptoss.engine.runner import KVCache, ModelRunner
 
 # Longest and shortest run of tokens that prompt lookup looks for.
 LONGEST, SHORTEST = 4, 2
@@ -75,10 +74,10 @@ class PromptLookup:
 class ModelDrafter:
     """Guesses with a second, smaller model of the same vocabulary, greedily."""
 
-    def __init__(self, model: Model, chunk: int) -> None:
-        self._model = model
+    def __init__(self, runner: ModelRunner, chunk: int) -> None:
+        self._runner = runner
         self._chunk = max(chunk, LEAST_READ)
-        self._cache: SequenceCache = model.make_cache()
+        self._cache: KVCache = runner.make_cache()
         self._fed: list[int] = []  # what its caches hold
         self._rounds = 0
         self.behind = False
@@ -102,7 +101,7 @@ class ModelDrafter:
         part = tokens[start : start + self._chunk]
         self.behind = start + len(part) < len(tokens)
         rows = [] if self.behind else [len(part) - 1]
-        logits = self._model(mx.array(part, mx.int32), [Segment(len(part), self._cache)], rows)
+        logits = self._runner.forward(mx.array(part, mx.int32), [(len(part), self._cache)], rows)
         if self.behind:
             mx.eval(self._cache.arrays())
             self._fed = tokens[: self._cache.length]
@@ -113,7 +112,7 @@ class ModelDrafter:
             token = mx.argmax(logits, axis=-1).astype(mx.int32)
             guesses.append(token)
             if i + 1 < limit:
-                logits = self._model(token, [Segment(1, self._cache)])
+                logits = self._runner.forward(token, [(1, self._cache)])
         drafted: list[int] = np.array(mx.concatenate(guesses)).tolist()
         self._fed = [*tokens, *drafted[:-1]]
         return drafted

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from llguidance import LLMatcher
-
-from mlx_gptoss.errors import RequestError, SchemaError, ToolError
+from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.grammar import headers
 from mlx_gptoss.grammar.headers import Target
 from mlx_gptoss.grammar.matcher import Vocabulary, vocabulary_of
-from mlx_gptoss.grammar.schema import Schema, arguments_schema, json_schema_of, schema_error, schema_grammar
+from mlx_gptoss.grammar.response_format import ResponseFormat
+from mlx_gptoss.grammar.schema import arguments_schema, schema_error, schema_grammar
 from mlx_gptoss.grammar.turn import Plan, TurnConstraint
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -29,11 +27,7 @@ def compile_constraint(
     builtin: Sequence[ToolNamespace] = (),
     tool_choice: ToolChoice = "auto",
     strict_tools: bool = True,
-    schema: Schema | None = None,
-    regex: str | None = None,
-    lark: str | None = None,
-    choices: Sequence[str] | None = None,
-    json_object: bool = False,
+    response_format: ResponseFormat | None = None,
     reasoning_budget: int | None = None,
     called: bool = False,
 ) -> TurnConstraint | None:
@@ -42,9 +36,8 @@ def compile_constraint(
     tools, builtin: function tools and built-in namespaces that the model has been shown. tool_choice:
     "auto", "none", "required", or ("named", name). strict_tools: False lets a call's arguments be any JSON
     object where the tool's schema uses keywords that cannot be enforced, instead of raising.
-    schema / regex / lark / choices / json_object: what the final message is; at most one of them.
-    reasoning_budget: analysis tokens in this turn at most, >= 0. called: whether the history holds calls,
-    which a model without tools would go on making.
+    response_format: what the final message is. reasoning_budget: analysis tokens in this turn at most,
+    >= 0. called: whether the history holds calls, which a model without tools would go on making.
 
     Raises SchemaError (unusable schema or grammar, naming the keyword), ToolError (tool_choice does not fit
     the tools) or RequestError.
@@ -56,7 +49,7 @@ def compile_constraint(
             f"reasoning_budget is {reasoning_budget!r}: expected a whole number of tokens >= 0",
             "reasoning_budget",
         )
-    final, is_json, shape, field = _final_grammar(schema, regex, lark, choices, json_object)
+    final = response_format.grammar() if response_format is not None else None
     calls = _calls(tools, builtin)
     chosen = _choose(calls, tool_choice)
     if not calls and final is None and reasoning_budget is None and not called:
@@ -72,58 +65,18 @@ def compile_constraint(
         targets.append(headers.PREAMBLE)
     must_call = tool_choice not in ("auto", "none")
     if not must_call:
+        is_json = response_format is not None and response_format.is_json
         answer = headers.FINAL_JSON if is_json else headers.FINAL
         targets.append(answer)
-        if final is not None:
-            _check(vocabulary, final, shape, field)
+        if response_format is not None and final is not None:
+            # Compiled now, so that a bad one fails before anything is generated.
+            try:
+                vocabulary.matcher(final)
+            except ValueError as error:
+                raise response_format.error(error) from None
             bodies[answer] = final
     plan = Plan(tuple(targets), bodies, must_call or final is not None, reasoning_budget)
     return TurnConstraint(tokenizer, vocabulary, plan)
-
-
-def _final_grammar(
-    schema: Schema | None,
-    regex: str | None,
-    lark: str | None,
-    choices: Sequence[str] | None,
-    json_object: bool,
-) -> tuple[str | None, bool, object, str]:
-    """Of the final message: (grammar, whether it is JSON, what the caller gave, the field's name)."""
-    given = [
-        name
-        for name, value in (
-            ("schema", schema),
-            ("regex", regex),
-            ("lark", lark),
-            ("choices", choices),
-            ("json_object", json_object or None),
-        )
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise RequestError(
-            f"{' and '.join(given)} were given together: a reply has one shape, give one", given[1]
-        )
-    if schema is not None:
-        shape = json_schema_of(schema)
-        return _build(lambda: schema_grammar(shape), shape, "schema"), True, shape, "schema"
-    if regex is not None:
-        _require_text(regex, "regex")
-        return LLMatcher.grammar_from_regex(regex), False, regex, "regex"
-    if lark is not None:
-        _require_text(lark, "lark")
-        return LLMatcher.grammar_from_lark(lark), False, lark, "lark"
-    if choices is not None:
-        if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c for c in choices):
-            raise SchemaError(
-                f"choices is {choices!r:.80}: expected a list of one or more non-empty texts", "choices"
-            )
-        forms = " | ".join(json.dumps(c, ensure_ascii=False) for c in choices)
-        return LLMatcher.grammar_from_lark(f"start: {forms}"), False, choices, "choices"
-    if json_object:
-        shape = {"type": "object"}
-        return schema_grammar(shape), True, shape, "json_object"
-    return None, False, None, ""
 
 
 def _calls(tools: Sequence[Tool], builtin: Sequence[ToolNamespace]) -> dict[Target, dict[str, Any] | None]:
@@ -169,32 +122,12 @@ def _choose(
 def _argument_grammar(
     vocabulary: Vocabulary, target: Target, parameters: dict[str, Any], strict_tools: bool
 ) -> str:
-    field = f"parameters of {(target.recipient or '').removeprefix('functions.')}"
     try:
-        grammar = _build(lambda: schema_grammar(parameters), parameters, field)
-        _check(vocabulary, grammar, parameters, field)
-        return grammar
-    except SchemaError:
-        if strict_tools:
-            raise
-        return schema_grammar({"type": "object"})
-
-
-def _build(make: Callable[[], str], shape: object, field: str) -> str:
-    try:
-        return make()
-    except ValueError as error:
-        raise schema_error(str(error), shape, field) from None
-
-
-def _check(vocabulary: Vocabulary, grammar: str, shape: object, field: str) -> None:
-    """Compile the grammar now, so that a bad one fails before anything is generated."""
-    try:
+        grammar = schema_grammar(parameters)
         vocabulary.matcher(grammar)
+        return grammar
     except ValueError as error:
-        raise schema_error(str(error), shape, field) from None
-
-
-def _require_text(value: object, field: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise SchemaError(f"{field} is {value!r:.80}: expected a non-empty text", field)
+        if not strict_tools:
+            return schema_grammar({"type": "object"})
+        field = f"parameters of {(target.recipient or '').removeprefix('functions.')}"
+        raise schema_error(str(error), parameters, field) from None

@@ -22,7 +22,7 @@ from mlx_gptoss.harmony.events import (
 from mlx_gptoss.harmony.namespaces import BROWSER, PYTHON
 from mlx_gptoss.harmony.parser import DIAGNOSTICS, StreamParser
 from mlx_gptoss.harmony.render import render, render_for_training, render_message, render_text
-from mlx_gptoss.harmony.types import Conversation, Message, Role, Tool, ToolNamespace
+from mlx_gptoss.harmony.types import Conversation, Message, ReasoningEffort, Role, Tool, ToolNamespace
 
 __all__ = [
     "BROWSER",
@@ -37,6 +37,7 @@ __all__ = [
     "MessageDone",
     "PreambleDelta",
     "ReasoningDelta",
+    "ReasoningEffort",
     "Reply",
     "ReplyBuilder",
     "Role",

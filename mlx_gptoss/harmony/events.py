@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mlx_gptoss.harmony.types import Message
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultTypeVar
+
     from mlx_gptoss.sampling import TokenLogprobs
+
+    Parsed = DefaultTypeVar("Parsed", default=Any)
+else:
+    Parsed = TypeVar("Parsed")
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -94,8 +100,8 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a generation came to. `parsed` is the answer as data where a schema was given."""
+class Reply(Generic[Parsed]):
+    """What a generation came to. `parsed` is a whole answer as data where a schema was given."""
 
     text: str
     reasoning: str
@@ -104,7 +110,7 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     diagnostics: tuple[Diagnostic, ...] = ()
-    parsed: Any = None
+    parsed: Parsed | None = None
     stop_text: str | None = None  # the stop text that ended it
 
 

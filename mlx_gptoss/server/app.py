@@ -1,13 +1,13 @@
-"""The ASGI application: routes of every API behind the gate, over one Engine."""
+"""The ASGI application: routes of every API behind the gate, over one LLM."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from mlx_gptoss import __version__
 from mlx_gptoss.server.anthropic import messages_routes as messages
 from mlx_gptoss.server.gate import Gate
 from mlx_gptoss.server.http import page
@@ -20,10 +20,10 @@ from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
 
 if TYPE_CHECKING:
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
 
 
-def create_app(engine: Engine | None = None, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(engine: LLM | None = None, settings: ServerSettings | None = None) -> FastAPI:
     """The application for an engine. Without one it answers 503 until `app.state.server.engine` is set.
 
     The caller keeps the engine: it is not closed here.
@@ -31,7 +31,7 @@ def create_app(engine: Engine | None = None, settings: ServerSettings | None = N
     state = ServerState(settings or ServerSettings())
     app = FastAPI(
         title="mlx_gptoss",
-        version=__version__,
+        version=version("mlx-gptoss"),
         description="OpenAI's and Anthropic's APIs over a local gpt-oss model.",
         docs_url=None,  # FastAPI's pages load scripts from other sites
         redoc_url=None,

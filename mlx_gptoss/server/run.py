@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
 
 logger = logging.getLogger("mlx_gptoss.server")
 
@@ -75,7 +75,7 @@ def make_server(app: FastAPI, on_listening: Callable[[str], None] = logger.info)
 
 
 def serve(
-    load: Callable[[], Engine], settings: ServerSettings, on_listening: Callable[[str], None] = logger.info
+    load: Callable[[], LLM], settings: ServerSettings, on_listening: Callable[[str], None] = logger.info
 ) -> None:
     """Serve until a signal. The port opens at once; until `load` returns, /health says "loading" and all else
     is answered 503. Raises what `load` raises. The engine is closed at the end.

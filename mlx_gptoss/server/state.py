@@ -15,7 +15,7 @@ from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.llm import LLM
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ServerState:
     """
 
     settings: ServerSettings
-    engine: Engine | None = field(default=None, init=False)
+    engine: LLM | None = field(default=None, init=False)
     model_name: str = field(default="", init=False)
     metrics: Metrics = field(default_factory=Metrics)
     jobs: Jobs = field(init=False)
@@ -38,13 +38,13 @@ class ServerState:
         self.turns = TurnMemory(self.settings.max_turns)
         self.responses = ResponseStore(self.settings.max_stored_responses)
 
-    def attach(self, engine: Engine | None) -> None:
+    def attach(self, engine: LLM | None) -> None:
         """Give the server its engine."""
         self.engine = engine
         if engine is not None:
             self.model_name = self.settings.model_name or Path(engine.name).name
 
-    def ready(self) -> Engine:
+    def ready(self) -> LLM:
         """The engine, or ApiError 503 while it is loading."""
         if self.engine is None:
             raise ApiError(

@@ -137,8 +137,10 @@ def test_the_next_turn_is_prepared_while_nothing_else_runs() -> None:
     with llm:
         chat = llm.chat()
         chat.send("one")
-        scheduler = llm._scheduler
-        while llm._worker.call(lambda: scheduler.preparations or scheduler.waiting or scheduler.running):
+        scheduler = llm.engine.scheduler
+        while llm.engine.worker.call(
+            lambda: scheduler.preparations or scheduler.waiting or scheduler.running
+        ):
             time.sleep(0.01)
         known = len(chat.tokens)
         assert chat.send("two").usage.cached_tokens >= known - 1

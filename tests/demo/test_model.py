@@ -10,7 +10,7 @@ import pytest
 import mlx_gptoss as gptoss
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
 from mlx_gptoss.harmony import Tool
-from mlx_gptoss.llm import Engine
+from mlx_gptoss.llm import LLM
 
 WEATHER = Tool(
     "get_weather",
@@ -20,7 +20,7 @@ WEATHER = Tool(
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Engine]:
+def llm() -> Iterator[LLM]:
     with gptoss.load("demo", max_context=4096) as engine:
         yield engine
 
@@ -29,7 +29,7 @@ def test_the_package_data_stays_small() -> None:
     assert sum(p.stat().st_size for p in DEMO_FOLDER.iterdir()) < 6_000_000
 
 
-def test_it_is_laid_out_as_openai_publishes_gpt_oss(llm: Engine) -> None:
+def test_it_is_laid_out_as_openai_publishes_gpt_oss(llm: LLM) -> None:
     settings = json.loads((DEMO_FOLDER / "config.json").read_text())
     assert settings["model_type"] == "gpt_oss" and settings["quantization_config"]["quant_method"] == "mxfp4"
     assert settings["rope_scaling"]["rope_type"] == "yarn" and settings["rope_scaling"]["truncate"] is False
@@ -46,13 +46,13 @@ def test_it_is_laid_out_as_openai_publishes_gpt_oss(llm: Engine) -> None:
         ("Reverse this list: pear, fig, plum", "plum, fig, pear"),
     ],
 )
-def test_it_reasons_and_answers(llm: Engine, prompt: str, answer: str) -> None:
+def test_it_reasons_and_answers(llm: LLM, prompt: str, answer: str) -> None:
     reply = llm.respond(prompt, temperature=0.0, max_tokens=300)
     assert reply.text == answer
     assert reply.reasoning and reply.finish_reason == "stop" and not reply.diagnostics
 
 
-def test_more_effort_means_more_reasoning(llm: Engine) -> None:
+def test_more_effort_means_more_reasoning(llm: LLM) -> None:
     low, high = (
         llm.respond("What is 358 + 267?", reasoning_effort=e, temperature=0.0, max_tokens=300)
         for e in ("low", "high")
@@ -61,7 +61,7 @@ def test_more_effort_means_more_reasoning(llm: Engine) -> None:
     assert low.text == high.text == "358 + 267 = 625."
 
 
-def test_it_calls_a_declared_tool_with_the_argument_of_the_question(llm: Engine) -> None:
+def test_it_calls_a_declared_tool_with_the_argument_of_the_question(llm: LLM) -> None:
     reply = llm.respond("What is the weather in Oslo?", tools=[WEATHER], temperature=0.0, max_tokens=300)
     assert reply.finish_reason == "tool_calls"
     assert [(c.name, json.loads(c.arguments)) for c in reply.tool_calls] == [
@@ -69,7 +69,7 @@ def test_it_calls_a_declared_tool_with_the_argument_of_the_question(llm: Engine)
     ]
 
 
-def test_a_python_tool_is_run_and_its_result_told(llm: Engine) -> None:
+def test_a_python_tool_is_run_and_its_result_told(llm: LLM) -> None:
     def get_weather(city: str) -> str:
         """Get the weather in a city."""
         return f"17 degrees in {city}"
@@ -78,7 +78,7 @@ def test_a_python_tool_is_run_and_its_result_told(llm: Engine) -> None:
     assert "17 degrees" in session.send("What is the weather in Oslo?").text
 
 
-def test_it_answers_in_json_when_a_schema_is_given(llm: Engine) -> None:
+def test_it_answers_in_json_when_a_schema_is_given(llm: LLM) -> None:
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
@@ -90,6 +90,6 @@ def test_it_answers_in_json_when_a_schema_is_given(llm: Engine) -> None:
     assert reply.parsed == {"name": "Anna", "age": 31}
 
 
-def test_it_declines_what_is_outside_its_world(llm: Engine) -> None:
+def test_it_declines_what_is_outside_its_world(llm: LLM) -> None:
     reply = llm.respond("Why is the sky blue?", temperature=0.0, max_tokens=300)
     assert "tiny demo model" in reply.text

@@ -14,9 +14,9 @@ from demo.world.corpus import segments
 from demo.world.mixture import sample, samples
 from demo.world.sample import Sample
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
-from mlx_gptoss.grammar import compile_constraint
 from mlx_gptoss.harmony import Diagnostic, Message, StreamParser, render
 from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.constraints import constrain
 
 
 def many(count: int, seed: int = 7) -> list[Sample]:
@@ -74,7 +74,7 @@ def test_calls_name_a_declared_tool_and_meet_its_schema() -> None:
 def test_a_grammar_lets_the_expected_replies_through(tokenizer: Tokenizer) -> None:
     for made in many(60):
         conversation, step = made.conversation, made.steps[0]
-        constraint = compile_constraint(
+        constraint = constrain(
             tokenizer, tools=conversation.tools, schema=conversation.response_schema, tool_choice="auto"
         )
         for token in encode(tokenizer, step.text()) if constraint else []:

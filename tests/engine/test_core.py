@@ -17,6 +17,8 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.chat.generation import Generation
 from mlx_gptoss.engine.request import TokensDone
+from mlx_gptoss.engine.sampler import Sampler
+from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import (
     BusyError,
@@ -26,9 +28,8 @@ from mlx_gptoss.errors import (
     RequestError,
     TokenizerError,
 )
-from mlx_gptoss.llm import Engine, EngineStats, load
-from mlx_gptoss.model.graph import Segment
-from mlx_gptoss.sampling import Sampler, SamplingParams
+from mlx_gptoss.llm import LLM, load
+from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(folder: Path) -> Iterator[Engine]:
+def llm(folder: Path) -> Iterator[LLM]:
     with load(folder, kv_budget=64 * 2**20, prefill_chunk=32) as engine:
         yield engine
 
@@ -52,37 +53,36 @@ def prompt(seed: int, n: int) -> list[int]:
     return [random.Random(f"{seed} {i}").randrange(SHAPE.vocab - 1) for i in range(n)]
 
 
-def when_quiet(llm: Engine) -> EngineStats:
+def when_quiet(llm: LLM) -> EngineStats:
     """The engine's counts once every request is over."""
     while (stats := llm.stats()).running or stats.waiting:
         pass
     return stats
 
 
-def by_hand(llm: Engine, tokens: list[int], count: int) -> list[int]:
+def by_hand(llm: LLM, tokens: list[int], count: int) -> list[int]:
     """Greedy decoding with the bare model, one sequence, no engine around it."""
 
     def run() -> list[int]:
-        model = llm._model
-        assert model is not None
-        cache, feed = model.make_cache(), tokens
+        runner = llm.engine.scheduler.runner
+        cache, feed = runner.make_cache(), tokens
         out: list[int] = []
         while len(out) < count and out[-1:] != [SHAPE.vocab - 1]:
-            logits = model(mx.array(feed), [Segment(len(feed), cache)], [len(feed) - 1])
+            logits = runner.forward(mx.array(feed), [(len(feed), cache)], [len(feed) - 1])
             assert logits is not None
             feed = np.array(mx.argmax(logits, axis=-1)).tolist()
             out += feed
         return out
 
-    return llm._worker.call(run)
+    return llm.engine.worker.call(run)
 
 
-def test_greedy_generation_is_the_argmax_of_the_logits(llm: Engine) -> None:
+def test_greedy_generation_is_the_argmax_of_the_logits(llm: LLM) -> None:
     tokens = prompt(1, 70)
     assert list(llm.generate(tokens, GREEDY)) == by_hand(llm, tokens, 12)
 
 
-def test_requests_at_once_equal_each_alone(llm: Engine) -> None:
+def test_requests_at_once_equal_each_alone(llm: LLM) -> None:
     prompts = [prompt(10 + i, 3 + 13 * i) for i in range(8)]
     streams = [llm.submit(p, GREEDY) for p in prompts]
     together = [[o.token_id for o in s] for s in streams]
@@ -90,7 +90,7 @@ def test_requests_at_once_equal_each_alone(llm: Engine) -> None:
         assert got == by_hand(llm, p, 12)
 
 
-def test_a_seed_gives_the_same_tokens_whatever_runs_beside(llm: Engine) -> None:
+def test_a_seed_gives_the_same_tokens_whatever_runs_beside(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=20)
     alone = list(llm.generate(prompt(20, 30), params))
     others = [llm.submit(prompt(21 + i, 40), SamplingParams(max_tokens=30)) for i in range(4)]
@@ -100,7 +100,7 @@ def test_a_seed_gives_the_same_tokens_whatever_runs_beside(llm: Engine) -> None:
         stream.cancel()
 
 
-def test_a_second_prompt_computes_only_what_is_new(llm: Engine) -> None:
+def test_a_second_prompt_computes_only_what_is_new(llm: LLM) -> None:
     document = prompt(30, 400)
     first = llm.submit(document + prompt(31, 20), GREEDY)
     list(first)
@@ -115,7 +115,7 @@ def test_a_second_prompt_computes_only_what_is_new(llm: Engine) -> None:
     assert third.cached_tokens == 400
 
 
-def test_the_same_prompt_again_computes_one_token(llm: Engine) -> None:
+def test_the_same_prompt_again_computes_one_token(llm: LLM) -> None:
     tokens = prompt(40, 100)
     first = list(llm.generate(tokens, GREEDY))
     again = llm.submit(tokens, GREEDY)
@@ -123,7 +123,7 @@ def test_the_same_prompt_again_computes_one_token(llm: Engine) -> None:
     assert again.cached_tokens == 99
 
 
-def test_requests_with_a_common_prefix_compute_it_once(llm: Engine) -> None:
+def test_requests_with_a_common_prefix_compute_it_once(llm: LLM) -> None:
     document = prompt(50, 500)
     before = llm.stats().computed_tokens
     streams = [llm.submit(document + prompt(51 + i, 10), GREEDY) for i in range(5)]
@@ -132,7 +132,7 @@ def test_requests_with_a_common_prefix_compute_it_once(llm: Engine) -> None:
     assert llm.stats().computed_tokens - before < 500 + 5 * (10 + 12 + 30) + 30
 
 
-def test_cancelling_frees_memory_and_says_so(llm: Engine) -> None:
+def test_cancelling_frees_memory_and_says_so(llm: LLM) -> None:
     stream = llm.submit(prompt(60, 50), SamplingParams(temperature=0.0, stop_token_ids=()))
     next(stream)
     stream.cancel()
@@ -141,7 +141,7 @@ def test_cancelling_frees_memory_and_says_so(llm: Engine) -> None:
     assert llm.stats().running == 0 and llm.stats().live_kv_bytes == 0
 
 
-def test_a_stream_that_is_dropped_is_cancelled(llm: Engine) -> None:
+def test_a_stream_that_is_dropped_is_cancelled(llm: LLM) -> None:
     before = llm.stats()
     params = SamplingParams(temperature=0.0, stop_token_ids=())
     for _ in llm.submit(prompt(61, 50), params):
@@ -151,7 +151,7 @@ def test_a_stream_that_is_dropped_is_cancelled(llm: Engine) -> None:
     assert stats.cancelled - before.cancelled == 2
 
 
-def test_a_sink_is_served_without_its_stream(llm: Engine) -> None:
+def test_a_sink_is_served_without_its_stream(llm: LLM) -> None:
     got: queue.SimpleQueue[object] = queue.SimpleQueue()
     llm.submit(prompt(63, 10), GREEDY, sink=got.put)
     items = [got.get(timeout=5) for _ in range(13)]
@@ -167,7 +167,7 @@ def test_events_that_are_dropped_are_cancelled(text_folder: Path) -> None:
     assert stats.cancelled == 2
 
 
-def test_a_bad_constraint_harms_only_its_own_request(llm: Engine) -> None:
+def test_a_bad_constraint_harms_only_its_own_request(llm: LLM) -> None:
     class Broken:
         def allowed(self) -> np.ndarray | None:
             raise ValueError("broken")
@@ -181,7 +181,7 @@ def test_a_bad_constraint_harms_only_its_own_request(llm: Engine) -> None:
     assert [o.token_id for o in good] == by_hand(llm, prompt(70, 40), 12)
 
 
-def test_requests_without_a_seed_share_no_global_state(llm: Engine) -> None:
+def test_requests_without_a_seed_share_no_global_state(llm: LLM) -> None:
     drawn = []
     for _ in range(2):
         np.random.seed(0)
@@ -206,7 +206,7 @@ def test_what_a_sampler_remembers_does_not_grow(tmp_path: Path, penalty: dict[st
     assert abs(graph(30) - graph(30)) < 100
 
 
-def test_a_constraint_forces_tokens(llm: Engine) -> None:
+def test_a_constraint_forces_tokens(llm: LLM) -> None:
     class Forced:
         def __init__(self, tokens: list[int]) -> None:
             self.tokens = tokens
@@ -226,7 +226,7 @@ def test_a_constraint_forces_tokens(llm: Engine) -> None:
     assert out[3:] == by_hand(llm, [*prompt(80, 10), 5, 6, 7], 9)
 
 
-def test_a_sink_gets_tokens_and_one_end(llm: Engine) -> None:
+def test_a_sink_gets_tokens_and_one_end(llm: LLM) -> None:
     got: list[object] = []
     over = threading.Event()
 
@@ -242,7 +242,7 @@ def test_a_sink_gets_tokens_and_one_end(llm: Engine) -> None:
     assert len(got) == 13
 
 
-def test_a_sink_that_raises_cancels_its_own_request(llm: Engine) -> None:
+def test_a_sink_that_raises_cancels_its_own_request(llm: LLM) -> None:
     def sink(item: object) -> None:
         raise OSError("gone")
 
@@ -254,7 +254,7 @@ def test_a_sink_that_raises_cancels_its_own_request(llm: Engine) -> None:
     assert stream.finish_reason == "cancelled"
 
 
-def test_logprobs_are_those_of_the_logits(llm: Engine) -> None:
+def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
     tokens = prompt(100, 20)
     outputs = list(llm.submit(tokens, SamplingParams(temperature=0.0, max_tokens=3, logprobs=2)))
     rows = llm.logits(tokens + [o.token_id for o in outputs])[19:22].astype(np.float64)
@@ -265,7 +265,7 @@ def test_logprobs_are_those_of_the_logits(llm: Engine) -> None:
         assert [i for i, _ in output.logprobs.top] == np.argsort(-row)[:2].tolist()
 
 
-def test_wrong_requests_are_told_before_they_run(llm: Engine) -> None:
+def test_wrong_requests_are_told_before_they_run(llm: LLM) -> None:
     with pytest.raises(RequestError, match="empty"):
         llm.submit([])
     with pytest.raises(RequestError, match=r"token_ids\[1\] is 300"):
@@ -281,20 +281,20 @@ def test_wrong_requests_are_told_before_they_run(llm: Engine) -> None:
         _ = llm.tokenizer
 
 
-def test_what_the_vocabulary_does_not_hold_is_told_before_it_runs(llm: Engine) -> None:
+def test_what_the_vocabulary_does_not_hold_is_told_before_it_runs(llm: LLM) -> None:
     with pytest.raises(RequestError, match="logprobs is 301"):
         llm.submit([1], SamplingParams(logprobs=SHAPE.vocab + 1))
 
 
 def test_a_request_that_cannot_be_queued_ends_with_the_error(
-    llm: Engine, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add(request: object) -> None:
         raise IndexError("no such place")
 
     got: queue.SimpleQueue[object] = queue.SimpleQueue()
     with monkeypatch.context() as patched:
-        patched.setattr(llm._scheduler, "add", add)
+        patched.setattr(llm.engine.scheduler, "add", add)
         llm.submit([1], GREEDY, sink=got.put)
         end = got.get(timeout=5)
     assert isinstance(end, GptOssError) and "no such place" in str(end)
@@ -371,7 +371,7 @@ def test_a_budget_too_small_is_refused_with_numbers(folder: Path) -> None:
 def test_the_longest_context_stays_within_the_budget(folder: Path, kv_budget: int) -> None:
     """Wherever the caches grow last on the way there."""
     with load(folder, kv_budget=kv_budget, prefill_chunk=64) as llm:
-        scheduler, peak = llm._scheduler, 0
+        scheduler, peak = llm.engine.scheduler, 0
 
         def watch(item: object) -> None:
             nonlocal peak
@@ -404,7 +404,7 @@ def test_a_small_budget_serves_everyone_in_turn(folder: Path) -> None:
 
 def test_an_engine_that_is_dropped_ends_its_thread(folder: Path) -> None:
     llm = load(folder, kv_budget=8 * 2**20)
-    thread = llm._worker._thread
+    thread = llm.engine.worker._thread
     list(llm.generate(prompt(1, 5), GREEDY))
     del llm
     gc.collect()

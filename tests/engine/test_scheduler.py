@@ -12,6 +12,7 @@ import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.engine.request import Request, TokenOutput, TokensDone
+from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import ModelDrafter
 from mlx_gptoss.errors import GptOssError
@@ -59,7 +60,7 @@ class Client:
 
 
 def make(model: Any, **options: Any) -> Scheduler:
-    return Scheduler(model, **{"budget": 1 << 26, "chunk": CHUNK, "max_running": 8, **options})
+    return Scheduler(LocalRunner(model), **{"budget": 1 << 26, "chunk": CHUNK, "max_running": 8, **options})
 
 
 def prompt(seed: int, n: int) -> list[int]:
@@ -257,8 +258,7 @@ def test_a_sink_may_raise_anything(model: Model) -> None:
 
 
 def test_memory_stays_within_the_budget(model: Model) -> None:
-    probe = make(model).make_cache()
-    budget = int(2.2 * probe.nbytes_at(500))
+    budget = int(2.2 * LocalRunner(model).cache_bytes(500, 1))
     scheduler = make(model, budget=budget)
     clients = [Client(scheduler, prompt(50 + i, 300), max_tokens=30) for i in range(4)]
     peak = 0
@@ -273,11 +273,11 @@ def test_a_waiting_or_closed_scheduler_holds_no_draft_caches(model: Model) -> No
     held: weakref.WeakSet[ModelDrafter] = weakref.WeakSet()
 
     def drafter() -> ModelDrafter:
-        held.add(made := ModelDrafter(model, CHUNK))
+        held.add(made := ModelDrafter(LocalRunner(model), CHUNK))
         return made
 
     # Not all of them fit, once they grow.
-    budget = int(2.2 * make(model).make_cache().nbytes_at(1000))
+    budget = int(2.2 * LocalRunner(model).cache_bytes(1000, 1))
     scheduler = make(model, budget=budget, drafters=drafter)
     factory = weakref.ref(drafter)
     del drafter

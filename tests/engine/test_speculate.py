@@ -11,9 +11,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.speculate import AFTER, PLAIN_EVERY, ModelDrafter, PromptLookup, Speculation
 from mlx_gptoss.errors import RequestError
-from mlx_gptoss.llm import Engine, load
+from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
@@ -29,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def plain(folders: tuple[Path, Path]) -> Iterator[Engine]:
+def plain(folders: tuple[Path, Path]) -> Iterator[LLM]:
     with load(folders[0], kv_budget=32 * 2**20) as llm:
         yield llm
 
@@ -42,7 +43,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("draft", ["lookup", "other model", "same model"])
-def test_greedy_output_is_identical(folders: tuple[Path, Path], plain: Engine, draft: str) -> None:
+def test_greedy_output_is_identical(folders: tuple[Path, Path], plain: LLM, draft: str) -> None:
     chosen = {"lookup": "lookup", "other model": folders[1], "same model": folders[0]}[draft]
     with load(folders[0], kv_budget=32 * 2**20, draft=chosen, draft_tokens=5) as llm:
         for tokens in prompts():
@@ -57,7 +58,7 @@ def test_greedy_output_is_identical(folders: tuple[Path, Path], plain: Engine, d
         assert stats.accepted_tokens <= stats.drafted_tokens
 
 
-def test_sampled_output_is_identical_with_a_seed(folders: tuple[Path, Path], plain: Engine) -> None:
+def test_sampled_output_is_identical_with_a_seed(folders: tuple[Path, Path], plain: LLM) -> None:
     """The draws of a seed do not depend on the guesses: the distribution is the target's by construction."""
     params = SamplingParams(
         temperature=0.8,
@@ -78,9 +79,7 @@ def test_sampled_output_is_identical_with_a_seed(folders: tuple[Path, Path], pla
                     assert abs(a.logprobs.logprob - b.logprobs.logprob) < 1e-4
 
 
-def test_stop_tokens_and_limits_hold_in_the_middle_of_a_draft(
-    folders: tuple[Path, Path], plain: Engine
-) -> None:
+def test_stop_tokens_and_limits_hold_in_the_middle_of_a_draft(folders: tuple[Path, Path], plain: LLM) -> None:
     tokens = prompts()[0]
     free = list(plain.generate(tokens, OPEN_END))
     with load(folders[0], kv_budget=32 * 2**20, draft=folders[0], draft_tokens=6) as llm:
@@ -129,14 +128,12 @@ def test_a_draft_model_reads_one_chunk_at_a_time(folders: tuple[Path, Path]) -> 
     model = load_model(folders[0])
     lengths: list[int] = []
 
-    class Counting:
-        make_cache = staticmethod(model.make_cache)
-
-        def __call__(self, tokens: mx.array, *rest: Any) -> Any:
+    class Counting(LocalRunner):
+        def forward(self, tokens: mx.array, *rest: Any) -> mx.array | None:
             lengths.append(tokens.size)
-            return model(tokens, *rest)
+            return super().forward(tokens, *rest)
 
-    drafter = ModelDrafter(Counting(), 32)  # type: ignore[arg-type]
+    drafter = ModelDrafter(Counting(model), 32)
     speculation = Speculation(drafter, 4)
     tokens = prompts()[2] * 4
     for _ in range(PLAIN_EVERY - 1):
@@ -150,7 +147,7 @@ def test_a_draft_model_reads_one_chunk_at_a_time(folders: tuple[Path, Path]) -> 
     # A round in which the draft model was still reading tells nothing of what a token costs.
     assert speculation.plain_rounds == 0
     assert len(tokens) == 160 + 5
-    fresh = ModelDrafter(model, 512)
+    fresh = ModelDrafter(LocalRunner(model), 512)
     assert guesses == fresh.propose(tokens, 4)
     # It goes on from there, also after guesses that were all wrong.
     tokens += [8, 9]
@@ -160,13 +157,13 @@ def test_a_draft_model_reads_one_chunk_at_a_time(folders: tuple[Path, Path]) -> 
 def test_a_draft_model_reads_again_what_its_window_lost(folders: tuple[Path, Path]) -> None:
     """More wrong guesses than its caches can go back by, and a chunk shorter than the replay."""
     model = load_model(folders[0])
-    drafter, tokens = ModelDrafter(model, 16), prompts()[2] * 8
+    drafter, tokens = ModelDrafter(LocalRunner(model), 16), prompts()[2] * 8
     guesses: list[int] = []
     for limit in (300, 4):
         tokens = [*tokens, 5]
         for _ in range(2 * PLAIN_EVERY):
             guesses = guesses or drafter.propose(tokens, limit)
-        assert guesses == ModelDrafter(model, 512).propose(tokens, limit)
+        assert guesses == ModelDrafter(LocalRunner(model), 512).propose(tokens, limit)
         guesses = []
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from benchmarks.constrained import SCHEMAS, one_sample
+from mlx_gptoss.engine.sampler import unpack_bits
 from mlx_gptoss.errors import RequestError, SchemaError, ToolError
-from mlx_gptoss.grammar import TurnConstraint, compile_constraint
+from mlx_gptoss.grammar import TurnConstraint
 from mlx_gptoss.grammar.matcher import vocabulary_of
 from mlx_gptoss.harmony import PYTHON, Tool, ToolNamespace
-from mlx_gptoss.sampling import unpack_bits
 from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.constraints import constrain
 from tests.support.real_vocabulary import require_tokenizer
 
 WEATHER = Tool(
@@ -87,7 +88,7 @@ def spelled(tok: Tokenizer, **request: object) -> set[str]:
     prefixes: list[list[int]] = [[]]
     while prefixes:
         prefix = prefixes.pop()
-        constraint = compile_constraint(tok, **request)  # type: ignore[arg-type]
+        constraint = constrain(tok, **request)  # type: ignore[arg-type]
         assert constraint is not None
         for token in prefix:
             constraint.accept(token)
@@ -100,8 +101,8 @@ def spelled(tok: Tokenizer, **request: object) -> set[str]:
 
 
 def test_a_request_that_constrains_nothing_has_no_constraint(tok: Tokenizer) -> None:
-    assert compile_constraint(tok) is None
-    assert compile_constraint(tok, tool_choice="none") is None
+    assert constrain(tok) is None
+    assert constrain(tok, tool_choice="none") is None
 
 
 def test_the_vocabulary_is_prepared_once(tok: Tokenizer) -> None:
@@ -148,30 +149,28 @@ def test_the_recipient_may_stand_before_the_channel(tok: Tokenizer) -> None:
     call = (
         ' to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Rome"}<|call|>'
     )
-    walk(tok, compile_constraint(tok, tools=[WEATHER]), call)
+    walk(tok, constrain(tok, tools=[WEATHER]), call)
 
 
 def test_builtin_tools_are_called_from_reasoning_and_code_is_free_text(tok: Tokenizer) -> None:
-    constraint = compile_constraint(tok, builtin=[PYTHON, BROWSER])
+    constraint = constrain(tok, builtin=[PYTHON, BROWSER])
     walk(tok, constraint, "<|channel|>analysis to=python code<|message|>print('<é>')\n<|call|>")
-    constraint = compile_constraint(tok, builtin=[PYTHON, BROWSER])
+    constraint = constrain(tok, builtin=[PYTHON, BROWSER])
     header = "<|channel|>analysis to=browser.find code<|message|>"
     walk(tok, constraint, header + '{"pattern": "x"}<|call|>')
-    constraint = compile_constraint(tok, builtin=[PYTHON])
+    constraint = constrain(tok, builtin=[PYTHON])
     assert refused(tok, constraint, "<|channel|>analysis to=browser.find") == "b"
 
 
 def test_code_can_end_with_a_call_only(tok: Tokenizer) -> None:
-    constraint = walk(
-        tok, compile_constraint(tok, builtin=[PYTHON]), "<|channel|>analysis to=python<|message|>1"
-    )
+    constraint = walk(tok, constrain(tok, builtin=[PYTHON]), "<|channel|>analysis to=python<|message|>1")
     allowed = options(tok, constraint)
     assert allowed is not None
     assert {t for t in allowed if tok.is_special(t)} == {tok.special.call}
 
 
 def test_reasoning_is_free_and_costs_no_mask_with_auto_tools(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, tools=[WEATHER]), ANALYSIS + "any \x00 ünïcode")
+    constraint = walk(tok, constrain(tok, tools=[WEATHER]), ANALYSIS + "any \x00 ünïcode")
     assert constraint.allowed() is None
     walk(tok, constraint, NEXT_FINAL + "free answer")
     assert constraint.allowed() is None
@@ -179,7 +178,7 @@ def test_reasoning_is_free_and_costs_no_mask_with_auto_tools(tok: Tokenizer) -> 
 
 
 def test_where_an_answer_is_due_reasoning_can_end_only_with_end(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, schema=NUMBER), ANALYSIS + "hm")
+    constraint = walk(tok, constrain(tok, schema=NUMBER), ANALYSIS + "hm")
     allowed = options(tok, constraint)
     assert allowed is not None
     assert {t for t in allowed if tok.is_special(t)} == {tok.special.end}
@@ -187,7 +186,7 @@ def test_where_an_answer_is_due_reasoning_can_end_only_with_end(tok: Tokenizer) 
 
 
 def test_the_answer_follows_the_schema_and_ends_with_return_alone(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, schema=NUMBER), ANALYSIS + "hm" + NEXT_FINAL)
+    constraint = walk(tok, constrain(tok, schema=NUMBER), ANALYSIS + "hm" + NEXT_FINAL)
     assert tok.special.return_ not in (options(tok, constraint) or ())
     walk(tok, constraint, '{"n": 12')
     assert tok.special.return_ not in (options(tok, constraint) or ())
@@ -197,30 +196,30 @@ def test_the_answer_follows_the_schema_and_ends_with_return_alone(tok: Tokenizer
 
 
 def test_a_complete_answer_that_could_go_on_may_end_or_go_on(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, regex="[0-9]{1,4}"), FINAL + "12")
+    constraint = walk(tok, constrain(tok, regex="[0-9]{1,4}"), FINAL + "12")
     digits = {ord(c) for c in "0123456789"}
     assert options(tok, constraint) == digits | {tok.special.return_}
 
 
 def test_arguments_follow_the_tool_schema_and_end_with_call(tok: Tokenizer) -> None:
-    assert refused(tok, compile_constraint(tok, tools=[WEATHER]), CALL + '{"town"') == "t"
-    constraint = walk(tok, compile_constraint(tok, tools=[WEATHER]), CALL + '{"city": "Zürich"}')
+    assert refused(tok, constrain(tok, tools=[WEATHER]), CALL + '{"town"') == "t"
+    constraint = walk(tok, constrain(tok, tools=[WEATHER]), CALL + '{"city": "Zürich"}')
     assert options(tok, constraint) == {tok.special.call}
 
 
 def test_a_tool_without_parameters_takes_an_empty_object(tok: Tokenizer) -> None:
     header = "<|channel|>commentary to=functions.get <|constrain|>json<|message|>"
-    walk(tok, compile_constraint(tok, tools=[GET]), header + "{}<|call|>")
-    assert refused(tok, compile_constraint(tok, tools=[GET]), header + '{"x": 1}') == '"'
+    walk(tok, constrain(tok, tools=[GET]), header + "{}<|call|>")
+    assert refused(tok, constrain(tok, tools=[GET]), header + '{"x": 1}') == '"'
 
 
 def test_a_preamble_may_come_before_a_call(tok: Tokenizer) -> None:
     text = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant" + CALL
-    walk(tok, compile_constraint(tok, tools=[WEATHER], tool_choice="required"), text + '{"city":""}<|call|>')
+    walk(tok, constrain(tok, tools=[WEATHER], tool_choice="required"), text + '{"city":""}<|call|>')
 
 
 def test_after_an_ended_answer_the_turn_is_over(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, tools=[WEATHER]), FINAL + "Hello.<|end|>")
+    constraint = walk(tok, constrain(tok, tools=[WEATHER]), FINAL + "Hello.<|end|>")
     assert options(tok, constraint) == {tok.special.return_}
     walk(tok, constraint, "<|return|>")
     assert constraint.allowed() is None
@@ -228,12 +227,12 @@ def test_after_an_ended_answer_the_turn_is_over(tok: Tokenizer) -> None:
 
 @pytest.mark.parametrize("opening", ["<|start|>assistant<|channel|>", "<|channel|>"])
 def test_a_message_that_was_not_ended_leads_to_a_constrained_header(tok: Tokenizer, opening: str) -> None:
-    constraint = compile_constraint(tok, tools=[WEATHER])
+    constraint = constrain(tok, tools=[WEATHER])
     assert refused(tok, constraint, ANALYSIS + "hm" + opening + "commentary to=functions.rm") == "r"
 
 
 def test_the_reasoning_budget_closes_the_reasoning_and_opens_the_answer(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, reasoning_budget=4), ANALYSIS + "abcd")
+    constraint = walk(tok, constrain(tok, reasoning_budget=4), ANALYSIS + "abcd")
     forced: list[int] = []
     for _ in range(4):
         allowed = options(tok, constraint)
@@ -258,14 +257,14 @@ def test_a_spent_budget_leaves_the_answer_and_the_calls(tok: Tokenizer) -> None:
 
 
 def test_a_budget_is_shared_by_all_reasoning_of_the_turn(tok: Tokenizer) -> None:
-    constraint = compile_constraint(tok, reasoning_budget=4)
+    constraint = constrain(tok, reasoning_budget=4)
     walk(tok, constraint, ANALYSIS + "ab<|end|><|start|>assistant" + ANALYSIS + "cd")
     assert constraint is not None
     assert options(tok, constraint) == {tok.special.end}
 
 
 def test_a_budget_never_splits_a_character(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, reasoning_budget=2), ANALYSIS + "a")
+    constraint = walk(tok, constrain(tok, reasoning_budget=2), ANALYSIS + "a")
     for byte in "🙂".encode():  # a token of the test vocabulary is a byte
         assert constraint.allowed() is None
         constraint.accept(byte)
@@ -273,7 +272,7 @@ def test_a_budget_never_splits_a_character(tok: Tokenizer) -> None:
 
 
 def test_a_character_that_never_ends_cannot_hold_a_budget_open(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, reasoning_budget=1), ANALYSIS)
+    constraint = walk(tok, constrain(tok, reasoning_budget=1), ANALYSIS)
     steps = 0
     while constraint.allowed() is None:
         constraint.accept(0xF0)
@@ -282,34 +281,34 @@ def test_a_character_that_never_ends_cannot_hold_a_budget_open(tok: Tokenizer) -
 
 
 def test_regex_choices_and_lark_shape_the_answer(tok: Tokenizer) -> None:
-    walk(tok, compile_constraint(tok, regex=r"[a-c]+\d"), FINAL + "abc7<|return|>")
-    assert refused(tok, compile_constraint(tok, regex=r"[a-c]+\d"), FINAL + "abd") == "d"
+    walk(tok, constrain(tok, regex=r"[a-c]+\d"), FINAL + "abc7<|return|>")
+    assert refused(tok, constrain(tok, regex=r"[a-c]+\d"), FINAL + "abd") == "d"
     choices = ['ja "so"', "nein", "vielleicht\né"]
     for choice in choices:
-        walk(tok, compile_constraint(tok, choices=choices), FINAL + choice + "<|return|>")
-    assert refused(tok, compile_constraint(tok, choices=choices), FINAL + "neun") == "u"
+        walk(tok, constrain(tok, choices=choices), FINAL + choice + "<|return|>")
+    assert refused(tok, constrain(tok, choices=choices), FINAL + "neun") == "u"
     lark = 'start: "(" start ")" | "x"'
-    walk(tok, compile_constraint(tok, lark=lark), FINAL + "((x))<|return|>")
-    assert refused(tok, compile_constraint(tok, lark=lark), FINAL + "((x)<|return|>") == "<|return|>"
+    walk(tok, constrain(tok, lark=lark), FINAL + "((x))<|return|>")
+    assert refused(tok, constrain(tok, lark=lark), FINAL + "((x)<|return|>") == "<|return|>"
 
 
 def test_json_object_admits_any_object_and_nothing_else(tok: Tokenizer) -> None:
-    walk(tok, compile_constraint(tok, json_object=True), FINAL + '{"a": [1, {"b": null}]}<|return|>')
-    assert refused(tok, compile_constraint(tok, json_object=True), FINAL + "[") == "["
+    walk(tok, constrain(tok, json_object=True), FINAL + '{"a": [1, {"b": null}]}<|return|>')
+    assert refused(tok, constrain(tok, json_object=True), FINAL + "[") == "["
 
 
 def test_white_space_between_json_parts_is_bounded(tok: Tokenizer) -> None:
-    walk(tok, compile_constraint(tok, schema=NUMBER), FINAL + '{\n    "n" : 1\n}<|return|>')
-    assert refused(tok, compile_constraint(tok, schema=NUMBER), FINAL + "{" + "\n" * 100) == "\n"
+    walk(tok, constrain(tok, schema=NUMBER), FINAL + '{\n    "n" : 1\n}<|return|>')
+    assert refused(tok, constrain(tok, schema=NUMBER), FINAL + "{" + "\n" * 100) == "\n"
 
 
 def test_an_escaped_key_cannot_dodge_the_schema_of_a_declared_one(tok: Tokenizer) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    assert refused(tok, compile_constraint(tok, schema=schema), FINAL + '{"\\u0061": "x"}') == "u"
+    assert refused(tok, constrain(tok, schema=schema), FINAL + '{"\\u0061": "x"}') == "u"
 
 
 def test_markup_spelled_as_text_is_text(tok: Tokenizer) -> None:
-    constraint = compile_constraint(tok, schema={"type": "string"})
+    constraint = constrain(tok, schema={"type": "string"})
     walk(tok, constraint, FINAL + '"')
     assert constraint is not None
     for token in tok.encode("<|return|>"):
@@ -319,7 +318,7 @@ def test_markup_spelled_as_text_is_text(tok: Tokenizer) -> None:
 
 
 def test_masks_that_are_shared_cannot_be_written_to(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, schema=NUMBER), ANALYSIS)
+    constraint = walk(tok, constrain(tok, schema=NUMBER), ANALYSIS)
     mask = constraint.allowed()
     assert mask is not None
     with pytest.raises(ValueError, match="read-only"):
@@ -327,14 +326,14 @@ def test_masks_that_are_shared_cannot_be_written_to(tok: Tokenizer) -> None:
 
 
 def test_a_token_the_mask_forbade_is_an_error(tok: Tokenizer) -> None:
-    constraint = walk(tok, compile_constraint(tok, schema=NUMBER), FINAL)
+    constraint = walk(tok, constrain(tok, schema=NUMBER), FINAL)
     with pytest.raises(SchemaError, match="cannot go on"):
         constraint.accept(ord("x"))
 
 
 def test_constraints_of_one_request_do_not_share_state(tok: Tokenizer) -> None:
-    first = walk(tok, compile_constraint(tok, schema=NUMBER), FINAL + '{"n": 1')
-    second = walk(tok, compile_constraint(tok, schema=NUMBER), FINAL)
+    first = walk(tok, constrain(tok, schema=NUMBER), FINAL + '{"n": 1')
+    second = walk(tok, constrain(tok, schema=NUMBER), FINAL)
     assert options(tok, second) == {ord("{")}
     walk(tok, first, "}<|return|>")
 
@@ -342,22 +341,22 @@ def test_constraints_of_one_request_do_not_share_state(tok: Tokenizer) -> None:
 @pytest.mark.parametrize("kind", [{"schema": NUMBER}, {"regex": "a"}, {"choices": ["a"]}])
 def test_a_reply_has_one_shape(tok: Tokenizer, kind: dict[str, object]) -> None:
     with pytest.raises(RequestError, match="given together"):
-        compile_constraint(tok, lark='start: "a"', **kind)  # type: ignore[arg-type]
+        constrain(tok, lark='start: "a"', **kind)  # type: ignore[arg-type]
 
 
 def test_a_tool_choice_that_does_not_fit_the_tools_is_an_error(tok: Tokenizer) -> None:
     with pytest.raises(ToolError, match="there are no tools"):
-        compile_constraint(tok, tool_choice="required")
+        constrain(tok, tool_choice="required")
     with pytest.raises(ToolError, match="names 'rm': the declared tools are get_weather, get"):
-        compile_constraint(tok, tools=[WEATHER, GET], tool_choice=("named", "rm"))
+        constrain(tok, tools=[WEATHER, GET], tool_choice=("named", "rm"))
     with pytest.raises(ToolError, match="expected 'auto'"):
-        compile_constraint(tok, tools=[WEATHER], tool_choice="always")  # type: ignore[arg-type]
+        constrain(tok, tools=[WEATHER], tool_choice="always")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True, "7"])
 def test_a_wrong_budget_is_an_error(tok: Tokenizer, budget: object) -> None:
     with pytest.raises(RequestError, match="reasoning_budget"):
-        compile_constraint(tok, reasoning_budget=budget)  # type: ignore[arg-type]
+        constrain(tok, reasoning_budget=budget)  # type: ignore[arg-type]
 
 
 def test_a_hundred_tools_are_told_apart(tok: Tokenizer) -> None:
@@ -366,15 +365,15 @@ def test_a_hundred_tools_are_told_apart(tok: Tokenizer) -> None:
     ]
     for i in (0, 10, 99):
         call = f'<|channel|>commentary to=functions.t{i} <|constrain|>json<|message|>{{"i":{i}}}<|call|>'
-        walk(tok, compile_constraint(tok, tools=tools), call)
+        walk(tok, constrain(tok, tools=tools), call)
 
 
 def test_the_words_the_model_was_trained_on_are_allowed_in_its_own_vocabulary() -> None:
     real = require_tokenizer()
     reasoning = "<|channel|>analysis<|message|>The user wants the weather – 天気.<|end|><|start|>assistant"
     call = reasoning + CALL + '{"city":"Zürich, 瑞士"}<|call|>'
-    walk(real, compile_constraint(real, tools=[WEATHER], builtin=[PYTHON]), call)
-    walk(real, compile_constraint(real, schema=NUMBER), reasoning + FINAL + '{\n  "n": 12345\n}<|return|>')
+    walk(real, constrain(real, tools=[WEATHER], builtin=[PYTHON]), call)
+    walk(real, constrain(real, schema=NUMBER), reasoning + FINAL + '{\n  "n": 12345\n}<|return|>')
 
 
 @pytest.mark.parametrize("start", range(0, 78, 39))

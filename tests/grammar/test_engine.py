@@ -12,7 +12,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.harmony import Message, Tool
-from mlx_gptoss.llm import Engine
+from mlx_gptoss.llm import LLM
 
 SCHEMA = {
     "type": "object",
@@ -28,13 +28,13 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def llm(text_folder: Path) -> Iterator[Engine]:
+def llm(text_folder: Path) -> Iterator[LLM]:
     with mlx_gptoss.load(text_folder, max_context=2048, kv_budget=2**28) as engine:
         yield engine
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_weights_write_valid_json_within_their_budget(llm: Engine, seed: int) -> None:
+def test_random_weights_write_valid_json_within_their_budget(llm: LLM, seed: int) -> None:
     reply = llm.respond("x", schema=SCHEMA, temperature=1.5, seed=seed, reasoning_budget=5, max_tokens=1500)
     assert reply.finish_reason == "stop"
     jsonschema.validate(reply.parsed, SCHEMA)
@@ -44,7 +44,7 @@ def test_random_weights_write_valid_json_within_their_budget(llm: Engine, seed: 
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_random_weights_call_the_tool_that_is_required(llm: Engine, seed: int) -> None:
+def test_random_weights_call_the_tool_that_is_required(llm: LLM, seed: int) -> None:
     tools = [Tool("keep", parameters=SCHEMA), Tool("drop", parameters=SCHEMA)]
     reply = llm.respond(
         "x",
@@ -61,7 +61,7 @@ def test_random_weights_call_the_tool_that_is_required(llm: Engine, seed: int) -
 
 
 @pytest.mark.parametrize("request_", [{}, {"tool_choice": "none"}])
-def test_a_history_with_calls_is_gone_on_from_without_tools(llm: Engine, request_: dict[str, str]) -> None:
+def test_a_history_with_calls_is_gone_on_from_without_tools(llm: LLM, request_: dict[str, str]) -> None:
     call = Message.tool_call("look", "{}", "c")
     history = [Message.user("x"), call, Message.tool_result("sun", call_id="c"), Message.user("y")]
     reply = llm.respond(history, temperature=1.5, seed=1, max_tokens=60, **request_)
@@ -70,7 +70,7 @@ def test_a_history_with_calls_is_gone_on_from_without_tools(llm: Engine, request
     assert all(llm.tokenizer.decode(m.token_ids or ()).startswith(headers) for m in reply.messages)
 
 
-def test_requests_of_different_shapes_run_side_by_side(llm: Engine) -> None:
+def test_requests_of_different_shapes_run_side_by_side(llm: LLM) -> None:
     streams = [
         llm.stream("x", choices=["yes", "no"], temperature=1.5, seed=1, reasoning_budget=0),
         llm.stream("x", regex="[ab]{3}", temperature=1.5, seed=2, reasoning_budget=0),
@@ -81,7 +81,7 @@ def test_requests_of_different_shapes_run_side_by_side(llm: Engine) -> None:
     assert len(letters.text) == 3 and set(letters.text) <= {"a", "b"}
 
 
-def test_a_tool_whose_schema_cannot_be_enforced_is_an_error_or_takes_any_object(llm: Engine) -> None:
+def test_a_tool_whose_schema_cannot_be_enforced_is_an_error_or_takes_any_object(llm: LLM) -> None:
     loose = Tool(
         "collect", parameters={"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
     )

@@ -9,11 +9,12 @@ import pydantic
 import pytest
 
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.grammar import compile_constraint, json_schema_of, parse_reply
+from mlx_gptoss.grammar import json_schema_of, parse_reply
 from mlx_gptoss.grammar.schema import arguments_schema
 from mlx_gptoss.harmony import Tool
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import byte_tokenizer
+from tests.support.constraints import constrain
 
 
 class Colour(Enum):
@@ -83,7 +84,7 @@ def test_what_cannot_be_enforced_is_named_and_not_ignored(
     tok: Tokenizer, schema: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(SchemaError, match=named) as caught:
-        compile_constraint(tok, schema=schema)
+        constrain(tok, schema=schema)
     assert caught.value.field == "schema"
     assert "\n" not in str(caught.value)
 
@@ -91,20 +92,18 @@ def test_what_cannot_be_enforced_is_named_and_not_ignored(
 def test_the_error_tells_where_the_keyword_stands(tok: Tokenizer) -> None:
     schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
     with pytest.raises(SchemaError, match=r"uniqueItems \(at #/properties/tags\): remove it"):
-        compile_constraint(tok, schema=schema)
+        constrain(tok, schema=schema)
 
 
 def test_a_schema_cannot_switch_the_checks_off(tok: Tokenizer) -> None:
     with pytest.raises(SchemaError, match="uniqueItems"):
-        compile_constraint(
-            tok, schema={"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}
-        )
+        constrain(tok, schema={"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True})
 
 
 @pytest.mark.parametrize("schema", [5, "x", ["a"], {"enum": {1, 2}}, {"const": float("nan")}, {1: object()}])
 def test_what_is_not_a_schema_is_refused(tok: Tokenizer, schema: Any) -> None:
     with pytest.raises(SchemaError, match="schema"):
-        compile_constraint(tok, schema=schema)
+        constrain(tok, schema=schema)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_grammars_that_cannot_be_used_are_refused(
     tok: Tokenizer, request_: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(SchemaError, match=named) as caught:
-        compile_constraint(tok, **request_)
+        constrain(tok, **request_)
     assert "\n" not in str(caught.value)
 
 
@@ -131,8 +130,8 @@ def test_a_tool_whose_schema_cannot_be_enforced_is_refused_or_takes_any_object(t
     parameters = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
     tools = [Tool("collect", parameters=parameters)]
     with pytest.raises(SchemaError, match="parameters of collect: cannot enforce the keyword uniqueItems"):
-        compile_constraint(tok, tools=tools)
-    assert compile_constraint(tok, tools=tools, strict_tools=False) is not None
+        constrain(tok, tools=tools)
+    assert constrain(tok, tools=tools, strict_tools=False) is not None
 
 
 def test_arguments_that_a_tool_does_not_declare_are_closed_off() -> None:
@@ -146,7 +145,7 @@ def test_arguments_that_a_tool_does_not_declare_are_closed_off() -> None:
 
 def test_pydantic_models_are_schemas(tok: Tokenizer) -> None:
     assert json_schema_of(Drawing) == Drawing.model_json_schema()
-    assert compile_constraint(tok, schema=Drawing) is not None
+    assert constrain(tok, schema=Drawing) is not None
 
 
 def test_replies_come_back_as_data_or_as_the_model() -> None:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.grammar import compile_constraint
 from mlx_gptoss.harmony import Tool
 from mlx_gptoss.harmony.schema import without_refused
 from mlx_gptoss.harmony.typescript import TypeWriter
 from mlx_gptoss.server import ServerSettings
 from mlx_gptoss.server.translate.options import choose_tools, function_tool
 from mlx_gptoss.tokenizer import Tokenizer
+from tests.support.constraints import constrain
 from tests.support.scripted_engine import ScriptedEngine
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -114,7 +114,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 @given(st.dictionaries(st.sampled_from(KEYWORDS), VALUES, max_size=5))
 def test_any_json_is_a_schema_that_can_be_shown_and_compiled(tokenizer: Tokenizer, schema: Any) -> None:
     tool = tool_of(around(schema))
-    assert compile_constraint(tokenizer, tools=[tool], strict_tools=False) is not None
+    assert constrain(tokenizer, tools=[tool], strict_tools=False) is not None
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])

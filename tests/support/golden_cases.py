@@ -1,4 +1,4 @@
-"""The golden files of tests/support/golden: what transformers computed for checkpoints that can be written again."""
+"""The golden files beside this one: what transformers computed for checkpoints that can be written again."""
 
 from __future__ import annotations
 

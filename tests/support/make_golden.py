@@ -1,4 +1,4 @@
-"""Regenerates tests/support/golden/*.npz: logits of small random checkpoints, computed by transformers in float32.
+"""Regenerates golden/*.npz: logits of small random checkpoints, computed by transformers in float32.
 
     python -m tests.support.make_golden            # needs torch and transformers, which the tests do not
 

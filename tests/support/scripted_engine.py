@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.engine.request import TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
@@ -145,22 +146,18 @@ class ScriptedEngine:
     def start(
         self,
         conversation: Conversation,
+        turn: TurnOptions,
         *,
-        params: SamplingParams = SamplingParams(),  # noqa: B008  (frozen)
-        tool_choice: Any = "auto",
-        strict_tools: bool = True,
-        schema: dict[str, Any] | None = None,
-        json_object: bool = False,
-        reasoning_budget: int | None = None,
         sink: Callable[[Any], None],
     ) -> _Thread:
         conversation.validate()
+        shape, params = turn.response_format, turn.params
         options = {
             "params": params,
-            "tool_choice": tool_choice,
-            "schema": schema,
-            "json_object": json_object,
-            "reasoning_budget": reasoning_budget,
+            "tool_choice": turn.tool_choice,
+            "schema": shape.value if shape is not None and shape.kind == "schema" else None,
+            "json_object": shape is not None and shape.kind == "json_object",
+            "reasoning_budget": turn.reasoning_budget,
         }
         self.seen.append((conversation, options))
         script = self.write(conversation, options)

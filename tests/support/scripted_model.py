@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.engine.core import Engine
 from mlx_gptoss.engine.options import EngineOptions
+from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.worker import Worker
-from mlx_gptoss.llm import Engine
+from mlx_gptoss.llm import LLM, system_prefix
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig, YarnConfig
 from mlx_gptoss.model.graph import Segment
@@ -115,11 +118,21 @@ class ScriptedModel:
         return special.return_
 
 
-def scripted_engine(script: Script, **options: Any) -> tuple[Engine, ScriptedModel]:
+def scripted_engine(script: Script, **options: Any) -> tuple[LLM, ScriptedModel]:
     """An engine over a scripted model and the byte tokenizer."""
     folder = Path(tempfile.mkdtemp())
     write_byte_tokenizer(folder)
     model = ScriptedModel(Tokenizer.from_folder(folder), script)
     chosen = EngineOptions(max_context=20000, kv_budget=64 * 2**20, **options)
-    engine = Engine(Worker("scripted"), model, folder, "scripted", chosen, 64 * 2**20, 20000)  # type: ignore[arg-type]
-    return engine, model
+    tokenizer = Tokenizer.from_folder(folder)
+    engine = Engine(
+        Worker("scripted"),
+        LocalRunner(model),  # type: ignore[arg-type]
+        chosen,
+        kv_budget=64 * 2**20,
+        max_context=20000,
+        stop_ids=tokenizer.stop_ids,
+        message_start=tokenizer.special.start,
+        pinned_tokens=partial(system_prefix, tokenizer),
+    )
+    return LLM(engine, model.config, folder, "scripted", tokenizer), model

@@ -18,11 +18,12 @@ from mlx_gptoss.cli.terminal.markdown import plain
 from mlx_gptoss.cli.terminal.screen import no_echo
 from mlx_gptoss.cli.terminal.transcript import Saver, Transcript, answer_of, load_transcript
 from mlx_gptoss.errors import GptOssError, RequestError
-from mlx_gptoss.harmony import Done, Message, Usage
+from mlx_gptoss.harmony import Done, Message, ReasoningEffort, Usage
 
 if TYPE_CHECKING:
-    from mlx_gptoss.chat.session import Session, ToolLike
-    from mlx_gptoss.llm import Engine
+    from mlx_gptoss.chat.prompt import ToolLike
+    from mlx_gptoss.chat.session import Session
+    from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
 
 KEYS = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer"
@@ -38,16 +39,16 @@ class Asks(Protocol):
 
 @dataclass
 class Settings:
-    """What a chat is led under; the commands change it."""
+    """How a chat is held; the commands change it."""
 
     instructions: str | None = None
-    effort: str = "medium"
+    effort: ReasoningEffort = "medium"
     show_reasoning: bool = False
     tools: Sequence[ToolLike] = ()
     params: SamplingParams | None = None
     max_steps: int = 16
 
-    def session(self, llm: Engine) -> Session:
+    def session(self, llm: LLM) -> Session:
         """A new conversation under these settings. Raises RequestError when they are wrong."""
         return llm.chat(
             instructions=self.instructions,
@@ -70,7 +71,7 @@ class _Totals:
 class Chat:
     """A chat with a model in a terminal."""
 
-    def __init__(self, llm: Engine, settings: Settings, console: Console) -> None:
+    def __init__(self, llm: LLM, settings: Settings, console: Console) -> None:
         self._llm = llm
         self._settings = settings
         self._console = console
@@ -208,7 +209,7 @@ class Chat:
         if not rest:
             self._say(f"reasoning effort: {self._settings.effort}")
             return
-        self._change(replace(self._settings, effort=rest))
+        self._change(replace(self._settings, effort=cast(ReasoningEffort, rest)))
         self._say(f"reasoning effort: {rest}")
 
     def _system(self, rest: str) -> None:
@@ -238,7 +239,13 @@ class Chat:
         if not rest:
             raise RequestError("/load needs the name of a file that /save wrote")
         found = load_transcript(rest)
-        self._change(replace(self._settings, instructions=found.instructions, effort=found.reasoning_effort))
+        self._change(
+            replace(
+                self._settings,
+                instructions=found.instructions,
+                effort=cast(ReasoningEffort, found.reasoning_effort),
+            )
+        )
         self._session.history = found.messages
         self._context = 0
         users = sum(m.role == "user" for m in found.messages)

@@ -12,6 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import (
     Conversation,
     Done,
@@ -172,11 +174,13 @@ def router(state: ServerState) -> APIRouter:
             jobs = await state.jobs.start(
                 lambda sink: engine.start(
                     conversation,
-                    params=params,
-                    tool_choice=choice,
-                    strict_tools=False,
-                    schema=conversation.response_schema,
-                    reasoning_budget=budget,
+                    TurnOptions(
+                        params,
+                        ResponseFormat.of(schema=conversation.response_schema),
+                        choice,
+                        strict_tools=False,
+                        reasoning_budget=budget,
+                    ),
                     sink=sink,
                 )
             )

@@ -7,14 +7,15 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from mlx_gptoss import __version__
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, SchemaError, ToolError
-from mlx_gptoss.grammar import ToolChoice
+from mlx_gptoss.grammar import ResponseFormat, ToolChoice
 from mlx_gptoss.harmony import (
     Conversation,
     Done,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Tokenizer
 
 SCHEMA_FIELD = "response_format.json_schema.schema"
-FINGERPRINT = f"mlx_gptoss-{__version__}"
+FINGERPRINT = f"mlx_gptoss-{version('mlx-gptoss')}"
 
 
 @dataclass
@@ -335,15 +336,9 @@ async def start(chat: ChatPlan, state: ServerState, count: int) -> list[Job]:
         params = chat.params
         if index and params.seed is not None:
             params = SamplingParams(**{**vars(params), "seed": params.seed + index})
-        return engine.start(
-            chat.conversation,
-            params=params,
-            tool_choice=chat.tool_choice,
-            strict_tools=False,
-            schema=chat.schema,
-            json_object=chat.json_object,
-            sink=sink,
-        )
+        shape = ResponseFormat.of(schema=chat.schema, json_object=chat.json_object)
+        options = TurnOptions(params, shape, chat.tool_choice, strict_tools=False)
+        return engine.start(chat.conversation, options, sink=sink)
 
     try:
         with naming(chat.fields):

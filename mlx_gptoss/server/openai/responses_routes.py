@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import ContextLengthError, RequestError, SchemaError, ToolError
-from mlx_gptoss.grammar import ToolChoice
+from mlx_gptoss.grammar import ResponseFormat, ToolChoice
 from mlx_gptoss.harmony import Conversation, Tool
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.openapi import ERRORS
@@ -227,11 +228,12 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
                 jobs = await state.jobs.start(
                     lambda sink: engine.start(
                         asked.conversation,
-                        params=asked.params,
-                        tool_choice=asked.tool_choice,
-                        strict_tools=False,
-                        schema=asked.schema,
-                        json_object=asked.json_object,
+                        TurnOptions(
+                            asked.params,
+                            ResponseFormat.of(schema=asked.schema, json_object=asked.json_object),
+                            asked.tool_choice,
+                            strict_tools=False,
+                        ),
                         sink=sink,
                     )
                 )

@@ -6,15 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gptoss.engine.sampler import Sampler, filter_logits, logprob_arrays, read_logprobs, unpack_bits
 from mlx_gptoss.errors import RequestError
-from mlx_gptoss.sampling import (
-    Sampler,
-    SamplingParams,
-    filter_logits,
-    logprob_arrays,
-    read_logprobs,
-    unpack_bits,
-)
+from mlx_gptoss.sampling import SamplingParams
 
 VOCAB = 97
 LOGITS = np.random.default_rng(5).normal(0, 2, VOCAB).astype(np.float32)
@@ -67,7 +61,7 @@ def test_a_wrong_value_is_refused_by_name(field, value):
 
 def test_a_bias_outside_the_vocabulary_is_refused():
     with pytest.raises(RequestError, match="logit_bias names token 97"):
-        Sampler(SamplingParams(logit_bias={VOCAB: 1.0}), VOCAB, NOTHING)
+        SamplingParams(logit_bias={VOCAB: 1.0}).check_vocabulary(VOCAB)
 
 
 def test_temperature_zero_takes_the_largest_logit():

@@ -1,0 +1,192 @@
+"""The engine: token ids in, token ids out, many requests at a time.
+
+Every method may be called from any thread; the model runs on the engine's own (worker.py), a ragged batch at
+a time (scheduler.py), each request from the longest prefix that was computed before (prefix_store.py).
+"""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.engine.options import EngineOptions
+from mlx_gptoss.engine.prefix_disk import PrefixDisk
+from mlx_gptoss.engine.request import Request, Sink, TokenStream
+from mlx_gptoss.engine.runner import ModelRunner
+from mlx_gptoss.engine.scheduler import Scheduler
+from mlx_gptoss.engine.speculate import DrafterFactory
+from mlx_gptoss.engine.stats import EngineStats
+from mlx_gptoss.engine.worker import Worker
+from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, RequestError
+from mlx_gptoss.sampling import SamplingParams, TokenConstraint
+
+
+class Engine:
+    """A model that runs requests. What is forgotten closes itself.
+
+    worker: the thread that made the runner's arrays. kv_budget: bytes for KV caches and kept prefixes;
+    max_context: tokens of a prompt and its output. stop_ids: the tokens that end a generation unless its
+    request names others. message_start, pinned_tokens: see Scheduler. `scheduler` belongs to the worker's
+    thread; what others ask of it goes through `worker.call`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        runner: ModelRunner,
+        options: EngineOptions,
+        *,
+        kv_budget: int,
+        max_context: int,
+        stop_ids: frozenset[int],
+        disk: PrefixDisk | None = None,
+        drafters: DrafterFactory | None = None,
+        message_start: int | None = None,
+        pinned_tokens: Callable[[list[int]], int] = lambda tokens: 0,
+    ) -> None:
+        self.options = options
+        self.max_context = max_context
+        self.stop_ids = stop_ids
+        self.worker = worker
+        self._runner: ModelRunner | None = runner
+        self._vocab_size = runner.vocab_size
+        scheduler = Scheduler(
+            runner,
+            budget=kv_budget,
+            chunk=options.prefill_chunk,
+            disk=disk,
+            max_running=options.max_running,
+            drafters=drafters,
+            draft_tokens=options.draft_tokens,
+            message_start=message_start,
+            pinned_tokens=pinned_tokens,
+        )
+        self.scheduler = scheduler
+        worker.step = scheduler.step
+        # Neither the worker nor this callback holds the engine, so an engine that is dropped is collected.
+        self._closer = weakref.finalize(self, worker.close, scheduler.close)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
+        tokens = self.check(token_ids, room=0)
+        runner = self._runner
+        if runner is None:
+            raise GptOssError("the engine is closed: load the model again")
+        cache = self.worker.call(runner.make_cache)
+
+        def run(chunk: list[int]) -> np.ndarray:
+            out = runner.forward(mx.array(chunk, mx.int32), [(len(chunk), cache)])
+            assert out is not None
+            return np.array(out.astype(mx.float32))
+
+        # One job a chunk, so that running requests go on in between.
+        step = self.options.prefill_chunk
+        chunks = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+        return np.concatenate([self.worker.call(partial(run, chunk)) for chunk in chunks])
+
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+        stop_text: Callable[[int], bool] | None = None,
+    ) -> Iterator[int]:
+        """Generate after the given tokens: yields ids, the one that ends the generation included."""
+        stream = self.submit(token_ids, params, constraint=constraint, stop_text=stop_text)
+        try:
+            for output in stream:
+                yield output.token_id
+        finally:
+            stream.cancel()
+
+    def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+        sink: Sink | None = None,
+        stop_text: Callable[[int], bool] | None = None,
+    ) -> TokenStream:
+        """Queue a generation and return at once.
+
+        With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
+        GptOssError; it must not block. `stop_text` is told each token, and True ends the generation.
+        `params.stop` is text and means nothing here. Raises RequestError, ContextLengthError or BusyError.
+        """
+        params = params or SamplingParams()
+        tokens = self.check(token_ids, room=1)
+        waiting = len(self.scheduler.waiting)
+        if waiting >= max(1, self.options.max_waiting):
+            raise BusyError(
+                f"{waiting} requests are waiting, the most that queue here: try again", retry_after=5
+            )
+        params.check_vocabulary(self._vocab_size)
+        stops = params.stop_token_ids
+        room = self.max_context - len(tokens)
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request = Request(
+            tokens,
+            params,
+            sink or items.put,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_ids=self.stop_ids if stops is None else frozenset(stops),
+            constraint=constraint,
+            stop_text=stop_text,
+        )
+        scheduler = self.scheduler
+
+        def add() -> None:
+            try:
+                scheduler.add(request)
+            except Exception as error:
+                request.fail(error)
+
+        self.worker.post(add)
+        return TokenStream(request, items if sink is None else None, self.worker.wake)
+
+    def check(self, token_ids: Sequence[int], room: int) -> list[int]:
+        """The tokens as ints, with `room` for more. Raises RequestError or ContextLengthError."""
+        tokens = [int(t) for t in token_ids]
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token", "token_ids")
+        vocab = self._vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            at, bad = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab)
+            raise RequestError(
+                f"token_ids[{at}] is {bad}: the vocabulary has ids 0 to {vocab - 1}", "token_ids"
+            )
+        if len(tokens) + room > self.max_context:
+            raise ContextLengthError(len(tokens), self.max_context)
+        return tokens
+
+    def prefill_when_idle(self, prompt: Callable[[], list[int]]) -> None:
+        """Read a prompt into the prefix store once nothing else is to do; too long a one is left out."""
+        limit = self.max_context
+
+        def request() -> Request | None:
+            tokens = prompt()
+            if len(tokens) >= limit:
+                return None
+            greedy = SamplingParams(temperature=0.0)
+            return Request(
+                tokens, greedy, lambda item: None, max_tokens=0, stop_ids=frozenset(), background=True
+            )
+
+        self.scheduler.preparations.append(request)
+
+    def stats(self) -> EngineStats:
+        """What is running, what was done, and the memory it takes."""
+        return self.worker.call(self.scheduler.stats)
+
+    def close(self) -> None:
+        """End what runs, free the model's memory and the thread. Safe to call again."""
+        self._closer()
+        self._runner = None
