@@ -239,13 +239,8 @@ class Chat:
         if not rest:
             raise RequestError("/load needs the name of a file that /save wrote")
         found = load_transcript(rest)
-        self._change(
-            replace(
-                self._settings,
-                instructions=found.instructions,
-                effort=cast(ReasoningEffort, found.reasoning_effort),
-            )
-        )
+        effort = cast(ReasoningEffort, found.reasoning_effort)
+        self._change(replace(self._settings, instructions=found.instructions, effort=effort))
         self._session.history = found.messages
         self._context = 0
         users = sum(m.role == "user" for m in found.messages)
