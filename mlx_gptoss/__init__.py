@@ -5,8 +5,8 @@
     llm = gptoss.load("openai/gpt-oss-20b")
     print(llm.respond("Why is the sky blue?").text)
 
-The public names are those of `__all__`; each is imported from its module at first use, so that importing
-the package costs next to nothing.
+The public names are those of `__all__`; each is imported at first use, so that importing the
+package costs next to nothing.
 """
 
 from __future__ import annotations
@@ -93,44 +93,17 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {
-    "chat.session": ("Session",),
-    "errors": (
-        "BusyError",
-        "CheckpointError",
-        "ConfigError",
-        "ContextLengthError",
-        "ConversionError",
-        "GptOssError",
-        "HubError",
-        "MemoryLimitError",
-        "ModelNotFoundError",
-        "RequestError",
-        "SchemaError",
-        "TokenizerError",
-        "ToolError",
-        "VerificationError",
-    ),
-    "harmony": (
-        "Conversation",
-        "Diagnostic",
-        "Done",
-        "Event",
-        "Message",
-        "MessageDone",
-        "PreambleDelta",
-        "ReasoningDelta",
-        "Reply",
-        "TextDelta",
-        "Tool",
-        "ToolCall",
-        "ToolCallDelta",
-        "Usage",
-    ),
-    "llm": ("LLM", "load"),
-    "sampling": ("SamplingParams",),
+_LAZY = {
+    "chat.session": "Session",
+    "errors": "BusyError CheckpointError ConfigError ContextLengthError ConversionError GptOssError "
+    "HubError MemoryLimitError ModelNotFoundError RequestError SchemaError TokenizerError "
+    "ToolError VerificationError ",
+    "harmony": "Conversation Diagnostic Done Event Message MessageDone PreambleDelta ReasoningDelta Reply "
+    "TextDelta Tool ToolCall ToolCallDelta Usage",
+    "llm": "LLM load",
+    "sampling": "SamplingParams",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: home for home, names in _LAZY.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
