@@ -1,50 +1,54 @@
 """Prefix nodes on disk: a restarted process reads a conversation instead of computing it.
 
-One safetensors file a node, written to a temporary name, synced and renamed, so a file is whole or absent.
-Its metadata hold the format's version, the fingerprint of the model, what precedes the span, and a SHA-256
-of everything. A file of another version or model, or a damaged one, is ignored with a warning.
+A file holds one node: a keyed checksum of the rest, then a safetensors file. It is written under a temporary
+name, synced and renamed, so it is whole or absent. The key lies beside the files, in a folder that only its
+owner may enter: a file of another version or model, a damaged or a forged one is ignored with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import hmac
+import io
 import json
 import logging
 import os
+import secrets
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.errors import RequestError
+from mlx_gptoss.files import open_regular, read_limited
 from mlx_gptoss.model.cache import KVBits, WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
 FORMAT = "mlx-gptoss prefix"
-VERSION = "2"
-SUFFIX = ".safetensors"
+VERSION = "3"
+SUFFIX = ".prefix"
+KEY, KEY_BYTES = "key", 32
+DIGEST = "sha256"
 # Of each tensor, the bytes at both ends and in the middle that go into the fingerprint (all take minutes).
 SAMPLED = 1 << 12
+# A file's header and its tokens are read before its checksum is known: no more of each than this, bytes.
+MAX_HEAD = 1 << 20
 # What reading a file that anybody may have written can raise.
 _UNUSABLE = (
-    *(ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError),
     *(OverflowError, RecursionError, MemoryError, OSError),
 )
-# A file that is still being written is at most so old, seconds.
+# A file that is still being written is no older than this, seconds.
 WRITING = 3600
-
-# numpy has no bfloat16: its bits travel as uint16 under this name.
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.int32: "I32"}
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "I32": np.int32}
 
 
 def fingerprint(folder: Path, dtype: mx.Dtype, kv_bits: KVBits) -> str:
@@ -84,7 +88,7 @@ class Span:
 class PrefixDisk:
     """The files of one model under `root`, at most `limit` bytes of them (see `trim`).
 
-    Raises RequestError when there can be no such folder.
+    Raises RequestError when there can be no such folder, or others could put files in it.
     """
 
     def __init__(self, root: Path, model: str, limit: int) -> None:
@@ -94,6 +98,8 @@ class PrefixDisk:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            _require_private(root, self.folder)
+            self._key = _own_key(self.folder / KEY)
         except OSError as error:
             raise RequestError(
                 f"prefix_cache is {str(root)!r}: {error.strerror}; name a folder that can be written",
@@ -114,8 +120,7 @@ class PrefixDisk:
 
     def write(self, before: np.ndarray, start: int, span: Span) -> Path:
         """Save a span that follows `before`, int32 [start]. The file appears whole or not at all."""
-        arrays = {"tokens": mx.array(span.tokens.astype(np.int32))}
-        arrays |= {f"part.{i}": part for i, part in enumerate(span.parts)}
+        arrays = {f"part.{i}": part for i, part in enumerate(span.parts)}
         arrays |= {f"state.{s.start}.{e}": s.data for e, s in span.states.items() if s.data is not None}
         upto = self.name(np.concatenate([before, span.tokens]))
         about = {
@@ -125,13 +130,16 @@ class PrefixDisk:
             "before": self.name(before),
             "upto": upto,
             "start": str(start),
+            "tokens": " ".join(map(str, span.tokens.tolist())),
         }
-        raw = _encode(arrays, about)
+        data = io.BytesIO()
+        mx.save_safetensors(data, arrays, about)
         path = self.path(upto, about["before"])
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            with partial.open("wb") as file:
-                file.write(raw)
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(hmac.digest(self._key, data.getbuffer(), DIGEST))
+                file.write(data.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -154,22 +162,20 @@ class PrefixDisk:
     def read(self, path: Path) -> Span | None:
         """A whole span, or None (with a warning) when the file is not what it should be."""
         try:
-            header, data = _split(path.read_bytes())
-            self._check(header.pop("__metadata__"), header, data)
-            span = Span(np.zeros(0, np.int32))
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                kind = entry["dtype"]
-                values = np.frombuffer(data[begin:end], _NUMPY[kind]).reshape(entry["shape"])
-                array = mx.array(values)
-                array = array.view(mx.bfloat16) if kind == "BF16" else array
-                if name == "tokens":
-                    span.tokens = values.astype(np.int32)
-                elif name.startswith("part."):
-                    span.parts.append(array)
-                else:
-                    _, start, stop = name.split(".")
-                    span.states[int(stop)] = WindowState(int(start), int(stop), array)
+            raw = memoryview(read_limited(path, self.limit))
+            digest, data = raw[:KEY_BYTES], raw[KEY_BYTES:]
+            if not hmac.compare_digest(hmac.digest(self._key, data, DIGEST), digest):
+                raise ValueError("its checksum is wrong")
+            loaded = mx.load(io.BytesIO(data), format="safetensors", return_metadata=True)
+            assert isinstance(loaded, tuple)
+            arrays, about = loaded
+            self._check_kind(about)
+            span = Span(_tokens(about))
+            span.parts = [arrays.pop(f"part.{i}") for i in range(sum(n[0] == "p" for n in arrays))]
+            for name, array in arrays.items():
+                _, start, stop = name.split(".")
+                span.states[int(stop)] = WindowState(int(start), int(stop), array)
+            mx.eval(span.parts, list(arrays.values()))
             return span
         except _UNUSABLE as error:
             logger.warning("%s is ignored: %s", path, error)
@@ -206,36 +212,63 @@ class PrefixDisk:
                     heapq.heappush(leaves, parent)
 
     def _head(self, path: Path) -> SavedSpan:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            file.seek(KEY_BYTES)
             length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 2 <= length <= size - 8:
-                raise ValueError("it is no safetensors file")
+            if not 2 <= length <= MAX_HEAD:
+                raise ValueError("it is not a safetensors file")
             header = json.loads(file.read(length))
-            about = header["__metadata__"]
+            about = header.pop("__metadata__")
             self._check_kind(about)
-            begin, end = header["tokens"]["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - length:
-                raise ValueError("its offsets lie outside of it")
-            file.seek(8 + length + begin)
-            tokens = np.frombuffer(file.read(end - begin), "<i4").astype(np.int32)
-        if len(tokens) != header["tokens"]["shape"][0] or not len(tokens):
-            raise ValueError("it is cut off")
-        return SavedSpan(path, about["before"], about["upto"], int(about["start"]), tokens)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if KEY_BYTES + 8 + length + end != os.fstat(file.fileno()).st_size:
+                raise ValueError("it is cut off")
+        return SavedSpan(path, about["before"], about["upto"], int(about["start"]), _tokens(about))
 
     def _check_kind(self, about: dict[str, str]) -> None:
         if not all(isinstance(value, str) for value in about.values()):
-            raise ValueError("its metadata are no strings")
+            raise ValueError("its metadata are not all strings")
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise ValueError(f"it is of format {about.get('format')!r} version {about.get('version')!r}")
         if about["model"] != self.model:
             raise ValueError("it was made with another model")
 
-    def _check(self, about: dict[str, str], header: dict[str, Any], data: bytes) -> None:
-        self._check_kind(about)
-        expected = about.pop("sha256")
-        if _digest(about, header, data) != expected:
-            raise ValueError("its checksum is wrong")
+
+def _tokens(about: dict[str, str]) -> np.ndarray:
+    """The span's tokens, int32 [n > 0]."""
+    tokens = np.array(about["tokens"].split(), np.int32)
+    if not len(tokens):
+        raise ValueError("it has no tokens")
+    return tokens
+
+
+def _require_private(root: Path, folder: Path) -> None:
+    """Raise RequestError unless only this user can put files into `folder`."""
+    for place, forbidden in ((root, 0o022), (folder, 0o077)):
+        status = place.stat()
+        ours = status.st_uid == os.geteuid() or (place == root and status.st_uid == 0)
+        sticky = place == root and status.st_mode & stat.S_ISVTX
+        if not ours or (status.st_mode & forbidden and not sticky):
+            raise RequestError(
+                f"prefix_cache: {place} belongs to another user, or others may write it (its mode is "
+                f"{status.st_mode & 0o777:o}): name a folder of your own, with mode 700",
+                "prefix_cache",
+            )
+
+
+def _own_key(path: Path) -> bytes:
+    """The key of a folder's checksums, made by whoever comes first."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    if not path.exists():
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+        with suppress(FileExistsError):
+            os.link(partial, path)  # fails where another process was faster
+        partial.unlink()
+    key = read_limited(path, KEY_BYTES)
+    if len(key) != KEY_BYTES:
+        raise RequestError(f"prefix_cache: {path} is damaged: delete the folder it lies in", "prefix_cache")
+    return key
 
 
 def _abandoned(partial: Path) -> bool:
@@ -255,37 +288,3 @@ def _ends(path: Path) -> tuple[str, str]:
     """`upto` and `before` of a file, by its name."""
     upto, _, before = path.stem.partition("-")
     return upto, before
-
-
-def _encode(arrays: dict[str, mx.array], about: dict[str, str]) -> bytes:
-    """A safetensors file with a checksum of everything else in its metadata."""
-    header: dict[str, Any] = {}
-    chunks, at = [], 0
-    for name, array in arrays.items():
-        kind = _NAMES[array.dtype]
-        raw = np.array(array.view(mx.uint16) if kind == "BF16" else array).tobytes()
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + len(raw)]}
-        chunks.append(raw)
-        at += len(raw)
-    data = b"".join(chunks)
-    metadata = about | {"sha256": _digest(about, header, data)}
-    head = json.dumps({"__metadata__": metadata, **header}).encode()
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head + data
-
-
-def _digest(about: dict[str, str], header: dict[str, Any], data: bytes) -> str:
-    digest = hashlib.sha256(json.dumps([about, header], sort_keys=True).encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def _split(raw: bytes) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file's header and data. Raises ValueError."""
-    length = int.from_bytes(raw[:8], "little")
-    if not 2 <= length <= len(raw) - 8:
-        raise ValueError("it is no safetensors file")
-    header = json.loads(raw[8 : 8 + length])
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
-    return header, raw[8 + length :]

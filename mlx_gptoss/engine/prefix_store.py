@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,9 @@ SPAN = 1024
 STATES_SHARE = 0.4
 # Of the store's limit, the share that pinned prefixes may keep from ageing.
 PINNED_SHARE = 0.25
+
+# Whether parts of so many tokens, and window states, are of the model that is to use them.
+Fits = Callable[[int, Sequence[mx.array], Iterable[WindowState]], bool]
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -80,14 +83,18 @@ class Match:
 
 
 class PrefixStore:
-    """Timelines by their tokens, at most `limit` bytes of them. Used by the engine's thread only."""
+    """Timelines by their tokens, at most `limit` bytes of them. Used by the engine's thread only.
 
-    def __init__(self, limit: int, disk: PrefixDisk | None = None) -> None:
+    fits: judges what is read from disk (see ModelRunner.fits).
+    """
+
+    def __init__(self, limit: int, disk: PrefixDisk | None = None, fits: Fits = lambda *_: True) -> None:
         self.limit = limit
         self.nbytes = 0
         self._root = Node(np.zeros(0, np.int32), 0, [])
         self._clock = 0
         self._disk = disk
+        self._fits = fits
         self._unsaved: list[Node] = []
         if disk is not None:
             self._adopt(disk)
@@ -259,13 +266,19 @@ class PrefixStore:
             if node.loaded:
                 continue
             span = None if self._disk is None or node.path is None else self._disk.read(node.path)
-            if span is None or not np.array_equal(span.tokens, node.tokens):
+            if span is None or not self._holds(span, node):
                 self._forget(node)
                 return path[:i]
             node.parts, node.states, node.loaded = span.parts, span.states, True
             node.saved_states = frozenset(span.states)
             self.nbytes += node.kv_bytes + node.state_bytes
         return path
+
+    def _holds(self, span: Span, node: Node) -> bool:
+        """Whether a span that was read is the node's, in this model's shapes."""
+        inside = all(node.start < state.end <= node.end for state in span.states.values())
+        fits = self._fits(len(node.tokens), span.parts, span.states.values())
+        return bool(np.array_equal(span.tokens, node.tokens)) and inside and fits
 
     @staticmethod
     def _outermost(node: Node) -> bool:

@@ -61,6 +61,10 @@ class ModelRunner(Protocol):
         """Bytes of one sequence's caches at `tokens` tokens that came in chunks of `chunk`."""
         ...
 
+    def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
+        """Whether exported parts of so many tokens, and window states, are of this model's caches."""
+        ...
+
     def forward(
         self, tokens: mx.array, shares: Sequence[tuple[int, KVCache]], rows: Sequence[int] | None = None
     ) -> mx.array | None:
@@ -89,6 +93,11 @@ class LocalRunner:
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         return self._empty.nbytes_at(tokens, chunk)
+
+    def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
+        (wanted,) = self._empty.export([(0, 0)])
+        same = [(w.dtype, (*w.shape[:2], tokens, w.shape[3])) for w in wanted]
+        return same == [(p.dtype, p.shape) for p in parts] and all(map(self._empty.takes, states))
 
     def forward(
         self, tokens: mx.array, shares: Sequence[tuple[int, KVCache]], rows: Sequence[int] | None = None

@@ -463,6 +463,14 @@ class SequenceCache:
         pieces = [a for layer in self.sliding for a in layer.window(start, end)]
         return WindowState(start, end, mx.concatenate(pieces, axis=0))
 
+    def takes(self, state: WindowState) -> bool:
+        """Whether a state's shape and dtype are those of these caches."""
+        if state.data is None or not self.sliding:
+            return state.data is None and not self.sliding
+        keys = self.sliding[0].arrays()[0]
+        shape = (2 * len(self.sliding), keys.shape[1], state.end - state.start, keys.shape[3])
+        return 0 <= state.start < state.end and (state.data.dtype, state.data.shape) == (keys.dtype, shape)
+
     def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[list[mx.array]]:
         """Compact copies of the full layers' KV of the token ranges [start, end), for `load`.
 

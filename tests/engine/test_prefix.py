@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from mlx_gptoss.engine.prefix_disk import VERSION, PrefixDisk, Span, fingerprint
 from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.llm import load
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.cache import SequenceCache, WindowState
 from mlx_gptoss.sampling import SamplingParams
 from tests.model.test_cache import CONFIG, TinyModel
 from tests.support.checkpoints import write_checkpoint
@@ -153,7 +156,7 @@ def test_a_damaged_or_foreign_file_is_a_miss(
     put(store, some(70, 80))
     while store.save():
         pass
-    (path,) = tmp_path.glob("*/*.safetensors")
+    (path,) = tmp_path.glob("*/*.prefix")
     raw = bytearray(path.read_bytes())
     if damage == "flip":
         raw[-100] ^= 1
@@ -162,11 +165,11 @@ def test_a_damaged_or_foreign_file_is_a_miss(
     elif damage == "empty":
         raw.clear()
     elif damage == "version":
-        raw = raw.replace(f'"version": "{VERSION}"'.encode(), b'"version": "9"')
+        raw = raw.replace(f'"version":"{VERSION}"'.encode(), b'"version":"9"')
     elif damage == "model":
-        raw = raw.replace(b'"model": "model"', b'"model": "other"')
+        raw = raw.replace(b'"model":"model"', b'"model":"other"')
     else:
-        raw[8:30] = b"\xff" * 22
+        raw[40:62] = b"\xff" * 22
     path.write_bytes(raw)
     with caplog.at_level(logging.WARNING):
         again = saved_store(tmp_path)
@@ -183,9 +186,12 @@ def test_a_damaged_or_foreign_file_is_a_miss(
         {"__metadata__": "x"},
         {"__metadata__": {"before": []}},
         {"__metadata__": {"upto": {}}},
-        {"tokens": {"data_offsets": None}},
-        {"tokens": {"shape": []}},
-        {"tokens": {"data_offsets": [0, 1 << 62]}},
+        {"__metadata__": {"tokens": ""}},
+        {"__metadata__": {"tokens": "1 2 x"}},
+        {"__metadata__": {"tokens": f"{1 << 40}"}},
+        {"part.0": {"data_offsets": None}},
+        {"part.0": {"shape": []}},
+        {"part.0": {"data_offsets": [0, 1 << 62]}},
     ],
 )
 def test_a_header_of_any_form_is_a_miss(tmp_path: Path, header: Any) -> None:
@@ -193,24 +199,80 @@ def test_a_header_of_any_form_is_a_miss(tmp_path: Path, header: Any) -> None:
     put(store, some(70, 80))
     while store.save():
         pass
-    (path,) = tmp_path.glob("*/*.safetensors")
+    (path,) = tmp_path.glob("*/*.prefix")
     raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    written = json.loads(raw[8 : 8 + length])
+    length = int.from_bytes(raw[32:40], "little")
+    written = json.loads(raw[40 : 40 + length])
     if isinstance(header, dict):
         for key, value in header.items():
             written[key] = written[key] | value if isinstance(value, dict) else value
         header = written
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    data = len(text).to_bytes(8, "little") + text + raw[40 + length :]
+    path.write_bytes(raw[:32] + data)
     assert store._disk is not None and store._disk.read(path) is None
     assert saved_store(tmp_path).match(some(70, 80)).length == 0
 
 
 def test_a_header_nested_without_end_is_a_miss(tmp_path: Path) -> None:
     folder = PrefixDisk(tmp_path, "model", 10**9).folder
-    (folder / "deep.safetensors").write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
+    (folder / "deep.prefix").write_bytes(bytes(32) + (10**5).to_bytes(8, "little") + b"[" * 10**5)
     assert len(saved_store(tmp_path)) == 0
+
+
+def test_what_is_no_file_of_ours_is_a_miss_at_once(tmp_path: Path) -> None:
+    folder = PrefixDisk(tmp_path, "model", 10**9).folder
+    os.mkfifo(folder / "a-b.prefix")
+    (folder / "c-d.prefix").symlink_to("/dev/zero")
+    with (folder / "e-f.prefix").open("wb") as sparse:
+        sparse.write(bytes(32) + (1 << 32).to_bytes(8, "little"))
+        sparse.truncate(4 << 30)
+    store = saved_store(tmp_path)
+    assert len(store) == 0
+
+
+def test_a_file_that_was_written_without_the_key_is_a_miss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    forger = saved_store(theirs)
+    put(forger, some(70, 80))
+    while forger.save():
+        pass
+    (forged,) = theirs.glob("*/*.prefix")
+    shutil.copy(forged, PrefixDisk(mine, "model", 10**9).folder)
+    assert saved_store(mine).match(some(70, 80)).length == 0
+    assert "checksum is wrong" in caplog.text
+
+
+def test_a_file_with_shapes_of_another_model_is_a_miss(tmp_path: Path) -> None:
+    store = saved_store(tmp_path)
+    put(store, some(70, 80))
+    while store.save():
+        pass
+    narrow = SequenceCache(replace(CONFIG, num_kv_heads=1), mx.float32)
+    (wanted,) = narrow.export([(0, 0)])
+
+    def fits(tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
+        return [p.shape[1] for p in parts] == [w.shape[1] for w in wanted] and all(map(narrow.takes, states))
+
+    disk = PrefixDisk(tmp_path, "model", 10**9)
+    assert PrefixStore(10**9, disk, fits).match(some(70, 80)).length == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a folder to another user")
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    folder = PrefixDisk(tmp_path, "model", 10**9).folder
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(RequestError, match="belongs to another user"):
+        PrefixDisk(tmp_path, "model", 10**9)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
+def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path, mode: int) -> None:
+    PrefixDisk(tmp_path, "model", 10**9).folder.chmod(mode)
+    with pytest.raises(RequestError, match=f"{mode:o}"):
+        PrefixDisk(tmp_path, "model", 10**9)
 
 
 def test_evicted_nodes_keep_no_memory_while_they_wait_to_be_saved(tmp_path: Path) -> None:
@@ -250,7 +312,7 @@ def test_a_full_disk_drops_what_nothing_continues_first(
     while store.save():
         pass
     assert store._disk is not None
-    store._disk.limit = sum(p.stat().st_size for p in tmp_path.glob("*/*.safetensors")) // 2
+    store._disk.limit = sum(p.stat().st_size for p in tmp_path.glob("*/*.prefix")) // 2
     store._disk.trim()
     assert saved_store(tmp_path).common(system) == 40
 
@@ -262,11 +324,11 @@ def test_a_full_disk_keeps_what_is_used_from_memory(tmp_path: Path) -> None:
     while store.save():
         pass
     assert store._disk is not None
-    paths = sorted(tmp_path.glob("*/*.safetensors"))
+    paths = sorted(tmp_path.glob("*/*.prefix"))
     for path in paths:
         os.utime(path, (0, 0))
     store.match(some(80, 80))
-    store._disk.limit = paths[0].stat().st_size
+    store._disk.limit = max(path.stat().st_size for path in paths)
     store._disk.trim()
     assert saved_store(tmp_path).common(some(80, 80)) == 80
 
@@ -275,9 +337,9 @@ def test_the_disk_limit_counts_files_that_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = PrefixDisk(tmp_path, "model", 100)
-    (disk.folder / "damaged.safetensors").write_bytes(b"x" * 101)
+    (disk.folder / "damaged.prefix").write_bytes(b"x" * 101)
     disk.trim()
-    assert not list(disk.folder.iterdir()) and not caplog.text
+    assert [p.name for p in disk.folder.iterdir()] == ["key"] and not caplog.text
 
 
 def test_what_is_read_from_disk_fits_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +393,7 @@ def test_a_node_that_cannot_be_written_is_skipped(tmp_path: Path, monkeypatch: p
         patched.setattr(os, "fsync", full)
         while store.save():
             pass
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*.p*"))
     put(store, np.concatenate([some(80, 80), some(81, 20)]))
     while store.save():
         pass
@@ -361,6 +423,11 @@ def test_a_prefix_cache_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
 def test_kept_prefixes_are_for_their_owner_only(tmp_path: Path) -> None:
     folder = PrefixDisk(tmp_path / "kept", "model", 10**9).folder
     assert {p.stat().st_mode & 0o777 for p in (folder, folder.parent)} == {0o700}
+    store = saved_store(tmp_path / "kept")
+    put(store, some(80, 80))
+    while store.save():
+        pass
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize("where", [slice(None), slice(0, 64), slice(-64, None)], ids=["all", "head", "tail"])
