@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.errors import RequestError, SchemaError, ToolError
 from mlx_gptoss.grammar import headers
 from mlx_gptoss.grammar.headers import Target
 from mlx_gptoss.grammar.matcher import Vocabulary, vocabulary_of
+from mlx_gptoss.grammar.references import check_schema_references
 from mlx_gptoss.grammar.response_format import ResponseFormat
 from mlx_gptoss.grammar.schema import arguments_schema, schema_error, schema_grammar
 from mlx_gptoss.grammar.turn import Plan, TurnConstraint
@@ -71,7 +72,7 @@ def compile_constraint(
         if response_format is not None and final is not None:
             # Compiled now, so that a bad one fails before anything is generated.
             try:
-                vocabulary.matcher(final)
+                vocabulary.admit(final)
             except ValueError as error:
                 raise response_format.error(error) from None
             bodies[answer] = final
@@ -122,12 +123,14 @@ def _choose(
 def _argument_grammar(
     vocabulary: Vocabulary, target: Target, parameters: dict[str, Any], strict_tools: bool
 ) -> str:
+    field = f"parameters of {(target.recipient or '').removeprefix('functions.')}"
     try:
+        check_schema_references(parameters, field)
         grammar = schema_grammar(parameters)
-        vocabulary.matcher(grammar)
+        vocabulary.admit(grammar)
         return grammar
-    except ValueError as error:
+    except (ValueError, SchemaError) as error:
         if not strict_tools:
             return schema_grammar({"type": "object"})
-        field = f"parameters of {(target.recipient or '').removeprefix('functions.')}"
-        raise schema_error(str(error), parameters, field) from None
+        told = error if isinstance(error, SchemaError) else schema_error(str(error), parameters, field)
+        raise told from None

@@ -13,6 +13,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.grammar.guard import GUARD
 from mlx_gptoss.tokenizer import Tokenizer
 
 KEPT_GRAMMARS = 512  # compiled grammars kept per vocabulary: a request's tools and headers are used again
@@ -55,6 +56,17 @@ class Vocabulary:
         set_bit(mask, token_id)
         mask.flags.writeable = False
         return mask
+
+    def admit(self, grammar: str) -> None:
+        """Compile a grammar that came from outside, once another process has shown that this does no harm.
+
+        Raises ValueError with llguidance's words, or the guard's, when the grammar cannot be used.
+        """
+        with self._lock:
+            known = grammar in self._compiled
+        if not known:
+            GUARD.check(grammar)
+            self.matcher(grammar)
 
     def matcher(self, grammar: str) -> Matcher:
         """A fresh matcher of a grammar (Lark, or what `LLMatcher.grammar_from_*` returned).

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from llguidance import LLMatcher
 
 from mlx_gptoss.errors import RequestError, SchemaError
+from mlx_gptoss.grammar.references import check_lark_references, check_schema_references
 from mlx_gptoss.grammar.schema import Schema, json_schema_of, parse_reply, schema_error, schema_grammar
 
 Kind = Literal["schema", "regex", "lark", "choices", "json_object"]
@@ -54,7 +55,7 @@ class ResponseFormat:
     def grammar(self) -> str:
         """The llguidance grammar. Raises SchemaError, naming the keyword at fault."""
         if self.is_json:
-            shape = self.shape
+            check_schema_references(shape := self.shape, self.kind)
             try:
                 return schema_grammar(shape)
             except ValueError as error:
@@ -69,8 +70,10 @@ class ResponseFormat:
             return LLMatcher.grammar_from_lark(f"start: {forms}")
         if not isinstance(self.value, str) or not self.value:
             raise SchemaError(f"{self.kind} is {self.value!r:.80}: expected a non-empty text", self.kind)
-        make = LLMatcher.grammar_from_regex if self.kind == "regex" else LLMatcher.grammar_from_lark
-        return make(self.value)
+        if self.kind == "regex":
+            return LLMatcher.grammar_from_regex(self.value)
+        check_lark_references(self.value, "lark")
+        return LLMatcher.grammar_from_lark(self.value)
 
     @property
     def shape(self) -> Any:
