@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llguidance import LLMatcher
 
 from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.harmony.schema import is_model
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -29,11 +30,6 @@ _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*)\]")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
 
 
-def is_model(schema: object) -> TypeGuard[type[BaseModel]]:
-    """True for a pydantic model class. pydantic itself is not imported."""
-    return isinstance(schema, type) and hasattr(schema, "model_json_schema")
-
-
 def json_schema_of(schema: Schema, field: str = "schema") -> dict[str, Any]:
     """The JSON schema of a dict or of a pydantic model, as a plain dict.
 
@@ -46,11 +42,12 @@ def json_schema_of(schema: Schema, field: str = "schema") -> dict[str, Any]:
             f"{field} is {schema!r:.80}: expected a JSON schema as a dict, or a pydantic model", field
         )
     try:
-        return json.loads(json.dumps(dict(schema), allow_nan=False))
+        plain: dict[str, Any] = json.loads(json.dumps(dict(schema), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise SchemaError(
             f"{field} is not made of JSON values ({error}): use plain dicts, lists, text and numbers", field
         ) from None
+    return plain
 
 
 def schema_grammar(schema: Mapping[str, Any]) -> str:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import unquote
 
 from mlx_gptoss.errors import SchemaError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 REFUSED = (
@@ -32,6 +35,11 @@ MAX_DEPTH = 64
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SINGLE = ("additionalProperties", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
+
+
+def is_model(schema: object) -> TypeGuard[type[BaseModel]]:
+    """True for a pydantic model class. pydantic itself is not imported."""
+    return isinstance(schema, type) and hasattr(schema, "model_json_schema")
 
 
 def check_schema(schema: object, where: str) -> None:
