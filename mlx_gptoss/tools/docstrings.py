@@ -9,83 +9,57 @@ from __future__ import annotations
 import inspect
 import re
 
-_GOOGLE = re.compile(r"(Args|Arguments|Parameters|Params|Keyword Args|Keyword Arguments):\s*$")
-_GOOGLE_OTHER = re.compile(
-    r"(Returns?|Yields?|Raises|Examples?|Notes?|Attributes|References|See Also|Todo|Warnings?|Warns):\s*$"
+# Each takes a whole section, and the name of what it describes where that is an argument.
+_INDENTED = r"((?:[ \t].*\n|\n)*)"
+_UNDERLINE = r"[ \t]*-{3,}[ \t]*"
+_NUMPY = re.compile(rf"^(.*)\n{_UNDERLINE}\n((?:(?!.*\S.*\n{_UNDERLINE}$).*\n)*)", re.M)
+_GOOGLE = re.compile(
+    r"^(?:(Args|Arguments|Parameters|Params|Keyword Args|Keyword Arguments)|Returns?|Yields?|Raises|Examples?"
+    rf"|Notes?|Attributes|References|See Also|Todo|Warnings?|Warns):[ \t]*\n{_INDENTED}",
+    re.M,
 )
+_REST = re.compile(
+    r"^:(?:(?:param|parameter|arg|argument|key|keyword)[ \t]+(?:[^:\n]*[ \t])?\*{0,2}(\w+)[ \t]*"
+    rf"|(?:type|returns?|rtype|raises?|except|exception|var|ivar|yields?)\b[^:\n]*):(.*\n){_INDENTED}",
+    re.M,
+)
+_NUMPY_ITEM = re.compile(r"\*{0,2}(\w+(?:\s*,\s*\w+)*)\s*(?::.*)?()$")
 _GOOGLE_ITEM = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)")
-_NUMPY_ITEM = re.compile(r"\*{0,2}(\w+(?:\s*,\s*\w+)*)\s*(?::.*)?$")
-_REST = re.compile(r":(?:param|parameter|arg|argument|key|keyword)\s+(?:[^:]*\s)?\*{0,2}(\w+)\s*:\s*(.*)")
-_REST_OTHER = re.compile(r":(?:type|returns?|rtype|raises?|except|exception|var|ivar|yields?)\b[^:]*:.*")
 
 
 def read_docstring(text: str | None) -> tuple[str, dict[str, str]]:
     """(description of the function, descriptions of its arguments, each on one line)."""
-    if not text:
-        return "", {}
-    lines = inspect.cleandoc(text).split("\n")
-    kept: list[str] = []
     arguments: dict[str, list[str]] = {}
-    index = 0
-    while index < len(lines):
-        line = lines[index]
-        underlined = index + 1 < len(lines) and re.fullmatch(r"-{3,}", lines[index + 1].strip())
-        if underlined:
-            block, index = _section(lines, index + 2)
-            if line.strip() in ("Parameters", "Other Parameters"):
-                _numpy(block, arguments)
-        elif _GOOGLE.fullmatch(line) or _GOOGLE_OTHER.fullmatch(line):
-            block, index = _indented(lines, index + 1)
-            if _GOOGLE.fullmatch(line):
-                _google(block, arguments)
-        elif found := _REST.match(line):
-            block, index = _indented(lines, index + 1)
-            arguments[found[1]] = [found[2], *block]
-        elif _REST_OTHER.match(line):
-            _, index = _indented(lines, index + 1)
-        else:
-            kept.append(line)
-            index += 1
+
+    def numpy(found: re.Match[str]) -> str:
+        if found[1].strip() in ("Parameters", "Other Parameters"):
+            _items(found[2], _NUMPY_ITEM, arguments)
+        return ""
+
+    def google(found: re.Match[str]) -> str:
+        if found[1]:
+            _items(found[2], _GOOGLE_ITEM, arguments)
+        return ""
+
+    def rest(found: re.Match[str]) -> str:
+        if found[1]:
+            arguments[found[1]] = [found[2], found[3]]
+        return ""
+
+    text = _NUMPY.sub(numpy, inspect.cleandoc(text or "") + "\n")
+    text = _REST.sub(rest, _GOOGLE.sub(google, text))
     described = {name: " ".join(" ".join(parts).split()) for name, parts in arguments.items()}
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip(), described
+    return re.sub(r"\n{3,}", "\n\n", text).strip(), described
 
 
-def _indented(lines: list[str], start: int) -> tuple[list[str], int]:
-    """The lines from `start` on that are indented or blank, and where they end."""
-    end = start
-    while end < len(lines) and (not lines[end].strip() or lines[end][:1].isspace()):
-        end += 1
-    return lines[start:end], end
-
-
-def _section(lines: list[str], start: int) -> tuple[list[str], int]:
-    """The lines from `start` up to the next underlined heading."""
-    end = start
-    while end < len(lines) and not (
-        end + 1 < len(lines) and lines[end].strip() and re.fullmatch(r"-{3,}", lines[end + 1].strip())
-    ):
-        end += 1
-    return lines[start:end], end
-
-
-def _google(block: list[str], arguments: dict[str, list[str]]) -> None:
-    margin = min((len(line) - len(line.lstrip()) for line in block if line.strip()), default=0)
-    current: list[str] | None = None
-    for line in block:
-        found = _GOOGLE_ITEM.match(line[margin:]) if line.strip() else None
-        if found is not None:
-            current = arguments.setdefault(found[1], [])
-            current.append(found[2])
-        elif current is not None:
-            current.append(line)
-
-
-def _numpy(block: list[str], arguments: dict[str, list[str]]) -> None:
+def _items(block: str, pattern: re.Pattern[str], arguments: dict[str, list[str]]) -> None:
+    """Items at the block's margin: names, what is said beside them, and the indented lines below."""
+    lines = block.split("\n")
+    margin = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     current: list[list[str]] = []
-    for line in block:
-        found = _NUMPY_ITEM.match(line) if line.strip() and not line[:1].isspace() else None
-        if found is not None:
+    for line in lines:
+        if found := pattern.match(line[margin:]):
             current = [arguments.setdefault(name.strip(), []) for name in found[1].split(",")]
-        else:
-            for parts in current:
-                parts.append(line)
+            line = found[2]
+        for parts in current:
+            parts.append(line)
