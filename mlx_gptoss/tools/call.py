@@ -12,13 +12,10 @@ from mlx_gptoss.tools import BuiltinTool
 
 def run_tool(function: Callable[..., Any], call: ToolCall) -> Message:
     """Call a function with the arguments the model wrote; its result, or its exception, as a message."""
-    from mlx_gptoss.tools.arguments import bind_arguments
+    from mlx_gptoss.tools.functions import read_function
 
     try:
-        arguments = json.loads(call.arguments or "{}")
-        if not isinstance(arguments, dict):
-            raise TypeError(f"the arguments are {call.arguments!r}: expected a JSON object")
-        value = function(**bind_arguments(function, arguments))
+        value = function(**read_function(function)[1](call.arguments or "{}"))
         content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except Exception as error:  # whatever the tool raised is for the model to deal with
         content = f"error: {type(error).__name__}: {error}"

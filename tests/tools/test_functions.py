@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import enum
+import json
+import pathlib
 import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict, Union
+from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, Required, TypedDict, Union
 
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from mlx_gptoss.errors import ToolError
-from mlx_gptoss.tools.arguments import bind_arguments
-from mlx_gptoss.tools.functions import tool_from_function
+from mlx_gptoss.tools.functions import read_function, tool_from_function
 
 
 class Unit(enum.Enum):
@@ -49,7 +55,8 @@ class Place(BaseModel):
 def properties(function: Any) -> dict[str, Any]:
     parameters = tool_from_function(function).parameters
     assert parameters is not None
-    return parameters["properties"]
+    found: dict[str, Any] = parameters["properties"]
+    return found
 
 
 def test_name_and_description_come_from_the_function() -> None:
@@ -65,7 +72,7 @@ def test_name_and_description_come_from_the_function() -> None:
 
 
 def test_type_hints_become_a_schema() -> None:
-    def f(
+    def f(  # type: ignore[no-untyped-def]
         a: str,
         b: int,
         c: float,
@@ -81,8 +88,8 @@ def test_type_hints_become_a_schema() -> None:
         n: Any,
         o: datetime.date,
         p: list[Node] | None,
-        q: dict,
-        r: list,
+        q: dict,  # type: ignore[type-arg]
+        r: list,  # type: ignore[type-arg]
         s: uuid.UUID,
         untyped,
     ) -> None: ...
@@ -137,6 +144,15 @@ def test_defaults_make_arguments_optional() -> None:
     assert "default" not in parameters["properties"]["d"]
 
 
+def test_without_required_arguments_none_are_listed() -> None:
+    def f(a: int = 1) -> None: ...
+
+    assert tool_from_function(f).parameters == {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "default": 1}},
+    }
+
+
 def test_dataclasses_typed_dicts_and_models_become_definitions() -> None:
     def f(node: Node, options: Options, place: Place) -> None: ...
 
@@ -187,7 +203,10 @@ def numpy_style(city: str, days: int = 1, unit: str = "c") -> None:
     city : str
         The city: e.g.
         San Francisco.
-    days : int, optional
+
+    Other Parameters
+    ----------------
+    days, hours : int, optional
         How many.
 
     Returns
@@ -247,6 +266,14 @@ def positional(a: int, /) -> None: ...
 def unknown_hint(a: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
+@dataclass
+class Unreadable:
+    a: Nowhere  # type: ignore[name-defined]  # noqa: F821
+
+
+def unknown_hint_inside(a: Unreadable) -> None: ...
+
+
 def no_json_form(a: bytes) -> None: ...
 
 
@@ -255,7 +282,8 @@ def keyed_by_number(a: dict[int, str]) -> None: ...
 
 @pytest.mark.parametrize(
     "function",
-    [coroutine, star, keywords, positional, unknown_hint, no_json_form, keyed_by_number, lambda a: a, 5],
+    [coroutine, star, keywords, positional, unknown_hint, unknown_hint_inside, no_json_form, keyed_by_number]
+    + [lambda a: a, 5, max],
 )
 def test_what_a_model_cannot_call_is_refused(function: Any) -> None:
     with pytest.raises(ToolError) as caught:
@@ -279,9 +307,13 @@ def everything(
 ) -> None: ...
 
 
+def bind(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    return read_function(function)[1](json.dumps(arguments))
+
+
 def test_arguments_become_the_values_the_hints_promise() -> None:
     key = uuid.uuid4()
-    bound = bind_arguments(
+    bound = bind(
         everything,
         {
             "count": 2.0,
@@ -318,18 +350,22 @@ def test_arguments_become_the_values_the_hints_promise() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"count": "2"}, 'count is "2": expected a whole number'),
+        ({"count": "2"}, 'count is "2": expected a valid integer'),
         ({"count": True}, "count is true"),
         ({"count": 1.5}, "count is 1.5"),
         ({"unit": "kelvin"}, '"celsius", "fahrenheit"'),
         ({"node": {"value": "a"}}, 'node.value is "a"'),
-        ({"node": {}}, "value"),
-        ({"node": {"value": 1, "colour": 2}}, "colour"),
+        ({"node": {}}, "node: missing value; expected value, children, label"),
+        (
+            {"node": {"value": 1, "children": [{"value": 1, "colour": 2}]}},
+            "node.children[0]: unknown colour; expected value, children, label",
+        ),
         ({"place": {"name": ""}}, "place.name"),
-        ({"options": {}}, "limit"),
-        ({"on": "soon"}, "ISO"),
-        ({"pair": [1]}, "pair has 1 items"),
-        ({"names": "ab"}, "expected a list"),
+        ({"options": {}}, "options: missing limit; expected limit, order"),
+        ({"on": "soon"}, 'on is "soon": expected a date in ISO form'),
+        ({"pair": [1]}, "pair[1]: missing"),
+        ({"pair": [1, "a", 2]}, 'pair is [1, "a", 2]: Tuple should have at most 2 items'),
+        ({"names": "ab"}, 'names is "ab": expected a valid array'),
         ({"by_name": {"x": 1}}, "by_name.x is 1"),
         ({"kind": True}, "kind is true"),
         ({"nope": 1}, "unknown nope"),
@@ -337,10 +373,223 @@ def test_arguments_become_the_values_the_hints_promise() -> None:
 )
 def test_wrong_arguments_are_told_in_words_for_the_model(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ToolError) as caught:
-        bind_arguments(everything, arguments)
+        bind(everything, arguments)
     assert said in str(caught.value)
 
 
 def test_missing_arguments_are_named() -> None:
     with pytest.raises(ToolError, match="missing city; unknown town; expected city, days, unit"):
-        bind_arguments(google, {"town": "x"})
+        bind(google, {"town": "x"})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"city": "\\ud800"}', "{'city': 1}"])
+def test_arguments_that_are_no_json_object_are_told_so(text: str) -> None:
+    with pytest.raises(ToolError, match=r"^the arguments are .*(JSON|expected an object)"):
+        read_function(google)[1](text)
+
+
+def test_a_long_wrong_value_is_cut_in_the_error() -> None:
+    with pytest.raises(ToolError) as caught:
+        bind(everything, {"count": "x" * 10_000})
+    assert len(str(caught.value)) < 300
+
+
+Grams = NewType("Grams", int)
+
+
+class Size(enum.IntEnum):
+    S = 1
+    L = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    start: datetime.date
+    end: datetime.date
+    length: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.end < self.start:
+            raise ValueError("end lies before start")
+        if self.end == datetime.date.max:
+            raise TypeError("there is no day after end")
+        object.__setattr__(self, "length", (self.end - self.start).days)
+
+
+class Visit(TypedDict, total=False):
+    span: Required[Span]
+    times: list[datetime.time]
+    companion: Visit
+
+
+def json_forms(
+    at: datetime.datetime,
+    price: decimal.Decimal,
+    path: pathlib.Path,
+    grams: Grams,
+    size: Size,
+    mixed: Literal[Unit.C, "none"],
+    wider: frozenset[str],
+    unique: Set[int],
+    some: Iterable[datetime.date],
+    more: Sequence[Size],
+    rest: Collection[tuple[int, ...]],
+    lookup: Mapping[str, decimal.Decimal],
+    when: datetime.date | str,
+    number: float | int,
+    rating: Annotated[int, "one to five", Field(ge=1, le=5)],
+    visit: Visit,
+    anything: Any,
+) -> None: ...
+
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "at": ("2026-02-03T04:05:06Z", datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)),
+    "price": ("1.10", decimal.Decimal("1.10")),
+    "path": ("a/b", pathlib.Path("a/b")),
+    "grams": (5, Grams(5)),
+    "size": (2, Size.L),
+    "mixed": ("celsius", Unit.C),
+    "wider": (["a", "a"], frozenset("a")),
+    "unique": ([1, 1.0], {1}),
+    "some": (["2026-02-03"], [datetime.date(2026, 2, 3)]),
+    "more": ([1, 2], [Size.S, Size.L]),
+    "rest": ([[1], []], [(1,), ()]),
+    "lookup": ({"a": 0.1}, {"a": decimal.Decimal("0.1")}),
+    "when": ("2026-02-03", datetime.date(2026, 2, 3)),
+    "number": (3, 3.0),
+    "rating": (5, 5),
+    "visit": (
+        {
+            "span": {"start": "2026-02-03", "end": "2026-02-05"},
+            "companion": {"span": {"start": "2026-02-03", "end": "2026-02-03"}, "times": ["10:30"]},
+        },
+        {
+            "span": Span(datetime.date(2026, 2, 3), datetime.date(2026, 2, 5)),
+            "companion": {
+                "span": Span(datetime.date(2026, 2, 3), datetime.date(2026, 2, 3)),
+                "times": [datetime.time(10, 30)],
+            },
+        },
+    ),
+    "anything": ({"a": [1, None, 2.0]}, {"a": [1, None, 2.0]}),
+}
+
+
+def test_every_hint_takes_its_json_form() -> None:
+    bound = bind(json_forms, {name: given for name, (given, _) in FORMS.items()})
+    assert bound == {name: expected for name, (_, expected) in FORMS.items()}
+    assert {name: type(value) for name, value in bound.items()} == {
+        name: type(expected) for name, (_, expected) in FORMS.items()
+    }
+    assert bound["visit"]["span"].length == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("at", 5, "at is 5: expected a datetime in ISO form"),
+        ("at", "5", 'at is "5": expected a datetime in ISO form'),
+        ("price", "cheap", 'price is "cheap": expected a valid decimal'),
+        ("price", True, "price is true"),
+        ("path", 1, "path is 1: expected a valid string"),
+        ("grams", "5", 'grams is "5": expected a valid integer'),
+        ("size", True, "size is true: expected one of 1, 2"),
+        ("size", "S", 'size is "S": expected one of 1, 2'),
+        ("mixed", "C", '"celsius", "none"'),
+        ("wider", "ab", "expected a valid array"),
+        ("some", [5], "some[0] is 5: expected a date in ISO form"),
+        ("rest", [[1, "b"]], 'rest[0][1] is "b": expected a valid integer'),
+        ("lookup", {"a": []}, "lookup.a is []"),
+        ("when", 5, "when is 5: expected a date in ISO form or a valid string"),
+        ("rating", 6, "rating is 6: expected less than or equal to 5"),
+        ("visit", {"span": {"start": "2026-02-03"}}, "visit.span: missing end; expected start, end"),
+        ("visit", {"span": {"start": "2026-02-03", "end": "2026-02-01"}}, "end lies before start"),
+        ("visit", {"span": {"start": "2026-02-03", "end": "9999-12-31"}}, "there is no day after end"),
+        ("visit", {}, "visit: missing span; expected span, times, companion"),
+        ("visit", {**FORMS["visit"][0], "x": 1}, "visit: unknown x; expected span, times, companion"),
+    ],
+)
+def test_what_is_not_a_hints_json_form_is_refused_where_it_stands(name: str, value: Any, said: str) -> None:
+    with pytest.raises(ToolError) as caught:
+        bind(json_forms, {n: value if n == name else given for n, (given, _) in FORMS.items()})
+    assert said in str(caught.value) and str(caught.value).startswith(name)
+
+
+def test_every_wrong_value_is_told_at_once() -> None:
+    with pytest.raises(ToolError) as caught:
+        bind(everything, {"count": "2", "node": {"value": 1, "children": [{"value": None}]}, "share": 1})
+    assert str(caught.value) == (
+        'count is "2": expected a valid integer; node.children[0].value is null: expected a valid integer'
+    )
+
+
+class Point(BaseModel):
+    x: int
+
+
+class Leg(BaseModel):
+    start: Point
+    end: Point
+    place: Place
+
+
+class Trip(BaseModel):
+    legs: list[Leg]
+    on: datetime.date
+
+
+def test_models_share_the_models_inside_them() -> None:
+    def f(trip: Trip, leg: Leg, point: Point, place: Place) -> None: ...
+
+    place = {"name": "A", "within": {"name": "B"}}
+    leg = {"start": {"x": 1}, "end": {"x": 2}, "place": place}
+    trip = {"legs": [leg], "on": "2026-02-03"}
+    assert bind(f, {"trip": trip, "leg": leg, "point": {"x": 1}, "place": place}) == {
+        "trip": Trip.model_validate(trip),
+        "leg": Leg.model_validate(leg),
+        "point": Point(x=1),
+        "place": Place.model_validate(place),
+    }
+    with pytest.raises(ToolError, match=r"trip\.legs\[0\]\.place\.name: missing"):
+        bind(f, {"trip": {**trip, "legs": [{**leg, "place": {}}]}})
+
+
+CHECKED = [
+    *(str, int, float, bool, None, Unit, Size, Node, Options, Literal["a", 1], list, dict, tuple),
+    *(list[int], dict[str, bool], tuple[int, str], tuple[float, ...], list[Node | None]),
+    *(int | str, Options | list[str], float | None, Sequence[Unit], dict[str, list[bool | str]]),
+]
+VALUES = st.recursive(
+    st.sampled_from([None, True, 0, 1, 2, 3.0, 0.5, "", "a", "up", "celsius"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "value", "children", "label", "limit", "order"]), inner)
+        | st.fixed_dictionaries({"value": st.integers(0, 2)}, optional={"children": inner, "label": inner})
+        | st.fixed_dictionaries({"limit": st.integers(0, 2)}, optional={"order": inner})
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("hint", CHECKED, ids=str)
+@given(value=VALUES)
+@settings(max_examples=25, deadline=None)
+def test_what_the_schema_admits_is_bound_and_nothing_else(hint: Any, value: Any) -> None:
+    def f(x: Any) -> None: ...
+
+    f.__annotations__["x"] = hint
+    tool, binder = read_function(f)
+    assert tool.parameters is not None
+    schema = json.loads(json.dumps(tool.parameters))
+    for definition in schema.get("$defs", {}).values():
+        definition["additionalProperties"] = (
+            definition["title"] == "Place" if "title" in definition else False
+        )
+    admitted = jsonschema.Draft202012Validator(schema).is_valid({"x": value})
+    try:
+        binder(json.dumps({"x": value}))
+    except ToolError:
+        assert not admitted
+    else:
+        assert admitted
