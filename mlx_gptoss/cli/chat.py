@@ -17,6 +17,7 @@ from mlx_gptoss.cli.options import (
     model_options,
     sampling_options,
 )
+from mlx_gptoss.tools import BUILTIN, builtin_tools
 
 if TYPE_CHECKING:
     from mlx_gptoss.cli.terminal.chat import Settings
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tool",
     "tools",
-    type=click.Choice(["python", "browser"]),
+    type=click.Choice(list(BUILTIN)),
     multiple=True,
     help="Enable a built-in tool. May be given repeatedly.",
 )
@@ -46,7 +47,6 @@ def chat(
 ) -> None:
     """Chat with MODEL. In a pipe: answer what comes in, print the answer only."""
     from mlx_gptoss.cli.terminal.chat import Settings
-    from mlx_gptoss.tools import builtin_tools
 
     params = sampling.params()
     with ExitStack() as stack:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mlx_gptoss.errors import ToolError
 
+__all__ = ["BUILTIN", "BuiltinTool", "builtin_tools"]
+
 if TYPE_CHECKING:
     from mlx_gptoss.harmony import ToolCall, ToolNamespace
-
-NAMES = ("python", "browser")
 
 
 @runtime_checkable
@@ -36,6 +36,25 @@ class BuiltinTool(Protocol):
         ...
 
 
+def _python(folder: Path | str | None, unsafe: bool) -> BuiltinTool:
+    from mlx_gptoss.tools.python import PythonTool
+
+    return PythonTool(unsafe=unsafe)
+
+
+def _browser(folder: Path | str | None, unsafe: bool) -> BuiltinTool:
+    from mlx_gptoss.tools.browser import BrowserTool
+    from mlx_gptoss.tools.pages import FolderPages
+
+    if folder is None:
+        raise ToolError("the browser has nothing to read: give it a folder of pages", "browser")
+    return BrowserTool(FolderPages(folder))
+
+
+# The built-in tools by name: the only list of them.
+BUILTIN = {"python": _python, "browser": _browser}
+
+
 def builtin_tools(
     names: Sequence[str], *, folder: Path | str | None = None, unsafe_python: bool = False
 ) -> list[BuiltinTool]:
@@ -44,19 +63,7 @@ def builtin_tools(
     Raises ToolError for an unknown name, a browser without a folder, or a `python` that cannot be isolated
     on this machine (unless `unsafe_python`).
     """
-    tools: list[BuiltinTool] = []
-    for name in dict.fromkeys(names):
-        if name == "python":
-            from mlx_gptoss.tools.python import PythonTool
-
-            tools.append(PythonTool(unsafe=unsafe_python))
-        elif name == "browser":
-            from mlx_gptoss.tools.browser import BrowserTool
-            from mlx_gptoss.tools.pages import FolderPages
-
-            if folder is None:
-                raise ToolError("the browser has nothing to read: give it a folder of pages", "browser")
-            tools.append(BrowserTool(FolderPages(folder)))
-        else:
-            raise ToolError(f"{name!r} is no built-in tool: expected one of {', '.join(NAMES)}", "builtin")
-    return tools
+    for name in names:
+        if name not in BUILTIN:
+            raise ToolError(f"{name!r} is no built-in tool: expected one of {', '.join(BUILTIN)}", "builtin")
+    return [BUILTIN[name](folder, unsafe_python) for name in dict.fromkeys(names)]

@@ -1,13 +1,84 @@
-"""Running a call: a tool's result, or what went wrong, as the message that answers it."""
+"""Tools that are run here: one value per tool, and a call of it made into the message of its result."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mlx_gptoss.harmony import Message, ToolCall
+from mlx_gptoss.harmony import Message, Tool, ToolCall, ToolNamespace
+from mlx_gptoss.harmony.types import FUNCTIONS
 from mlx_gptoss.tools import BuiltinTool
+
+
+@dataclass(frozen=True)
+class RunnableTool:
+    """A tool with what runs it.
+
+    declaration: what the model is shown, a function or a namespace of built-in ones. handle: what a call
+    gives; what is no text is shown as JSON.
+    """
+
+    declaration: Tool | ToolNamespace
+    handle: Callable[[ToolCall], Any]
+
+    @property
+    def name(self) -> str:
+        """As it is declared, a function's without "functions."."""
+        return self.declaration.name
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the model is shown it in the system message and calls it while it reasons."""
+        return isinstance(self.declaration, ToolNamespace)
+
+    def run(self, call: ToolCall) -> Message:
+        """The result as a message. Never raises: an exception becomes text for the model to deal with."""
+        try:
+            value = self.handle(call)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        except Exception as error:
+            text = _told(error)
+        # Half a surrogate pair cannot be encoded, and so not shown to the model.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        channel = "analysis" if self.builtin else "commentary"
+        return Message.tool_result(text, name=call.recipient or None, call_id=call.call_id, channel=channel)
+
+
+ToolLike = Tool | Mapping[str, Any] | Callable[..., Any] | BuiltinTool | RunnableTool
+
+
+def as_tool(item: ToolLike) -> Tool | RunnableTool:
+    """A tool as a value: a Tool or a dict is only declared, everything else can be run. Raises ToolError."""
+    if isinstance(item, Tool | RunnableTool):
+        return item
+    if isinstance(item, BuiltinTool):
+        return RunnableTool(item.namespace, item.handle)
+    if isinstance(item, Mapping):
+        return Tool.from_dict(item)
+    from mlx_gptoss.tools.functions import read_function
+
+    tool, bind = read_function(item)
+    return RunnableTool(tool, lambda call: item(**bind(call.arguments or "{}")))
+
+
+def tool_for(call: ToolCall, tools: Sequence[RunnableTool]) -> RunnableTool | None:
+    """The tool that a call goes to: "browser.open" to a namespace, "functions.f" to a function, and a bare
+    name to a namespace before a function."""
+    if not call.recipient.startswith(f"{FUNCTIONS}."):
+        root = call.name.split(".")[0]
+        for tool in tools:
+            if tool.builtin and tool.name == root:
+                return tool
+    return next((tool for tool in tools if not tool.builtin and tool.name == call.name), None)
+
+
+def _told(error: Exception) -> str:
+    try:
+        return f"error: {type(error).__name__}: {error}"
+    except Exception:  # its own __str__ raised
+        return f"error: {type(error).__name__}"
 
 
 def run_tool(function: Callable[..., Any], call: ToolCall) -> Message:

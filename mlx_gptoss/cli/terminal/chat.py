@@ -19,12 +19,14 @@ from mlx_gptoss.cli.terminal.screen import no_echo
 from mlx_gptoss.cli.terminal.transcript import Saver, Transcript, answer_of, load_transcript
 from mlx_gptoss.errors import GptOssError, RequestError
 from mlx_gptoss.harmony import Done, Message, ReasoningEffort, Usage
+from mlx_gptoss.tools import BUILTIN
+from mlx_gptoss.tools.call import as_tool
 
 if TYPE_CHECKING:
-    from mlx_gptoss.chat.prompt import ToolLike
     from mlx_gptoss.chat.session import Session
     from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.tools.call import ToolLike
 
 KEYS = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer"
 
@@ -248,8 +250,8 @@ class Chat:
         self._console.print(Text(_short(answer_of(found.messages), 500) or "none", style="dim"))
 
     def _tools(self, rest: str) -> None:
-        names = [_tool_name(tool) for tool in self._settings.tools]
-        self._say(", ".join(names) or "none: --tool python and --tool browser enable the built-in ones")
+        names = [as_tool(tool).name for tool in self._settings.tools]
+        self._say(", ".join(names) or f"none: --tool enables the built-in ones, {' and '.join(BUILTIN)}")
 
     def _stats(self, rest: str) -> None:
         stats, usage = self._llm.stats(), self._session.usage
@@ -279,8 +281,3 @@ class Chat:
 def _short(text: str, length: int = 80) -> str:
     line = " ".join(plain(text).split())
     return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _tool_name(tool: Any) -> str:
-    namespace = getattr(tool, "namespace", None)
-    return namespace.name if namespace is not None else getattr(tool, "name", None) or tool.__name__
