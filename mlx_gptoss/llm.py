@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_gptoss.chat.completion import StopText
 from mlx_gptoss.chat.generation import Generation
-from mlx_gptoss.chat.prompt import Prompt, RequestKeywords, ToolLike, as_messages, split_request
+from mlx_gptoss.chat.prompt import Prompt, RequestKeywords, as_messages, split_request
 from mlx_gptoss.chat.session import Session
 from mlx_gptoss.chat.turn import TurnOptions, events_of, start_turn
 from mlx_gptoss.checkpoint.hub import resolve
@@ -35,6 +35,7 @@ from mlx_gptoss.model.cache import GROW_LEAST, GROW_MOST, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint
 from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.tools.call import ToolLike
 
 Parsed = TypeVar("Parsed")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeAlias
 
@@ -11,9 +11,8 @@ from mlx_gptoss.errors import RequestError
 from mlx_gptoss.grammar import ResponseFormat, ToolChoice, json_schema_of
 from mlx_gptoss.harmony import Conversation, Message, ReasoningEffort, Tool, ToolNamespace
 from mlx_gptoss.sampling import SamplingKeywords, SamplingParams
-from mlx_gptoss.tools import BuiltinTool
+from mlx_gptoss.tools.call import RunnableTool, as_tool
 
-ToolLike: TypeAlias = Tool | Callable[..., Any] | dict[str, Any] | BuiltinTool
 Prompt: TypeAlias = str | Sequence[Message]
 
 
@@ -50,31 +49,6 @@ _TURN = frozenset(("tool_choice", "strict_tools", "reasoning_budget"))
 _KNOWN = _SAMPLING | _CONVERSATION | _FORMATS | _TURN | {"params"}
 
 
-def declare(
-    tools: Sequence[ToolLike],
-) -> tuple[list[Tool], dict[str, Callable[..., Any]], dict[str, BuiltinTool]]:
-    """Tools to show to the model, by name the functions among them, and by namespace the built-in tools.
-
-    Raises ToolError.
-    """
-    shown: list[Tool] = []
-    functions: dict[str, Callable[..., Any]] = {}
-    builtin: dict[str, BuiltinTool] = {}
-    for item in tools:
-        if isinstance(item, Tool):
-            shown.append(item)
-        elif isinstance(item, BuiltinTool):
-            builtin[item.namespace.name] = item
-        elif isinstance(item, dict):
-            shown.append(Tool.from_dict(item))
-        else:
-            from mlx_gptoss.tools.functions import tool_from_function
-
-            shown.append(tool_from_function(item))
-            functions[shown[-1].name] = item
-    return shown, functions, builtin
-
-
 def split_request(messages: Sequence[Message], request: dict[str, Any]) -> tuple[Conversation, TurnOptions]:
     """Keyword arguments of a request -> the conversation, and how its next turn is generated.
 
@@ -90,8 +64,10 @@ def split_request(messages: Sequence[Message], request: dict[str, Any]) -> tuple
         raise RequestError("params and single sampling arguments were given together: give one", "params")
     response_format = ResponseFormat.of(**{k: v for k, v in request.items() if k in _FORMATS})
     about = {k: v for k, v in request.items() if k in _CONVERSATION}
-    about["tools"], _, builtin = declare(about.get("tools") or ())
-    about["builtin"] = [*(about.get("builtin") or ()), *(tool.namespace for tool in builtin.values())]
+    tools = [as_tool(item) for item in about.get("tools") or ()]
+    shown = [tool.declaration if isinstance(tool, RunnableTool) else tool for tool in tools]
+    about["tools"] = [tool for tool in shown if isinstance(tool, Tool)]
+    about["builtin"] = [*(about.get("builtin") or ()), *(s for s in shown if isinstance(s, ToolNamespace))]
     if request.get("schema") is not None:
         about["response_schema"] = json_schema_of(request["schema"])
     options = TurnOptions(

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, Unpack
 
 from mlx_gptoss.chat.generation import Generation
-from mlx_gptoss.chat.prompt import Prompt, RequestKeywords, ToolLike, as_messages, declare, split_request
+from mlx_gptoss.chat.prompt import Prompt, RequestKeywords, as_messages, split_request
 from mlx_gptoss.chat.turn import TurnOptions, events_of
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.grammar import Schema
-from mlx_gptoss.harmony import Conversation, Done, Event, Message, MessageDone, Reply, ToolCall, Usage, render
+from mlx_gptoss.harmony import Conversation, Done, Event, Message, MessageDone, Reply, Usage, render
 from mlx_gptoss.tokenizer import Tokenizer
-from mlx_gptoss.tools import BuiltinTool
-from mlx_gptoss.tools.call import run_builtin, run_tool
+from mlx_gptoss.tools.call import RunnableTool, ToolLike, as_tool, tool_for
 
 Parsed = TypeVar("Parsed")
 
@@ -55,10 +54,10 @@ class Session(Generic[Parsed]):
         self.history: list[Message] = []
         self.usage = Usage()
         self._model = model
-        self._tools = list(tools)
-        _, self._functions, self._builtin = declare(tools)
+        declared = [as_tool(item) for item in tools]
+        self._tools = [tool for tool in declared if isinstance(tool, RunnableTool)]
         self._max_steps = max_steps
-        self._request: dict[str, Any] = {**request, "tools": self._tools, "schema": schema}
+        self._request: dict[str, Any] = {**request, "tools": declared, "schema": schema}
         self._split([])
 
     @property
@@ -96,11 +95,12 @@ class Session(Generic[Parsed]):
             history += done.reply.messages
             completion += done.usage.completion_tokens
             reasoning += done.usage.reasoning_tokens
-            calls = done.reply.tool_calls
-            if done.finish_reason != "tool_calls" or not all(map(self._can_run, calls)) or not left:
+            calls = [(call, tool_for(call, self._tools)) for call in done.reply.tool_calls]
+            runs = [(call, tool) for call, tool in calls if tool is not None]
+            if done.finish_reason != "tool_calls" or len(runs) < len(calls) or not left:
                 break
-            for call in calls:
-                result = self._run(call)
+            for call, tool in runs:
+                result = tool.run(call)
                 history.append(result)
                 yield MessageDone(result)
         self.history = history
@@ -128,18 +128,6 @@ class Session(Generic[Parsed]):
                 f"position is {position}: the history has {len(self.history)} messages", "position"
             )
         del self.history[position:]
-
-    def _builtin_of(self, call: ToolCall) -> BuiltinTool | None:
-        if call.recipient.startswith("functions."):
-            return None
-        return self._builtin.get(call.name.split(".")[0])
-
-    def _can_run(self, call: ToolCall) -> bool:
-        return self._builtin_of(call) is not None or call.name in self._functions
-
-    def _run(self, call: ToolCall) -> Message:
-        builtin = self._builtin_of(call)
-        return run_builtin(builtin, call) if builtin else run_tool(self._functions[call.name], call)
 
     def _split(self, history: Sequence[Message]) -> tuple[Conversation, TurnOptions]:
         return split_request(history, self._request)

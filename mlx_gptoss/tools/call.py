@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from mlx_gptoss.harmony import Message, Tool, ToolCall, ToolNamespace
 from mlx_gptoss.harmony.types import FUNCTIONS
@@ -46,7 +46,7 @@ class RunnableTool:
         return Message.tool_result(text, name=call.recipient or None, call_id=call.call_id, channel=channel)
 
 
-ToolLike = Tool | Mapping[str, Any] | Callable[..., Any] | BuiltinTool | RunnableTool
+ToolLike: TypeAlias = Tool | Mapping[str, Any] | Callable[..., Any] | BuiltinTool | RunnableTool
 
 
 def as_tool(item: ToolLike) -> Tool | RunnableTool:
@@ -79,24 +79,3 @@ def _told(error: Exception) -> str:
         return f"error: {type(error).__name__}: {error}"
     except Exception:  # its own __str__ raised
         return f"error: {type(error).__name__}"
-
-
-def run_tool(function: Callable[..., Any], call: ToolCall) -> Message:
-    """Call a function with the arguments the model wrote; its result, or its exception, as a message."""
-    from mlx_gptoss.tools.functions import read_function
-
-    try:
-        value = function(**read_function(function)[1](call.arguments or "{}"))
-        content = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    except Exception as error:  # whatever the tool raised is for the model to deal with
-        content = f"error: {type(error).__name__}: {error}"
-    return Message.tool_result(content, name=call.recipient or None, call_id=call.call_id)
-
-
-def run_builtin(tool: BuiltinTool, call: ToolCall) -> Message:
-    """Let a built-in tool handle a call; its result stands where the model calls such tools."""
-    try:
-        content = tool.handle(call)
-    except Exception as error:  # as above
-        content = f"error: {type(error).__name__}: {error}"
-    return Message.tool_result(content, name=call.recipient, call_id=call.call_id, channel="analysis")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_gptoss.harmony import MessageDone, ToolCall
-from mlx_gptoss.tools import BuiltinTool, builtin_tools
+import pytest
+
+from mlx_gptoss.errors import ToolError
+from mlx_gptoss.harmony import MessageDone, Tool, ToolCall
+from mlx_gptoss.tools import builtin_tools
 from mlx_gptoss.tools.browser import BrowserTool
+from mlx_gptoss.tools.call import RunnableTool
 from mlx_gptoss.tools.pages import FolderPages
 from tests.support.scripted_model import scripted_engine
 
@@ -55,6 +59,31 @@ def test_what_a_tool_raises_is_its_result() -> None:
     assert chat.history[2].content == "error: RuntimeError: no pages today"
 
 
-def test_a_built_in_tool_is_recognised_by_what_it_has(tmp_path: Path) -> None:
-    assert isinstance(BrowserTool(FolderPages(tmp_path)), BuiltinTool)
-    assert not isinstance(add, BuiltinTool)
+def test_a_tool_of_any_origin_runs_as_a_record() -> None:
+    asked: list[str] = []
+
+    def handle(call: ToolCall) -> object:
+        asked.append(call.arguments)
+        return {"sum": 3, "unit": "\ud83d"}  # half a surrogate pair, which no prompt can hold
+
+    schema = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}
+    llm, model = scripted_engine(script)
+    with llm:
+        chat = llm.chat(tools=[BrowserTool(FolderPages(".")), RunnableTool(Tool("add", "", schema), handle)])
+        reply = chat.send("?")
+    assert asked == ['{"a":1,"b":2}']
+    assert reply.text == 'The sum is {"sum": 3, "unit": "\ufffd"}.'
+    assert "type add = (_: {" in model.contexts[0]
+
+
+def test_a_request_declares_what_a_session_would_run() -> None:
+    llm, model = scripted_engine(script)
+    with llm:
+        llm.respond("?", tools=[BrowserTool(FolderPages(".")), add])
+    assert "namespace browser" in model.contexts[0] and "type add = (_: {" in model.contexts[0]
+
+
+def test_two_tools_of_one_name_are_refused() -> None:
+    llm, _ = scripted_engine(script)
+    with llm, pytest.raises(ToolError, match="'browser' is declared twice"):
+        llm.chat(tools=[BrowserTool(FolderPages(".")), BrowserTool(FolderPages("."))])
