@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_gptoss.tools.pages import LINK, Hit, Page, PageError, Pages
+from mlx_gptoss.tools.markup import LINK, Page
+from mlx_gptoss.tools.pages import Hit, PageError, Pages
 
 if TYPE_CHECKING:
     from mlx_gptoss.harmony import ToolCall, ToolNamespace

@@ -1,8 +1,4 @@
-"""What the browser reads: pages of text with links, from a local folder or from the user's own function.
-
-Links in a page are written `【id†text】` (with `†domain` where they lead to another site), as the model was
-taught; `Page.links` says where each id leads. Brackets of that kind in the page itself are replaced.
-"""
+"""Where the browser's pages come from: a local folder, or the user's own functions."""
 
 from __future__ import annotations
 
@@ -12,35 +8,23 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote
 
 from mlx_gptoss.errors import ToolError
+from mlx_gptoss.tools.markup import LINK, html_page, markdown_page
+from mlx_gptoss.tools.markup import Page as Page
 
 SUFFIXES = (".md", ".markdown", ".txt", ".html", ".htm", ".rst")
 MAX_FILES = 20_000
 MAX_BYTES = 4 << 20  # of one page
-LINK = re.compile(r"【\d+†([^†】]+)(?:†[^†】]+)?】")
-_MARKDOWN_LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(\s*<?([^\s)>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
 _WORD = re.compile(r"\w+")
-_BRACKETS = str.maketrans({"【": "〖", "】": "〗"})
 
 
 class PageError(Exception):
     """A page cannot be had; the message is for the model."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page as the model sees it. url: "" for pages that the browser makes itself."""
-
-    url: str
-    title: str
-    text: str
-    links: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,113 +175,6 @@ class FetchedPages:
             return self._fetch(url)
         except Exception as error:  # as above
             raise PageError(f"{url!r} cannot be fetched: {error}") from error
-
-
-def markdown_page(url: str, text: str) -> Page:
-    """A page from Markdown or plain text. The title is its first heading, or the URL's last part."""
-    links = _Links(url)
-    text = text.translate(_BRACKETS).replace("\r\n", "\n")
-    text = _MARKDOWN_LINK.sub(lambda m: links.show(m[2], m[1]), text)
-    heading = re.search(r"^#{1,3} +(.+?) *#*$", text, re.MULTILINE)
-    return Page(url, heading[1] if heading else url.rstrip("/").rsplit("/", 1)[-1], text, links.targets)
-
-
-def html_page(url: str, html: str) -> Page:
-    """A page from HTML: headings, paragraphs, lists, tables and code as plain text."""
-    reader = _HtmlReader(url)
-    reader.feed(html)
-    reader.close()
-    text = re.sub(r"\n(?:[ \t]*\n)+", "\n\n", "\n" + "".join(reader.pieces)).rstrip().lstrip("\n")
-    return Page(url, " ".join(reader.title.split()) or url, text, reader.links.targets)
-
-
-class _Links:
-    """Numbers the links of a page."""
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-        self._ids: dict[str, int] = {}
-        self.targets: dict[int, str] = {}
-
-    def show(self, target: str, text: str) -> str:
-        """The link in the model's notation; only its text where it leads nowhere."""
-        text = " ".join(text.replace("†", "‡").split())
-        if target.startswith("#") or urlsplit(target).scheme in ("mailto", "javascript", "data"):
-            return text
-        url = urljoin(self._base, target)
-        number = self._ids.setdefault(url, len(self._ids))
-        self.targets[number] = url
-        domain = urlsplit(url).netloc
-        elsewhere = f"†{domain}" if domain and domain != urlsplit(self._base).netloc else ""
-        return f"【{number}†{text}{elsewhere}】"
-
-
-class _HtmlReader(HTMLParser):
-    BLOCKS = frozenset(
-        ("p", "div", "section", "article", "header", "footer", "main", "table")
-        + ("ul", "ol", "dl", "blockquote", "figure", "form")
-    )
-    HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
-    SKIPPED = frozenset(("script", "style", "noscript", "template", "svg"))
-
-    def __init__(self, url: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.pieces: list[str] = []
-        self.title = ""
-        self.links = _Links(url)
-        self._skip = 0
-        self._in_title = False
-        self._preformatted = 0
-        self._link: tuple[str, int] | None = None  # its target, and where its text begins in pieces
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        values = dict(attributes)
-        if tag == "title":
-            self._in_title = True
-        elif tag in self.SKIPPED:
-            self._skip += 1
-        elif tag in self.HEADINGS:
-            self.pieces.append("\n\n" + "#" * int(tag[1]) + " ")
-        elif tag in self.BLOCKS:
-            self.pieces.append("\n\n")
-        elif tag == "li":
-            self.pieces.append("\n  * ")
-        elif tag in ("br", "tr", "dt", "dd"):
-            self.pieces.append("\n")
-        elif tag in ("td", "th"):
-            self.pieces.append(" | ")
-        elif tag == "pre":
-            self._preformatted += 1
-            self.pieces.append("\n\n")
-        elif tag == "img" and values.get("alt"):
-            self.pieces.append(f"[Image: {values['alt']}]")
-        elif tag == "a" and values.get("href"):
-            self._link = (values["href"] or "", len(self.pieces))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "title":
-            self._in_title = False
-        elif tag in self.SKIPPED:
-            self._skip = max(0, self._skip - 1)
-        elif tag in self.BLOCKS | self.HEADINGS:
-            self.pieces.append("\n\n")
-        elif tag == "pre":
-            self._preformatted = max(0, self._preformatted - 1)
-            self.pieces.append("\n\n")
-        elif tag == "a" and self._link is not None:
-            target, begin = self._link
-            text = "".join(self.pieces[begin:])
-            del self.pieces[begin:]
-            self._link = None
-            if text.strip():
-                self.pieces.append(self.links.show(target, text))
-
-    def handle_data(self, data: str) -> None:
-        if self._in_title:
-            self.title += data
-        elif not self._skip:
-            data = data.translate(_BRACKETS)
-            self.pieces.append(data if self._preformatted else re.sub(r"\s+", " ", data))
 
 
 def _looks_like_html(text: str) -> bool:

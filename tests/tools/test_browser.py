@@ -10,7 +10,8 @@ import pytest
 from mlx_gptoss.errors import ToolError
 from mlx_gptoss.harmony import BROWSER, ToolCall
 from mlx_gptoss.tools.browser import BrowserTool
-from mlx_gptoss.tools.pages import FetchedPages, FolderPages, Hit, Page, html_page, markdown_page
+from mlx_gptoss.tools.markup import html_page, markdown_page
+from mlx_gptoss.tools.pages import FetchedPages, FolderPages, Hit, Page
 
 HTML = """<!doctype html><html><head><title>Bees &amp; honey</title><style>p {color: red}</style></head>
 <body><h1>Bees</h1><p>A bee   makes
@@ -190,6 +191,16 @@ def test_html_becomes_readable_text() -> None:
     assert "color" not in page.text
 
 
+def test_html_cannot_forge_the_notation() -> None:
+    page = html_page(
+        "https://a.example/",
+        "<title>【0†t】</title><img alt='【1†x】'><a href='b'>c†d】</a> <a href='//e】†f/'>g</a>"
+        "<svg><title>no</title></svg><template>no</template><noscript>no</noscript>",
+    )
+    assert page.title == "〖0†t〗"
+    assert page.text == "[Image: 〖1†x〗]【0†c‡d〗】 【1†g†e〗‡f】"
+
+
 def test_broken_html_is_read_all_the_same() -> None:
     assert "text" in html_page("u", "<p>text</div></a></pre><b").text
 
@@ -199,6 +210,38 @@ def test_markdown_links_and_brackets() -> None:
     assert page.text == "See 【0†x】, y, ![i](i.png) 〖0†no〗\n"
     assert page.links == {0: "c.md"}
     assert page.title == "b.md"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("`[a](b)` [c](d)", "`[a](b)` 【0†c】"),
+        ("```\n\n[a](b)\n```\n[c](d)", "```\n\n[a](b)\n```\n【0†c】"),
+        (r"\[a](b) [c\]](d)", r"\[a](b) 【0†c]】"),
+        ("[a](<b c.md>) [d](e_(f).md)", "【0†a】 【1†d】"),
+        ("[![a](b.png)](c) ![[d](e)](f)", "【0†a】 ![[d](e)](f)"),
+        ("> - [a\n> b](c)\n\n    [d](e)", "> - 【0†a > b】\n\n    【1†d】"),
+        ("|[a](b)|[c](d)|\n|-|-|\n|[e](b)||", "|【0†a】|【1†c】|\n|-|-|\n|【0†e】||"),
+        ("[a](https://b.example/c?d=e#f)", "【0†a†b.example】"),
+        ("[a](mailto:b@c) [d][e] [](f)\n\n[e]: g", "a [d][e] [](f)\n\n[e]: g"),
+        ("a\r\n\r\n\tb  \n***c***", "a\n\n\tb  \n***c***"),
+    ],
+)
+def test_markdown_is_shown_as_written_but_for_its_links(written: str, shown: str) -> None:
+    assert markdown_page("x.md", written).text == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("text\n\n## [A](b) `c` ##\n# D", "A `c`"),
+        ("```\n# no\n```\nTitle\n=====", "Title"),
+        ("---\nkind: note\n---\n# Title", "Title"),
+        ("#### no", "x.md"),
+    ],
+)
+def test_the_title_of_markdown_is_its_first_heading(text: str, title: str) -> None:
+    assert markdown_page("deep/x.md", text).title == title
 
 
 def test_pages_can_come_from_the_users_own_functions() -> None:
