@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,10 @@ def test_view_source_shows_the_page_as_written(folder: Path) -> None:
     tool = BrowserTool(FolderPages(folder))
     call(tool, "open", id="deep/wasps.html")
     assert "<title>Wasps</title>" in call(tool, "open", view_source=True)
+    (folder / "windows.txt").write_bytes(b"\xef\xbb\xbfone\r\n\ttwo\x0c\r\n")
+    for source in (False, True):
+        text = call(tool, "open", id="windows.txt", view_source=source)
+        assert text.endswith("L0: one\nL1:     two\nL2: ")
 
 
 def test_citations_resolve_to_pages_and_lines(folder: Path) -> None:
@@ -242,6 +248,28 @@ def test_markdown_is_shown_as_written_but_for_its_links(written: str, shown: str
 )
 def test_the_title_of_markdown_is_its_first_heading(text: str, title: str) -> None:
     assert markdown_page("deep/x.md", text).title == title
+
+
+def test_long_lines_are_wrapped_as_the_model_was_taught(tmp_path: Path) -> None:
+    source = random.Random(0)
+    words = ["".join(source.choices("abcé,.-'", k=source.randint(1, 20))) for _ in range(5_000)]
+    paragraph = source.choice(["", " "]).join(words[:200]) + "  ".join(words) + " ".join(words)
+    (tmp_path / "a.txt").write_text(paragraph)
+    tool = BrowserTool(FolderPages(tmp_path))
+    taught = textwrap.wrap(paragraph, 80, replace_whitespace=False, drop_whitespace=False)
+    text = call(tool, "open", id="a.txt", num_lines=600)
+    assert f"of {len(taught) - 1}**" in text
+    assert text.split("\n")[3:] == [f"L{i}: {line}" for i, line in enumerate(taught[:600])]
+
+
+def test_a_page_about_the_words_comes_before_one_that_names_them(tmp_path: Path) -> None:
+    filler = "Nothing of note happens here. " * 20
+    (tmp_path / "a.md").write_text(f"# Gardens\n\n{filler} A bee came by. {filler}")
+    (tmp_path / "b.md").write_text(f"# The bee\n\n{filler}{filler}")
+    (tmp_path / "c.html").write_text(f"<title>Gardens</title><p class=bee>{filler}{filler}")
+    text = call(BrowserTool(FolderPages(tmp_path)), "search", query="bee")
+    urls = [line.split("†")[-1].split("】")[0] for line in text.split("\n") if "【" in line]
+    assert urls == ["b.md", "a.md"]
 
 
 def test_pages_can_come_from_the_users_own_functions() -> None:
