@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 from mlx_gptoss.convert import affine, mxfp4
+from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 COLUMNS = 2880
 
@@ -33,8 +34,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=affine.BITS)
-    parser.add_argument("--groups", type=int, nargs="+", default=[64], choices=affine.GROUP_SIZES)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=AFFINE_BITS)
+    parser.add_argument("--groups", type=int, nargs="+", default=[64], choices=AFFINE_GROUP_SIZES)
     args = parser.parse_args()
     for name in ("Gaussian", "Student t, 4", "Laplace", "outliers"):
         bits = affine.to_bfloat16(draw(name, args.rows))

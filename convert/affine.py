@@ -17,9 +17,6 @@ import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-
 # Measured on Gaussian and heavy-tailed weights: sixteen starts, with ends up to 1.5 steps inwards, take
 # another 0.6 % off the error for four times the work.
 END_STEPS = (0.0, 0.5)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_gptoss.model.matrix import FP4_VALUES
+from mlx_gptoss.model.quantization import FP4_VALUES
 
 GROUP = 32
 TABLE = np.array(FP4_VALUES, np.float32)

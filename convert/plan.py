@@ -17,7 +17,7 @@ from mlx_gptoss.convert.finite import not_finite
 from mlx_gptoss.convert.recipes import Recipe
 from mlx_gptoss.convert.sources import Extent, Source, SourceTensor, to_float32
 from mlx_gptoss.errors import ConversionError
-from mlx_gptoss.model.matrix import MXFP4, Quantization
+from mlx_gptoss.model.quantization import MXFP4, Quantization
 
 CHUNK_VALUES = 1 << 21  # values of a matrix in memory at a time, in each worker
 EXPERT_ROWS = 512  # rows of an unquantised expert made float32 at a time

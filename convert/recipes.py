@@ -1,4 +1,7 @@
-"""Recipes: how many bits each part of the model gets. A recipe is a row of data, no code knows its name."""
+"""Recipes: how many bits each part of the model gets. A recipe is a row of data; no code knows its name.
+
+The command line imports this for its help: nothing heavy may be imported here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_gptoss.convert.affine import BITS, GROUP_SIZES
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 KEEP = None
 """Bits of a part that stays as the source holds it (bfloat16 in a published checkpoint)."""
@@ -31,12 +34,8 @@ class Recipe:
 
     def bits(self, part: str) -> int | None:
         """Bits of a part of the model: embedding, attention, head or router."""
-        return {
-            "embedding": self.embedding,
-            "attention": self.attention,
-            "head": self.head,
-            "router": self.router,
-        }[part]
+        bits: int | None = getattr(self, part)
+        return bits
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -85,12 +84,12 @@ def make_recipe(
     for part, bits in (("head", head), ("attention", attention), ("embedding", embedding)):
         if bits is None:
             continue
-        if bits not in (*BITS, 16):
-            choices = ", ".join(map(str, BITS))
+        if bits not in (*AFFINE_BITS, 16):
+            choices = ", ".join(map(str, AFFINE_BITS))
             raise ConversionError(f"{part} at {bits!r} bits is not possible, expected {choices} or 16")
         changes[part] = KEEP if bits == 16 else bits
     if group_size is not None:
-        if group_size not in GROUP_SIZES:
+        if group_size not in AFFINE_GROUP_SIZES:
             raise ConversionError(f"group size {group_size!r} is not possible, expected 32, 64 or 128")
         changes["group_size"] = group_size
     changes = {key: value for key, value in changes.items() if value != getattr(base, key)}

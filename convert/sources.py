@@ -26,7 +26,7 @@ from mlx_gptoss.convert import affine
 from mlx_gptoss.convert.manifest import FileEntry, SourceEntry
 from mlx_gptoss.errors import CheckpointError, ConversionError
 from mlx_gptoss.model.config import ModelConfig
-from mlx_gptoss.model.matrix import Quantization
+from mlx_gptoss.model.quantization import Quantization
 
 ReadRows = Callable[[int, int], np.ndarray]
 """Rows [first, last) of the first axis: uint16 bits for BF16, uint8 for U8, float32 for F32."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlx_gptoss
+from mlx_gptoss.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,16 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = mlx_gptoss.nonsense
 
 
-@pytest.mark.parametrize("module", ["mlx_gptoss", "mlx_gptoss.cli"])
+# The commands' modules are imported for their own --help, and with them the tables they offer.
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mlx_gptoss",
+        "mlx_gptoss.cli",
+        "mlx_gptoss.convert.recipes",
+        *(f"mlx_gptoss.cli.{c}" for c in COMMANDS),
+    ],
+)
 def test_importing_loads_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

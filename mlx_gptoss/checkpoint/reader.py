@@ -27,16 +27,8 @@ from mlx_gptoss.device import on_gpu, parse_dtype
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.model.config import read_config
 from mlx_gptoss.model.graph import Attention, Experts, Layer, MixtureOfExperts, Model, Router, cpu
-from mlx_gptoss.model.matrix import (
-    MXFP4,
-    Dense,
-    Embedding,
-    Matrix,
-    Projection,
-    Quantization,
-    Stacked,
-    stack_rows,
-)
+from mlx_gptoss.model.matrix import Dense, Embedding, Matrix, Projection, Stacked, stack_rows
+from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MXFP4, Quantization
 
 FLOATS = ("BF16", "F16", "F32")
 LISTED_AT_MOST = 10
@@ -328,9 +320,8 @@ def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[s
     def read(where: str, entry: dict[str, Any]) -> Quantization:
         mode = entry.get("mode", "affine")
         bits, group = entry.get("bits"), entry.get("group_size")
-        fits = (mode == "affine" and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)) or (
-            mode == "mxfp4" and (bits, group) == (4, 32)
-        )
+        affine = mode == "affine" and bits in AFFINE_BITS and group in AFFINE_GROUP_SIZES
+        fits = affine or (mode, bits, group) == ("mxfp4", 4, 32)
         if not (fits and isinstance(bits, int) and isinstance(group, int)):
             raise ConfigError(
                 f"config.json: {where} is mode {mode!r}, bits {bits!r}, group_size {group!r}: expected "

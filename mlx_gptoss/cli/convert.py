@@ -11,13 +11,14 @@ import click
 
 from mlx_gptoss.cli.options import ByteSize, offline_option, revision_option
 from mlx_gptoss.cli.progress import byte_bar
+from mlx_gptoss.convert.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
+from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 if TYPE_CHECKING:
     from mlx_gptoss.convert.convert import Converted, Progress
 
-# Spelled out so that --help imports nothing heavy; a test compares them with the converter's own tables.
-RECIPE_NAMES = ("mxfp4-q4", "mxfp4-q8", "mxfp4")
-PART_BITS = click.Choice(["2", "3", "4", "5", "6", "8", "16"])
+PART_BITS = click.Choice([str(bits) for bits in (*AFFINE_BITS, 16)])
+GROUP_SIZES = click.Choice([str(size) for size in AFFINE_GROUP_SIZES])
 
 
 @click.command()
@@ -25,15 +26,19 @@ PART_BITS = click.Choice(["2", "3", "4", "5", "6", "8", "16"])
 @click.argument("target", metavar="[TARGET]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--recipe",
-    type=click.Choice(RECIPE_NAMES),
-    default=RECIPE_NAMES[0],
+    type=click.Choice(list(RECIPES)),
+    default=DEFAULT_RECIPE,
     show_default=True,
-    help="mxfp4-q4: attention, embedding and head in 4 bits. mxfp4-q8: in 8 bits. mxfp4: lossless.",
+    help=" ".join(f"{recipe.name}: {recipe.summary}." for recipe in RECIPES.values()),
 )
 @click.option("--head", type=PART_BITS, help="Bits of the output head; 16 keeps it.")
 @click.option("--attention", type=PART_BITS, help="Bits of the attention projections; 16 keeps them.")
 @click.option("--embedding", type=PART_BITS, help="Bits of the embedding; 16 keeps it.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights sharing a scale.")
+@click.option(
+    "--group-size",
+    type=GROUP_SIZES,
+    help="Weights sharing a scale.",
+)
 @click.option("--fast", is_flag=True, help="MLX's own quantiser instead of the search; no file hashes.")
 @click.option("--mxfp4-search", is_flag=True, help="Search the scales of experts that are not MXFP4 yet.")
 @click.option("--shard-size", type=ByteSize(), help="Most bytes of weights in a file.  [default: 5GB]")
@@ -70,7 +75,6 @@ def convert(
     """
     from mlx_gptoss.convert.convert import SHARD_SIZE
     from mlx_gptoss.convert.convert import convert as run
-    from mlx_gptoss.convert.recipes import make_recipe
 
     bits = {"head": head, "attention": attention, "embedding": embedding, "group_size": group_size}
     chosen = make_recipe(recipe, **{key: int(value) for key, value in bits.items() if value is not None})

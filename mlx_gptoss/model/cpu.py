@@ -22,7 +22,8 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from mlx_gptoss.model.matrix import FP4_VALUES, MXFP4, Matrix
+from mlx_gptoss.model.matrix import Matrix
+from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
 
 # A switch between streams, or a wait for the array that the BLAS is to read, costs about 25 us: for one row,
 # only matrices of so many values are worth it.

@@ -13,19 +13,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a quantised matrix is packed: MLX's mode ("affine" or "mxfp4"), bits a value, values a group."""
-
-    mode: str
-    bits: int
-    group_size: int
-
-
-MXFP4 = Quantization("mxfp4", 4, 32)
-# What the sixteen codes of MXFP4 stand for, before their group's power of two (OCP Microscaling Formats 1.0).
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+from mlx_gptoss.model.quantization import Quantization
 
 
 @dataclass(frozen=True)

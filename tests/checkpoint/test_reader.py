@@ -15,7 +15,8 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, load_model
 from mlx_gptoss.checkpoint.safetensors import read_header
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.model.graph import Segment
-from mlx_gptoss.model.matrix import Matrix, Quantization, Stacked, stack_rows
+from mlx_gptoss.model.matrix import Matrix, Stacked, stack_rows
+from mlx_gptoss.model.quantization import Quantization
 from tests.support.checkpoints import write_checkpoint
 from tests.support.oracle import forward
 from tests.support.random_weights import MlxRecipe, Shape, truth

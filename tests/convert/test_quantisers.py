@@ -8,6 +8,7 @@ import pytest
 
 from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 from mlx_gptoss.convert import affine, mxfp4
+from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 SHAPE = (64, 768)
 DISTRIBUTIONS = {
@@ -36,8 +37,8 @@ def test_four_bits_have_18_percent_less_squared_error_than_mlx(distribution):
     assert found.squared_error < 0.82 * theirs.squared_error
 
 
-@pytest.mark.parametrize("group_size", affine.GROUP_SIZES)
-@pytest.mark.parametrize("width", affine.BITS)
+@pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
+@pytest.mark.parametrize("width", AFFINE_BITS)
 def test_every_width_is_better_than_mlx_and_says_its_true_error(width, group_size):
     bits, values = weights()
     found = affine.search(values, width, group_size)
@@ -47,7 +48,7 @@ def test_every_width_is_better_than_mlx_and_says_its_true_error(width, group_siz
     assert found.squared_error == pytest.approx(squared_error(again, values), rel=1e-4)
 
 
-@pytest.mark.parametrize("width", affine.BITS)
+@pytest.mark.parametrize("width", AFFINE_BITS)
 def test_the_packed_format_is_mlxs(width):
     _, values = weights()
     found = affine.search(values, width, 64)

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.model import cpu
-from mlx_gptoss.model.matrix import MXFP4, Matrix, Quantization
+from mlx_gptoss.model.matrix import Matrix
+from mlx_gptoss.model.quantization import MXFP4, Quantization
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="this is the CPU backend's own code")
 
