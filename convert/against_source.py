@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_gptoss.convert import mxfp4
-from mlx_gptoss.convert.manifest import Manifest, TensorEntry
-from mlx_gptoss.convert.sources import Source, SourceTensor, open_source, to_float32
+from mlx_gptoss.convert.manifest import Manifest
+from mlx_gptoss.convert.sources import open_source
+from mlx_gptoss.convert.tensors import SourceTensor, to_float32
 from mlx_gptoss.errors import CheckpointError
 
 CHUNK_VALUES = 4 << 20  # values of a tensor in memory at a time, or one row where that is more
@@ -44,68 +44,50 @@ def compare_with_source(
 
     Raises what opening the source raises: ConfigError, CheckpointError, ConversionError.
     """
-    origin, made = open_source(source), open_source(folder)
+    origin, made = open_source(source).tensors, open_source(folder).tensors
+    stored = {piece.name: piece for tensor in origin.values() for piece in (tensor, *tensor.pieces)}
+    matrix = {piece.name: tensor for tensor in made.values() for piece in (tensor, *tensor.pieces)}
     result = Comparison()
     for name, entry in sorted(manifest.tensors.items()):
-        if entry.action in ("copy", "relayout"):
-            _compare_exact(name, entry, origin, made, result, tick)
-        elif entry.relative_error is not None:
-            found = _measure(name, origin, made, tick)
-            if found is None:
-                result.problems.append((name, "the source has no such tensor"))
-            else:
-                result.errors[name] = found
-                if not math.isclose(
-                    found, entry.relative_error, rel_tol=_TOLERANCE.get(entry.action, 1e-3), abs_tol=1e-6
-                ):
-                    said = f"the manifest says {entry.relative_error:.3%}"
-                    result.problems.append((name, f"its error against the source is {found:.3%}, {said}"))
+        exact = entry.action in ("copy", "relayout")
+        if not exact and entry.relative_error is None:
+            continue  # scales and biases: their weight's error is theirs
+        theirs, ours = stored.get(name), matrix.get(name)
+        before = None if ours is None else origin.get(ours.name)
+        if exact and theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
+            error = 0.0 if _sha256(theirs, tick) == entry.sha256 else math.inf
+        elif before is None or ours is None:
+            result.problems.append((name, "the source has no such tensor"))
+            continue
+        else:
+            error = _measure(before, ours, tick)
+        if exact and error == 0.0:
+            result.identical.add(name)
+        elif exact:
+            result.problems.append((name, "its bytes are not the source's"))
+        else:
+            result.errors[name] = error
+            stated = entry.relative_error
+            assert stated is not None
+            if not math.isclose(error, stated, rel_tol=_TOLERANCE.get(entry.action, 1e-3), abs_tol=1e-6):
+                differs = f"its error against the source is {error:.3%}, the manifest says {stated:.3%}"
+                result.problems.append((name, differs))
     return result
 
 
-def _compare_exact(
-    name: str,
-    entry: TensorEntry,
-    origin: Source,
-    made: Source,
-    result: Comparison,
-    tick: Callable[[int], None],
-) -> None:
-    """A tensor that claims to be the source's: by hash, or by value where it has another dtype."""
-    tensor = _stored(origin, name, entry.dtype)
-    if tensor is None:
-        result.problems.append((name, "the source has no such tensor"))
-        return
-    if (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape):
-        digest = hashlib.sha256()
-        for rows in _chunks(tensor, tick):
-            digest.update(np.ascontiguousarray(rows).data)
-        same = digest.hexdigest() == entry.sha256
-    else:
-        same = _measure(name, origin, made, tick) == 0.0
-    if same:
-        result.identical.add(name)
-    else:
-        result.problems.append((name, "its bytes are not the source's"))
+def _sha256(tensor: SourceTensor, tick: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    for rows in _chunks(tensor, tick):
+        digest.update(np.ascontiguousarray(rows).data)
+    return digest.hexdigest()
 
 
-def _stored(source: Source, name: str, dtype: str) -> SourceTensor | None:
-    """The source's tensor `name`; of one packed in affine groups, the packed parts by their own names."""
-    if dtype == "U32" or name.endswith((".scales", ".biases")):
-        path, _, suffix = name.rpartition(".")
-        matrix = source.tensors.get(f"{path}.weight")
-        return matrix.packed.get(suffix) if matrix is not None else None
-    return source.tensors.get(name)
-
-
-def _measure(name: str, origin: Source, made: Source, tick: Callable[[int], None]) -> float | None:
-    """Relative error of the dequantised tensor `name`; None when the source has nothing like it."""
-    plain = name.removesuffix("_blocks")
-    before, after = origin.tensors.get(plain), _values(made, name)
-    if before is None or after is None:
-        return None
+def _measure(before: SourceTensor, after: SourceTensor, tick: Callable[[int], None]) -> float:
+    """Relative error of the values of one tensor against those of another."""
     if before.shape != after.shape:
-        raise CheckpointError(f"{name}: the source has {list(before.shape)}, expected {list(after.shape)}")
+        raise CheckpointError(
+            f"{after.name}: the source has {list(before.shape)}, expected {list(after.shape)}"
+        )
     error = norm = 0.0
     first = 0
     for rows in _chunks(before, tick):
@@ -116,22 +98,6 @@ def _measure(name: str, origin: Source, made: Source, tick: Callable[[int], None
         norm += float(np.sum(np.square(values), dtype=np.float64))
         first = last
     return math.sqrt(error / norm) if norm else math.sqrt(error)
-
-
-def _values(source: Source, name: str) -> SourceTensor | None:
-    """`name` as floats: MXFP4 blocks are multiplied out with their scales."""
-    if not name.endswith("_blocks"):
-        return source.tensors.get(name)
-    plain = name.removesuffix("_blocks")
-    blocks, scales = source.tensors.get(name), source.tensors.get(f"{plain}_scales")
-    if blocks is None or scales is None:
-        return None
-    shape = (*blocks.shape[:-2], blocks.shape[-2] * mxfp4.GROUP)
-
-    def read(first: int, last: int) -> np.ndarray:
-        return mxfp4.dequantize(blocks.read(first, last), scales.read(first, last))
-
-    return SourceTensor(plain, "F32", shape, blocks.sources, read)
 
 
 def _chunks(tensor: SourceTensor, tick: Callable[[int], None]) -> Iterator[np.ndarray]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.checkpoint.hub import is_repo_id
+from mlx_gptoss.checkpoint.layouts import PARTS
 from mlx_gptoss.convert.manifest import Manifest
 from mlx_gptoss.convert.verify import part_reports
 from mlx_gptoss.errors import ConversionError
 
 OPENAI_LICENSE = "apache-2.0"  # both published checkpoints
 
-_PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
 _FORMATS = {
     "copy": "the source's bytes, unchanged",
     "relayout": "the source's values, reordered",
@@ -88,7 +88,7 @@ def _parts_table(manifest: Manifest) -> str:
     """One row a part: how it is stored, its bits a weight and weights a group, size and relative error."""
     rows = [("part", "stored as", "bits", "group", "GB", "relative error")]
     reports = {report.part: report for report in part_reports(manifest.tensors)}
-    for part in [p for p in _PARTS if p in reports] + sorted(reports.keys() - set(_PARTS)):
+    for part in [p for p in PARTS if p in reports] + sorted(reports.keys() - set(PARTS)):
         report = reports[part]
         formats = ", ".join(_FORMATS[action] for action in report.actions)
         error = f"{report.recorded:.2%}" if report.recorded else "exact"

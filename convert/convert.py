@@ -1,4 +1,4 @@
-"""Convert a checkpoint: plan, write in place with a journal, and give the result its name when it is whole.
+"""Convert a checkpoint: write in place with a journal, and give the result its name when it is whole.
 
 Work happens in TARGET.partial: `journal.jsonl` beside `output/`, which is renamed to TARGET at the end. So
 TARGET either does not exist or is complete, and a run that was stopped is taken up by the next.
@@ -21,9 +21,9 @@ from typing import Any
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.finite import Watch, not_finite
+from mlx_gptoss.convert.jobs import Chunk, Job, Jobs, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
-from mlx_gptoss.convert.plan import Chunk, Job, Plan, make_config, make_plan
 from mlx_gptoss.convert.recipes import Recipe, make_recipe
 from mlx_gptoss.convert.sidecars import Sidecar, find_sidecars
 from mlx_gptoss.convert.sources import Source, is_gguf, open_source
@@ -98,8 +98,8 @@ def convert(
         raise ConversionError(f"shard size {shard_size} is not possible, expected bytes such as 5GB")
     opened = _open(source, revision, offline)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
-    plan = make_plan(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
-    layout = lay_out(plan.outputs, shard_size)
+    jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
+    layout = lay_out(jobs.outputs, shard_size)
     fingerprint = opened.fingerprint()
     identity = {
         "source": fingerprint,
@@ -111,11 +111,11 @@ def convert(
     names = {shard.name for shard in layout.shards} | {sidecar.name for sidecar in sidecars}
     work = _Workplace(Path(target).expanduser(), names | {INDEX_NAME, "config.json", MANIFEST_NAME})
     if (finished := work.prepare(identity, restart=restart)) is not None:
-        return Converted(work.target, finished, tuple(plan.notes))
+        return Converted(work.target, finished, tuple(jobs.notes))
     with Journal(work.partial, identity, restart=restart) as journal:
         work.open_output(restart=restart)
         work.check_space(layout)
-        run = _Run(opened, plan, layout, journal, progress, hash_files=not fast)
+        run = _Run(opened, jobs, layout, journal, progress, hash_files=not fast)
         with ShardWriter(work.output, layout, run.check_stop) as writer:
             run.all_jobs(writer, workers or min(os.cpu_count() or 1, MAX_WORKERS))
             opened.check_unchanged(fingerprint)
@@ -123,7 +123,7 @@ def convert(
             files = run.shard_entries(writer)
         manifest = _finish(work, run, recipe, sidecars, files)
         work.publish()
-    return Converted(work.target, manifest, tuple(plan.notes), run.resumed)
+    return Converted(work.target, manifest, tuple(jobs.notes), run.resumed)
 
 
 def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
@@ -142,7 +142,7 @@ def _finish(
 ) -> Manifest:
     """Write everything that is not weights, the manifest last."""
     write_index(work.output, run.layout)
-    config = make_config(run.source, run.plan)
+    config = make_config(run.source, run.jobs)
     write_text(work.output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for sidecar in sidecars:
         try:
@@ -298,18 +298,18 @@ class _Run:
     def __init__(
         self,
         source: Source,
-        plan: Plan,
+        jobs: Jobs,
         layout: Layout,
         journal: Journal,
         progress: Callable[[Progress], None] | None,
         *,
         hash_files: bool,
     ) -> None:
-        self.source, self.plan, self.layout, self.journal = source, plan, layout, journal
+        self.source, self.jobs, self.layout, self.journal = source, jobs, layout, journal
         self.resumed = 0
         self._progress = progress or (lambda _: None)
         self._hash_files = hash_files
-        self._total = sum(job.nbytes for job in plan.jobs)
+        self._total = sum(job.nbytes for job in jobs.all)
         self._done = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -320,7 +320,7 @@ class _Run:
 
     def all_jobs(self, writer: ShardWriter, workers: int) -> None:
         """Every job that the journal does not already hold."""
-        tasks = (task for job in self.plan.jobs for task in self._tasks(writer, job))
+        tasks = (task for job in self.jobs.all for task in self._tasks(writer, job))
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
             self._in_pool(pool, tasks)
 
@@ -334,14 +334,14 @@ class _Run:
         return {shard.name: FileEntry(shard.size, future.result()) for shard, future in futures.items()}
 
     def tensor_entries(self) -> Iterator[tuple[str, TensorEntry]]:
-        """The manifest's tensors, out of the plan and the journal."""
-        for job in self.plan.jobs:
+        """The manifest's tensors, out of the jobs and the journal."""
+        for job in self.jobs.all:
             record = self.journal.records[job.name]
             action = "relayout" if job.action == "cast" and record.squared_error == 0 else job.action
             exact = action in ("copy", "relayout")
             for index, output in enumerate(job.outputs):
                 error = 0.0 if exact else record.relative_error
-                packing = self.plan.packing(output)
+                packing = output.packing
                 yield (
                     output.name,
                     TensorEntry(
@@ -376,7 +376,7 @@ class _Run:
     def _tasks(self, writer: ShardWriter, job: Job) -> Iterator[Callable[[], None]]:
         if job.name in self.journal.records:
             yield lambda: self._check_done(writer, job)
-        elif job.extents is not None:
+        elif job.extent is not None:
             yield lambda: self._copy(writer, job)
         else:
             starts = range(0, job.rows, job.chunk_rows)
@@ -391,7 +391,7 @@ class _Run:
             with self._lock:
                 self.resumed += job.nbytes
             self._tell(job.nbytes, job.name)
-        elif job.extents is not None:
+        elif job.extent is not None:
             self._copy(writer, job)
         else:
             pending = _Pending(len(range(0, job.rows, job.chunk_rows)))
@@ -400,8 +400,8 @@ class _Run:
 
     def _copy(self, writer: ShardWriter, job: Job) -> None:
         self.check_stop()
-        assert job.extents is not None
-        writer.copy(job.name, job.extents, lambda count: self._tell(count, job.name))
+        assert job.extent is not None
+        writer.copy(job.name, job.extent, lambda count: self._tell(count, job.name))
         self._note(writer, job, 0.0, 0.0)
 
     def _chunk(self, writer: ShardWriter, job: Job, pending: _Pending, first: int) -> None:

@@ -1,7 +1,8 @@
-"""GGUF files of gpt-oss as a source: read with the `gguf` package, experts brought into OpenAI's byte order.
+"""GGUF files of gpt-oss, read with the `gguf` package and shown as a layout like any other.
 
 A GGUF block of MXFP4 is 17 bytes: the scale, then 16 bytes of which byte j holds value j in its low nibble
-and value j + 16 in its high one. Gate and up are apart. Dense parts may be in any type `gguf` dequantises.
+and value j + 16 in its high one; experts are brought into OpenAI's byte order. Gate and up are apart. Dense
+parts may be in any type `gguf` dequantises.
 """
 
 from __future__ import annotations
@@ -14,33 +15,54 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gptoss.checkpoint.reader import NAMES
-from mlx_gptoss.convert.sources import Source, SourceTensor
+from mlx_gptoss.checkpoint.layouts import Form, Layout, Packing, check_tensors
+from mlx_gptoss.convert.tensors import ReadRows, SourceTensor
 from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError
 from mlx_gptoss.model.config import ModelConfig, read_config
+from mlx_gptoss.model.quantization import MXFP4, Quantization
 
 ARCHITECTURE = "gpt-oss"
 BLOCK_BYTES = 17  # of MXFP4: a scale byte and 32 nibbles
 FLOATS = {"F16", "BF16", "F32"}
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the files of a model that is split
 
-# Part -> name in GGUF, without .weight / .bias; `post_attention_norm` was `ffn_norm` in early files.
-_NAMES = {
+_PATHS = {
     "embedding": "token_embd",
-    "norm": "output_norm",
-    "head": "output",
-    "attention.norm": "blk.{i}.attn_norm",
+    "norms.attention": "blk.{i}.attn_norm.weight",
     "attention.q": "blk.{i}.attn_q",
     "attention.k": "blk.{i}.attn_k",
     "attention.v": "blk.{i}.attn_v",
     "attention.out": "blk.{i}.attn_output",
-    "attention.sinks": "blk.{i}.attn_sinks",
-    "moe.norm": "blk.{i}.post_attention_norm",
-    "moe.router": "blk.{i}.ffn_gate_inp",
-    "moe.gate": "blk.{i}.ffn_gate_exps",
-    "moe.up": "blk.{i}.ffn_up_exps",
-    "moe.down": "blk.{i}.ffn_down_exps",
+    "attention.sinks": "blk.{i}.attn_sinks.weight",
+    "norms.experts": "blk.{i}.post_attention_norm.weight",
+    "router": "blk.{i}.ffn_gate_inp",
+    "experts.gate": "blk.{i}.ffn_gate_exps",
+    "experts.up": "blk.{i}.ffn_up_exps",
+    "experts.down": "blk.{i}.ffn_down_exps",
+    "norms.final": "output_norm.weight",
+    "head": "output",
 }
+GGUF = Layout("gguf", "gguf", _PATHS, Form.MATRICES, ".weight", ".scales", ".bias")
+EMBEDDING = f"{_PATHS['embedding']}.weight"
+# OpenAI's keys of the config, and GGUF's.
+_FIELDS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "expert_feed_forward_length",
+    "num_experts": "expert_count",
+    "experts_per_token": "expert_used_count",
+    "head_dim": "attention.key_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "sliding_window": "attention.sliding_window",
+    "rope_theta": "rope.freq_base",
+    "rope_scaling_factor": "rope.scaling.factor",
+    "initial_context_length": "rope.scaling.original_context_length",
+    "rope_ntk_alpha": "rope.scaling.yarn_beta_slow",
+    "rope_ntk_beta": "rope.scaling.yarn_beta_fast",
+}
+_DEFAULTS = {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
+_EXPERTS = "_exps.weight"  # how the names of the experts' weights end
 
 
 @dataclass(frozen=True)
@@ -55,30 +77,24 @@ class _Tensor:
     type: Any
 
 
-def open_gguf(path: Path, *, id: str | None = None) -> Source:
-    """The model in a GGUF file (any part of one that is split), or in the files of a folder.
+def read_gguf(
+    path: Path, files: tuple[Path, ...]
+) -> tuple[Layout, ModelConfig, dict[str, SourceTensor], Packing]:
+    """The model in the files of `path`: layout, shape, stored tensors by name, how a matrix is packed.
 
     Raises ConversionError when the `gguf` package is missing or the file is not gpt-oss, CheckpointError when
     it is broken or lacks something.
     """
-    files = gguf_files(path)
-    model = _Model(path, files)
-    config = model.config()
+    header = _Header(path, files)
     folder = path if path.is_dir() else path.parent
-    if (folder / "config.json").is_file():
-        config = read_config(folder)[0]
-    tensors = {tensor.name: tensor for tensor in model.read(config)}
-    model.check_all_used()
-    return Source(
-        kind="gguf",
-        id=id or path.resolve().name,
-        revision=folder.name if folder.parent.name == "snapshots" else None,
-        folder=folder,
-        files=files,
-        config=config,
-        raw_config=config.to_hf(),
-        tensors=tensors,
-    )
+    config = read_config(folder)[0] if (folder / "config.json").is_file() else header.config()
+    raw = {tensor.name: tensor for found in header.tensors.values() for tensor in _shown(found)}
+
+    def packing(matrix: str) -> Quantization | None:
+        return MXFP4 if f"{matrix}.scales" in raw else None
+
+    check_tensors(raw, {spec.name: spec for spec in GGUF.tensors(config, packing)}, path)
+    return GGUF, config, raw, packing
 
 
 def gguf_files(path: Path) -> tuple[Path, ...]:
@@ -107,14 +123,13 @@ def gguf_files(path: Path) -> tuple[Path, ...]:
     return files
 
 
-class _Model:
-    """Headers of all files together, and which tensors have been asked for."""
+class _Header:
+    """The headers of all files together, tensors under today's names."""
 
     def __init__(self, where: Path, files: tuple[Path, ...]) -> None:
         self.where = where
         self.tensors: dict[str, _Tensor] = {}
         self.fields: dict[str, Any] = {}
-        self._used: set[str] = set()
         for file in files:
             self._load(file)
         if self.field("general.architecture") != ARCHITECTURE:
@@ -139,9 +154,11 @@ class _Model:
                 tensor = _Tensor(t.name, file, int(t.data_offset), int(t.n_bytes), shape, t.tensor_type)
                 if tensor.start + tensor.nbytes > size:
                     raise CheckpointError(f"{file}: ends inside {t.name}; it is truncated")
-                if t.name in self.tensors:
+                name = t.name.replace(".ffn_norm.", ".post_attention_norm.")  # of early files, like the next
+                name += ".weight" if name.endswith(".attn_sinks") else ""
+                if name in self.tensors:
                     raise CheckpointError(f"{file}: {t.name} is in two files; keep one model in the folder")
-                self.tensors[t.name] = tensor
+                self.tensors[name] = tensor
         except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{file}: not readable as GGUF ({error}); download it again") from error
 
@@ -154,107 +171,13 @@ class _Model:
 
     def config(self) -> ModelConfig:
         """The shape, from the header; what GGUF does not hold is fixed in every gpt-oss model."""
-        get = lambda name, default=None: self.field(f"{ARCHITECTURE}.{name}", default)  # noqa: E731
-        embedding = self.tensors.get(f"{_NAMES['embedding']}.weight")
+        embedding = self.tensors.get(EMBEDDING)
         if embedding is None:
-            raise CheckpointError(f"{self.where}: {_NAMES['embedding']}.weight is missing")
-        original = get("rope.scaling.original_context_length")
-        return ModelConfig.from_original(
-            {
-                "num_hidden_layers": get("block_count"),
-                "hidden_size": get("embedding_length"),
-                "intermediate_size": get("expert_feed_forward_length"),
-                "num_experts": get("expert_count"),
-                "experts_per_token": get("expert_used_count"),
-                "head_dim": get("attention.key_length"),
-                "num_attention_heads": get("attention.head_count"),
-                "num_key_value_heads": get("attention.head_count_kv"),
-                "vocab_size": embedding.shape[0],
-                "sliding_window": get("attention.sliding_window"),
-                "rope_theta": get("rope.freq_base"),
-                "rope_scaling_factor": get("rope.scaling.factor"),
-                "initial_context_length": original,
-                "rope_ntk_alpha": get("rope.scaling.yarn_beta_slow", 1.0),
-                "rope_ntk_beta": get("rope.scaling.yarn_beta_fast", 32.0),
-            }
-        )
-
-    def take(self, name: str, shape: tuple[int, ...]) -> _Tensor:
-        """A tensor of this shape. Raises CheckpointError."""
-        if "post_attention_norm" in name and name not in self.tensors:
-            name = name.replace("post_attention_norm", "ffn_norm")
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.where}: {name} is missing")
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{tensor.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
-        self._used.add(name)
-        return tensor
-
-    def check_all_used(self) -> None:
-        """Raise CheckpointError for tensors that are no part of the model."""
-        extra = [name for name in self.tensors if name not in self._used]
-        if extra:
-            raise CheckpointError(f"{self.where}: {', '.join(extra[:10])} are not part of the model")
-
-    def read(self, c: ModelConfig) -> Iterator[SourceTensor]:
-        """Every tensor under Hugging Face's names."""
-        hf, vocabulary = NAMES["hf"], (c.vocab_size, c.hidden_size)
-        yield self._dense(_NAMES["embedding"] + ".weight", hf["embedding"] + ".weight", vocabulary)
-        q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        for i in range(c.num_layers):
-            old = {part: name.format(i=i) for part, name in _NAMES.items()}
-            new = {part: name.format(i=i) for part, name in hf.items()}
-            for part in ("attention.norm", "moe.norm"):
-                yield self._dense(old[part] + ".weight", new[part], (c.hidden_size,))
-            sinks = self._either(old["attention.sinks"] + ".weight", old["attention.sinks"])
-            yield self._dense(sinks, new["attention.sinks"], (c.num_attention_heads,))
-            for part, rows, columns in (
-                ("attention.q", q, c.hidden_size),
-                ("attention.k", kv, c.hidden_size),
-                ("attention.v", kv, c.hidden_size),
-                ("attention.out", c.hidden_size, q),
-                ("moe.router", c.num_experts, c.hidden_size),
-            ):
-                yield self._dense(old[part] + ".weight", new[part] + ".weight", (rows, columns))
-                yield self._dense(old[part] + ".bias", new[part] + ".bias", (rows,))
-            yield from self._experts(c, old, new)
-        yield self._dense(_NAMES["norm"] + ".weight", hf["norm"], (c.hidden_size,))
-        yield self._dense(_NAMES["head"] + ".weight", hf["head"] + ".weight", vocabulary)
-
-    def _either(self, first: str, second: str) -> str:
-        return first if first in self.tensors else second
-
-    def _experts(self, c: ModelConfig, old: dict[str, str], new: dict[str, str]) -> Iterator[SourceTensor]:
-        e, d, f = c.num_experts, c.hidden_size, c.intermediate_size
-        halves = ("moe.gate", "moe.up")
-        for target, parts, rows, columns in (
-            ("moe.gate_up", halves, f, d),
-            ("moe.down", ("moe.down",), d, f),
-        ):
-            weights = [self.take(old[p] + ".weight", (e, rows, columns)) for p in parts]
-            biases = [self.take(old[p] + ".bias", (e, rows)) for p in parts]
-            yield _joined(new[f"{target}_bias"], [_dense_reader(b) for b in biases], "F32", biases, (rows,))
-            kinds = {w.type.name for w in weights}
-            if kinds <= FLOATS:
-                name = new[target].removesuffix("_blocks")
-                yield _joined(name, [_dense_reader(w) for w in weights], "F32", weights, (rows, columns))
-                continue
-            if kinds != {"MXFP4"}:
-                raise ConversionError(
-                    f"{weights[0].path}: {weights[0].name} is {' and '.join(sorted(kinds))}, expected MXFP4 "
-                    "or floats; other types have lost the published weights, convert another file"
-                )
-            blocks = [_block_reader(w) for w in weights]
-            scales = [_scale_reader(w) for w in weights]
-            yield _joined(new[target], blocks, "U8", weights, (rows, columns // 32, 16))
-            yield _joined(new[f"{target}_scales"], scales, "U8", weights, (rows, columns // 32))
-
-    def _dense(self, source: str, target: str, shape: tuple[int, ...]) -> SourceTensor:
-        tensor = self.take(source, shape)
-        return SourceTensor(target, "F32", shape, (tensor.name,), _dense_reader(tensor))
+            raise CheckpointError(f"{self.where}: {EMBEDDING} is missing")
+        found = {
+            key: self.field(f"{ARCHITECTURE}.{name}", _DEFAULTS.get(key)) for key, name in _FIELDS.items()
+        }
+        return ModelConfig.from_original(found | {"vocab_size": embedding.shape[0]})
 
 
 def _read_rows(tensor: _Tensor, first: int, last: int) -> np.ndarray:
@@ -271,22 +194,34 @@ def _read_rows(tensor: _Tensor, first: int, last: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(last - first, size)
 
 
-def _dense_reader(tensor: _Tensor) -> Any:
+def _shown(tensor: _Tensor) -> Iterator[SourceTensor]:
+    """A tensor as safetensors would hold it: floats as float32, MXFP4 as words and scales."""
+    experts, kind = tensor.name.endswith(_EXPERTS), tensor.type.name
+    if experts and kind == "MXFP4":
+        *rows, columns = tensor.shape
+        words, scales = (*rows, columns // 8), (*rows, columns // 32)
+        yield SourceTensor(tensor.name, "U32", words, (tensor.name,), _words_reader(tensor))
+        name = tensor.name.removesuffix(".weight") + ".scales"
+        yield SourceTensor(name, "U8", scales, (tensor.name,), _scales_reader(tensor))
+    elif experts and kind not in FLOATS:
+        raise ConversionError(
+            f"{tensor.path}: {tensor.name} is {kind}, expected MXFP4 or floats; other types have lost the "
+            "published weights, convert another file"
+        )
+    else:
+        yield SourceTensor(tensor.name, "F32", tensor.shape, (tensor.name,), _float_reader(tensor))
+
+
+def _float_reader(tensor: _Tensor) -> ReadRows:
     def read(first: int, last: int) -> np.ndarray:
         from gguf.quants import dequantize
 
-        raw = _read_rows(tensor, first, last)
-        if tensor.type.name == "F32":
-            values = raw.view("<f4")
-        elif tensor.type.name == "F16":
-            values = raw.view("<f2").astype(np.float32)
-        else:
-            try:
-                values = dequantize(raw, tensor.type)
-            except NotImplementedError:
-                raise ConversionError(
-                    f"{tensor.path}: {tensor.name} is {tensor.type.name}, which cannot be read"
-                ) from None
+        try:
+            values = dequantize(_read_rows(tensor, first, last), tensor.type)
+        except NotImplementedError:
+            raise ConversionError(
+                f"{tensor.path}: {tensor.name} is {tensor.type.name}, which cannot be read"
+            ) from None
         return np.ascontiguousarray(values, np.float32).reshape(last - first, *tensor.shape[1:])
 
     return read
@@ -298,29 +233,17 @@ def _packed_rows(tensor: _Tensor, first: int, last: int) -> np.ndarray:
     return _read_rows(tensor, first, last).reshape(last - first, rows, columns // 32, BLOCK_BYTES)
 
 
-def _scale_reader(tensor: _Tensor) -> Any:
+def _scales_reader(tensor: _Tensor) -> ReadRows:
     return lambda first, last: _packed_rows(tensor, first, last)[..., 0]
 
 
-def _block_reader(tensor: _Tensor) -> Any:
+def _words_reader(tensor: _Tensor) -> ReadRows:
     def read(first: int, last: int) -> np.ndarray:
         packed = _packed_rows(tensor, first, last)[..., 1:]
         low, high = packed & 15, packed >> 4  # values 0..15 and 16..31 of the block
         blocks = np.empty_like(packed)
         blocks[..., :8] = low[..., 0::2] | (low[..., 1::2] << np.uint8(4))
         blocks[..., 8:] = high[..., 0::2] | (high[..., 1::2] << np.uint8(4))
-        return blocks
+        return blocks.view(np.uint32).reshape(*blocks.shape[:2], -1)
 
     return read
-
-
-def _joined(
-    name: str, readers: list[Any], dtype: str, tensors: list[_Tensor], row_shape: tuple[int, ...]
-) -> SourceTensor:
-    """One tensor [E, ..], or gate and up with their rows alternating, [E, 2 * rows, ..]."""
-    shape = (tensors[0].shape[0], len(readers) * row_shape[0], *row_shape[1:])
-
-    def read(first: int, last: int) -> np.ndarray:
-        return np.stack([r(first, last) for r in readers], axis=2).reshape(last - first, *shape[1:])
-
-    return SourceTensor(name, dtype, shape, tuple(t.name for t in tensors), read)

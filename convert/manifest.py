@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.layouts import LAYOUTS
 from mlx_gptoss.errors import ConversionError
 
 MANIFEST_NAME = "manifest.json"
@@ -25,7 +26,7 @@ FORMAT = 1
 # order or dtype, exactly.  "cast": rounded to bfloat16.  "affine": MLX's affine groups by its own quantiser.
 # "affine-search": the same format, scale and bias searched.  "mxfp4", "mxfp4-search": OCP microscaling.
 ACTIONS = ("copy", "relayout", "cast", "affine", "affine-search", "mxfp4", "mxfp4-search")
-SOURCE_KINDS = ("hf-mxfp4", "original", "hf-bf16", "mlx", "gguf")
+SOURCE_KINDS = (*(layout.kind for layout in LAYOUTS.values()), "gguf")
 
 _FIGURES = ("kl", "kl_p99", "top1", "perplexity_source", "perplexity")  # of `quality`
 

@@ -1,9 +1,4 @@
-"""What can be converted, seen in one way: named tensors under Hugging Face's names, each read row by row.
-
-A Source lists the model's tensors as the output will name them. Dense ones give float rows; MXFP4 experts
-give their bytes, as ranges of the source's files where they are in order already, else row by row. Nothing is
-read before it is asked for, and no more than the rows asked for.
-"""
+"""What can be converted, seen in one way: the model's tensors under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -11,58 +6,29 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from mlx_gptoss.checkpoint import safetensors as st
-from mlx_gptoss.checkpoint.reader import NAMES, Checkpoint
-from mlx_gptoss.checkpoint.safetensors import TensorInfo
-from mlx_gptoss.convert import affine
+from mlx_gptoss.checkpoint.layouts import HF, Form, Layout, Packing, part_of, sizes
+from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
+from mlx_gptoss.convert.gguf_source import gguf_files, read_gguf
 from mlx_gptoss.convert.manifest import FileEntry, SourceEntry
-from mlx_gptoss.errors import CheckpointError, ConversionError
+from mlx_gptoss.convert.tensors import (
+    SourceTensor,
+    as_blocks,
+    floats,
+    from_affine,
+    from_mxfp4,
+    interleaved,
+    rows_of,
+    stored,
+    transposed,
+)
+from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.model.config import ModelConfig
-from mlx_gptoss.model.quantization import Quantization
-
-ReadRows = Callable[[int, int], np.ndarray]
-"""Rows [first, last) of the first axis: uint16 bits for BF16, uint8 for U8, float32 for F32."""
-
-_KINDS = {"hf": "hf-mxfp4", "original": "original", "bf16": "hf-bf16", "mlx": "mlx"}
-
-
-class Extent(NamedTuple):
-    """A run of bytes of a file."""
-
-    path: Path
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the model. `dtype` ("BF16", "F32", "U8", "U32") is what `read` yields.
-
-    `extents` are the same bytes in the source's files, in order, where they exist there as they are. A matrix
-    that the source holds in MLX's affine format has `quantization` and its three `packed` tensors as well
-    (suffix -> tensor), and `read` gives its dequantised values.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    read: ReadRows
-    extents: tuple[Extent, ...] | None = None
-    quantization: Quantization | None = None
-    packed: dict[str, SourceTensor] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -120,24 +86,30 @@ def open_source(folder: Path, *, id: str | None = None) -> Source:
 
     Raises ConfigError, CheckpointError or ConversionError naming what does not fit.
     """
+    place = folder if folder.is_dir() else folder.parent
     if is_gguf(folder):
-        from mlx_gptoss.convert.gguf_source import open_gguf
-
-        return open_gguf(folder, id=id)
-    checkpoint = Checkpoint(folder)
-    tensors = {tensor.name: tensor for tensor in _tensors(checkpoint)}
-    raw = dict(checkpoint.config.to_hf() if checkpoint.layout == "original" else checkpoint.raw_config)
-    raw.pop("quantization", None)
-    raw.pop("quantization_config", None)
+        files = gguf_files(folder)
+        layout, config, raw, packing = read_gguf(folder, files)
+        raw_config = config.to_hf()
+    else:
+        checkpoint = Checkpoint(folder)
+        files = tuple(sorted({info.path for info in checkpoint.tensors.values()}))
+        layout, config, packing = checkpoint.layout, checkpoint.config, checkpoint.quantization_of
+        raw = {name: stored(info) for name, info in checkpoint.tensors.items()}
+        # OpenAI's own config has other keys.
+        raw_config = dict(checkpoint.raw_config if "model_type" in checkpoint.raw_config else config.to_hf())
+    raw_config.pop("quantization", None)
+    raw_config.pop("quantization_config", None)
+    tensors = _Model(folder, layout, config, raw, packing).tensors()
     return Source(
-        kind=_KINDS[checkpoint.layout],
+        kind=layout.kind,
         id=id or folder.resolve().name,
-        revision=folder.name if folder.parent.name == "snapshots" else None,
-        folder=folder,
-        files=tuple(sorted({info.path for info in checkpoint.tensors.values()})),
-        config=checkpoint.config,
-        raw_config=raw,
-        tensors=tensors,
+        revision=place.name if place.parent.name == "snapshots" else None,
+        folder=place,
+        files=files,
+        config=config,
+        raw_config=raw_config,
+        tensors={tensor.name: tensor for tensor in tensors},
     )
 
 
@@ -145,15 +117,8 @@ def is_gguf(path: Path) -> bool:
     """Whether this is a .gguf file, or a folder whose only weights are such files."""
     if not path.is_dir():
         return path.suffix == ".gguf"
-    others = any(path.glob("[!.]*.safetensors")) or (path / st.INDEX_NAME).exists()
+    others = any(path.glob("[!.]*.safetensors")) or (path / INDEX_NAME).exists()
     return not others and any(path.glob("[!.]*.gguf"))
-
-
-def to_float32(rows: np.ndarray) -> np.ndarray:
-    """Rows as `SourceTensor.read` gives them (BF16 bits or float32) -> contiguous float32."""
-    if rows.dtype == np.uint16:
-        return st.bfloat16_to_float32(np.ascontiguousarray(rows))
-    return np.ascontiguousarray(rows, np.float32)
 
 
 def _head_digest(path: Path) -> str:
@@ -161,203 +126,91 @@ def _head_digest(path: Path) -> str:
         return hashlib.sha256(stream.read(1 << 20)).hexdigest()
 
 
-# --- one tensor after the other, by layout
+class _Model:
+    """The stored tensors of a source (`raw`, by name), brought into Hugging Face's layout."""
 
+    def __init__(
+        self,
+        where: Path,
+        layout: Layout,
+        config: ModelConfig,
+        raw: Mapping[str, SourceTensor],
+        packing: Packing,
+    ) -> None:
+        self.where, self.layout, self.config, self.raw, self.packing = where, layout, config, raw, packing
+        self.size = sizes(config)
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[SourceTensor]:
-    hf, names = NAMES["hf"], checkpoint.names
-    yield _matrix(checkpoint, names["embedding"], hf["embedding"])
-    for layer in range(checkpoint.config.num_layers):
-        target = {part: name.format(i=layer) for part, name in hf.items()}
-        source = {part: name.format(i=layer) for part, name in names.items()}
-        yield _float(checkpoint, source["attention.norm"], target["attention.norm"])
-        yield from _attention(checkpoint, source, target)
-        yield _float(checkpoint, source["moe.norm"], target["moe.norm"])
-        yield _matrix(checkpoint, source["moe.router"], target["moe.router"])
-        yield _float(checkpoint, source["moe.router"] + ".bias", target["moe.router"] + ".bias")
-        yield from _experts(checkpoint, source, target)
-    yield _float(checkpoint, names["norm"], hf["norm"])
-    yield _matrix(checkpoint, names["head"], hf["head"])
+    def tensors(self) -> Iterator[SourceTensor]:
+        """In the order of the result."""
+        for key, layer in HF.places(self.config.num_layers):
+            part = part_of(key)
+            if part == "experts":
+                found = self._stack(key, layer)
+            elif len(self.size[key]) == 1:
+                found = iter([floats(self.raw[self.layout.path(key, layer)]).called(HF.path(key, layer))])
+            else:
+                found = self._matrix(key, layer)
+            yield from (replace(tensor, part=part) for tensor in found)
 
+    def _matrix(self, key: str, layer: int) -> Iterator[SourceTensor]:
+        """A matrix, and its bias where it has one."""
+        source, first = key, 0
+        if key not in self.layout.paths:  # q, k and v lie in one matrix
+            names = ["attention.q", "attention.k", "attention.v"]
+            first = sum(self.size[name][0] for name in names[: names.index(key)])
+            source = self.layout.qkv[0]
+        path, target = self.layout.path(source, layer), HF.path(key, layer)
 
-def _attention(
-    checkpoint: Checkpoint, source: dict[str, str], target: dict[str, str]
-) -> Iterator[SourceTensor]:
-    c = checkpoint.config
-    if "attention.qkv" in source:
-        first = 0
-        for part, heads in (("q", c.num_attention_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads)):
-            last = first + heads * c.head_dim
-            for suffix in (".weight", ".bias"):
-                info = checkpoint.tensors[source["attention.qkv"] + suffix]
-                yield _rows_of(info, target[f"attention.{part}"] + suffix, first, last)
-            first = last
-    else:
-        for part in ("attention.q", "attention.k", "attention.v"):
-            yield _matrix(checkpoint, source[part], target[part])
-            yield _float(checkpoint, source[part] + ".bias", target[part] + ".bias")
-    yield _matrix(checkpoint, source["attention.out"], target["attention.out"])
-    yield _float(checkpoint, source["attention.out"] + ".bias", target["attention.out"] + ".bias")
-    yield _float(checkpoint, source["attention.sinks"], target["attention.sinks"])
+        def take(ending: str) -> SourceTensor:
+            whole = self.raw[path + ending]
+            return rows_of(whole, first, first + self.size[key][0]).called(target + ending)
 
-
-def _experts(
-    checkpoint: Checkpoint, source: dict[str, str], target: dict[str, str]
-) -> Iterator[SourceTensor]:
-    tensors = checkpoint.tensors
-    if checkpoint.layout == "mlx":
-        yield from _mlx_experts(checkpoint, source, target)
-        return
-    for part in ("moe.gate_up", "moe.down"):
-        yield _float(checkpoint, source[part + "_bias"], target[part + "_bias"])
-        if checkpoint.layout == "bf16":
-            yield _transposed(tensors[source[part]], target[part].removesuffix("_blocks"))
+        packing = self.packing(path)
+        if packing is None:
+            matrix = floats(take(".weight"))
+        elif packing.mode == "affine":
+            pieces = (take(".weight"), take(".scales"), take(".biases"))
+            matrix = from_affine(f"{target}.weight", pieces, packing)
         else:
-            yield _verbatim(tensors[source[part]], target[part])
-            yield _verbatim(tensors[source[part + "_scales"]], target[part + "_scales"])
-
-
-def _mlx_experts(
-    checkpoint: Checkpoint, source: dict[str, str], target: dict[str, str]
-) -> Iterator[SourceTensor]:
-    """gate and up apart, MXFP4 as uint32 words -> Hugging Face's interleaved blocks and scales.
-
-    Dense experts (`mlx_lm.convert --dequantize`) stay floats, under the name without `_blocks`.
-    """
-    tensors = checkpoint.tensors
-    gate, up, down = (source[p] for p in ("moe.gate", "moe.up", "moe.down"))
-    formats = {path: checkpoint.quantization_of(path) for path in (gate, up, down)}
-    for path, quantization in formats.items():
-        if quantization is not None and quantization.mode != "mxfp4":
             raise ConversionError(
-                f"{checkpoint.folder}: {path} was requantised to {quantization.bits}-bit "
-                f"{quantization.mode}, and the MXFP4 weights cannot be restored from it; "
+                f"{self.where}: {path} is stored in {packing.mode}, expected bf16 or affine; "
                 "convert the checkpoint it was made from instead"
             )
-    weights = [tensors[n + ".weight"] for n in (gate, up)]
-    yield _interleaved([tensors[n + ".bias"] for n in (gate, up)], target["moe.gate_up_bias"])
-    if formats[gate] is None:
-        yield _interleaved(weights, target["moe.gate_up"].removesuffix("_blocks"))
-    else:
-        yield _interleaved(weights, target["moe.gate_up"], block=True)
-        yield _interleaved([tensors[n + ".scales"] for n in (gate, up)], target["moe.gate_up_scales"])
-    yield _float(checkpoint, down + ".bias", target["moe.down_bias"])
-    if formats[down] is None:
-        yield _float(checkpoint, down + ".weight", target["moe.down"].removesuffix("_blocks"))
-        return
-    words = tensors[down + ".weight"]
-    blocks = _verbatim(words, target["moe.down"])
-    yield SourceTensor(
-        blocks.name, "U8", _block_shape(words.shape), (words.name,), _as_blocks(blocks.read), blocks.extents
-    )
-    yield _verbatim(tensors[down + ".scales"], target["moe.down_scales"])
+        yield replace(matrix, path=target)
+        if f"{path}.bias" in self.raw:
+            yield floats(take(".bias"))
 
+    def _stack(self, key: str, layer: int) -> Iterator[SourceTensor]:
+        """The bias and the matrices of all experts: MXFP4 as it is, or floats."""
+        layout, target = self.layout, HF.path(key, layer)
+        keys = layout.gate_up if key == "experts.gate_up" else (key,)
+        paths = [layout.path(k, layer) for k in keys]
 
-# --- the ways a tensor lies in a file
+        def take(ending: str) -> list[SourceTensor]:
+            return [self.raw[path + ending] for path in paths]
 
-
-def _verbatim(info: TensorInfo, name: str) -> SourceTensor:
-    """Bytes as they are."""
-    extent = Extent(info.path, info.start, info.nbytes)
-    return SourceTensor(name, info.dtype, info.shape, (info.name,), partial(st.read_rows, info), (extent,))
-
-
-def _rows_of(info: TensorInfo, name: str, first: int, last: int) -> SourceTensor:
-    """Some rows of a tensor, as a tensor of its own."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        return _floats(st.read_rows(info, first + start, first + stop), info.dtype)
-
-    extents = None
-    if info.dtype == "BF16":
-        extents = (Extent(info.path, info.start + first * info.row_bytes, (last - first) * info.row_bytes),)
-    shape = (last - first, *info.shape[1:])
-    return SourceTensor(name, _float_dtype(info), shape, (info.name,), read, extents)
-
-
-def _float(checkpoint: Checkpoint, source: str, target: str) -> SourceTensor:
-    """A dense tensor: bfloat16 bytes as they are, float16 and float32 as float32 rows."""
-    info = checkpoint.tensors[source]
-    return _rows_of(info, target, 0, info.shape[0])
-
-
-def _matrix(checkpoint: Checkpoint, source: str, target: str) -> SourceTensor:
-    """`source`.weight, dense or in MLX's affine format."""
-    quantization = checkpoint.quantization_of(source)
-    if quantization is None:
-        return _float(checkpoint, source + ".weight", target + ".weight")
-    if quantization.mode != "affine":
-        raise ConversionError(
-            f"{checkpoint.folder}: {source} is stored in {quantization.mode}, expected bf16 or affine; "
-            "convert the checkpoint it was made from instead"
-        )
-    weight, scales, biases = (checkpoint.tensors[f"{source}.{s}"] for s in ("weight", "scales", "biases"))
-    bits, group = quantization.bits, quantization.group_size
-
-    def read(first: int, last: int) -> np.ndarray:
-        parts = [st.read_rows(info, first, last) for info in (weight, scales, biases)]
-        scale, bias = _floats(parts[1], scales.dtype), _floats(parts[2], biases.dtype)
-        return affine.dequantize(parts[0], scale, bias, bits, group)
-
-    packed = {}
-    if scales.dtype == biases.dtype == "BF16":
-        for suffix, info in (("weight", weight), ("scales", scales), ("biases", biases)):
-            packed[suffix] = _verbatim(info, f"{target}.{suffix}")
-    shape = (weight.shape[0], weight.shape[1] * 32 // bits)
-    names = (weight.name, scales.name, biases.name)
-    return SourceTensor(target + ".weight", "F32", shape, names, read, None, quantization, packed)
-
-
-def _transposed(info: TensorInfo, name: str) -> SourceTensor:
-    """Experts as transformers saves them, [E, inputs, outputs] -> [E, outputs, inputs], a view per expert."""
-
-    def read(first: int, last: int) -> np.ndarray:
-        return _floats(st.read_rows(info, first, last), info.dtype).swapaxes(1, 2)
-
-    shape = (info.shape[0], info.shape[2], info.shape[1])
-    return SourceTensor(name, _float_dtype(info), shape, (info.name,), read)
-
-
-def _interleaved(infos: Sequence[TensorInfo], name: str, *, block: bool = False) -> SourceTensor:
-    """Two tensors [E, F, ..] -> one [E, 2F, ..], rows alternating; `block`: words as MXFP4 blocks."""
-    first, second = infos
-    if first.dtype != second.dtype or first.shape != second.shape:
-        raise CheckpointError(f"{first.name} and {second.name} differ in dtype or shape, expected the same")
-    one = _block_shape(first.shape) if block else first.shape
-    shape = (one[0], 2 * one[1], *one[2:])
-    floats = first.dtype in ("F16", "F32")
-
-    def read(start: int, stop: int) -> np.ndarray:
-        halves = [st.read_rows(info, start, stop) for info in infos]
-        if floats:
-            halves = [_floats(half, first.dtype) for half in halves]
-        merged = np.stack(halves, axis=2)
-        return (merged.view(np.uint8) if block else merged).reshape(stop - start, *shape[1:])
-
-    dtype = "U8" if block else ("F32" if floats else first.dtype)
-    return SourceTensor(name, dtype, shape, (first.name, second.name), read)
-
-
-def _block_shape(words: tuple[int, ...]) -> tuple[int, ...]:
-    """uint32 words [E, rows, columns / 8] -> MXFP4 blocks uint8 [E, rows, columns / 32, 16]."""
-    return (*words[:-1], words[-1] // 4, 16)
-
-
-def _as_blocks(read: ReadRows) -> ReadRows:
-    def blocks(first: int, last: int) -> np.ndarray:
-        words = read(first, last)
-        return words.view(np.uint8).reshape(_block_shape(words.shape))
-
-    return blocks
-
-
-def _float_dtype(info: TensorInfo) -> str:
-    return "BF16" if info.dtype == "BF16" else "F32"
-
-
-def _floats(values: np.ndarray, dtype: str) -> np.ndarray:
-    """BF16 stays bits; float16 and float32 become float32."""
-    return values if dtype == "BF16" else values.astype(np.float32)
+        yield interleaved([floats(t) for t in take(layout.expert_bias)]).called(target + HF.expert_bias)
+        weights = take(layout.expert_weight)
+        if layout.experts is Form.MATRICES:
+            packings = [self.packing(path) for path in paths]
+            for path, packing in zip(paths, packings, strict=True):
+                if packing is not None and packing.mode != "mxfp4":
+                    raise ConversionError(
+                        f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, and the "
+                        "MXFP4 weights cannot be restored from it; convert the checkpoint it was made from "
+                        "instead"
+                    )
+            dense = packings[0] is None
+        else:
+            dense = layout.experts is Form.TRANSPOSED
+        if dense:
+            one = interleaved([floats(t) for t in weights])
+            stack = transposed(one) if layout.experts is Form.TRANSPOSED else one
+        else:
+            blocks = interleaved([as_blocks(t) for t in weights]).called(target + HF.expert_weight)
+            scales = interleaved(take(layout.expert_scales)).called(target + HF.expert_scales)
+            stack = from_mxfp4(target, blocks, scales)
+        yield replace(stack, name=target, path=target)
 
 
 def read_json(path: Path) -> Any:

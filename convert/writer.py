@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
-from mlx_gptoss.convert.plan import Output
-from mlx_gptoss.convert.sources import Extent
+from mlx_gptoss.convert.jobs import Output
+from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.errors import ConversionError
 
 COPY_BYTES = 16 << 20  # copied between two looks at whether to stop
@@ -144,36 +144,33 @@ class ShardWriter:
         except OSError as error:
             raise write_error(self._folder / place.shard, error) from error
 
-    def copy(self, name: str, extents: Sequence[Extent], copied: Callable[[int], None]) -> None:
-        """Fill a tensor with runs of bytes of other files; `copied` is told of every piece."""
+    def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> None:
+        """Fill a tensor with a run of bytes of another file; `copied` is told of every piece."""
         place = self._layout.placements[name]
-        offset = place.start
-        for extent in extents:
-            with _open_source(extent.path) as source:
-                done = 0
-                while done < extent.length:
-                    self._stop()
-                    piece = min(COPY_BYTES, extent.length - done)
-                    got = self._copy_piece(source.fileno(), extent, done, place.shard, offset, piece)
-                    if got == 0:
-                        raise ConversionError(f"{extent.path}: became shorter while it was being converted")
-                    done += got
-                    offset += got
-                    copied(got)
+        with _open_source(extent.path) as source:
+            done = 0
+            while done < extent.length:
+                self._stop()
+                got = self._copy_piece(source.fileno(), extent, done, place)
+                if got == 0:
+                    raise ConversionError(f"{extent.path}: became shorter while it was being converted")
+                done += got
+                copied(got)
 
-    def _copy_piece(self, source: int, extent: Extent, done: int, shard: str, offset: int, count: int) -> int:
-        target = self._files[shard]
+    def _copy_piece(self, source: int, extent: Extent, done: int, place: Placement) -> int:
+        target, start = self._files[place.shard], extent.start + done
+        count = min(COPY_BYTES, extent.length - done)
         if _HAS_COPY_FILE_RANGE:
             try:
-                return os.copy_file_range(source, target, count, extent.start + done, offset)
+                return os.copy_file_range(source, target, count, start, place.start + done)
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
-                    raise write_error(self._folder / shard, error) from error
-        data = os.pread(source, count, extent.start + done)
+                    raise write_error(self._folder / place.shard, error) from error
+        data = os.pread(source, count, start)
         try:
-            _write_at(target, memoryview(data), offset)
+            _write_at(target, memoryview(data), place.start + done)
         except OSError as error:
-            raise write_error(self._folder / shard, error) from error
+            raise write_error(self._folder / place.shard, error) from error
         return len(data)
 
     def digest(self, name: str, see: Callable[[memoryview], None] | None = None) -> str:

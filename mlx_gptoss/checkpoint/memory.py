@@ -7,7 +7,6 @@ other floats become the compute dtype.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gptoss.checkpoint.reader import FLOATS, Checkpoint
+from mlx_gptoss.checkpoint.layouts import FLOATS, PARTS, TensorSpec
+from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.device import available_memory, on_gpu
 from mlx_gptoss.errors import MemoryLimitError
@@ -26,9 +26,6 @@ from mlx_gptoss.model.config import FULL, ModelConfig
 # working set, which is what is counted there, holds the activations alone.
 RUNTIME_BYTES = 400 * 2**20
 GPU_RUNTIME_BYTES = 64 * 2**20
-
-PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
-_PART_OF = {"moe.router": "router", "norm": "norms", "attention.norm": "norms", "moe.norm": "norms"}
 
 
 @dataclass(frozen=True)
@@ -121,25 +118,24 @@ def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
 
 def plan_checkpoint(checkpoint: Checkpoint) -> MemoryPlan:
     """The plan of a checkpoint whose headers are already read."""
-    part_of = _parts_by_template(checkpoint)
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     transient = 0
-    for tensor in checkpoint.tensors.values():
-        name = part_of[_template(tensor.name)]
-        loaded = _loaded(tensor, checkpoint, name)
+    for name, tensor in checkpoint.tensors.items():
+        spec = checkpoint.specs[name]
+        loaded = _loaded(tensor, spec, checkpoint.dtype)
         if loaded != tensor.nbytes:
             transient = max(transient, tensor.nbytes)
-        row = sums[name, _format(tensor, checkpoint)]
+        row = sums[spec.part, _format(tensor, spec)]
         row[0] += 1
         row[1] += tensor.nbytes
         row[2] += loaded
-        row[3] += loaded * _share_read(name, checkpoint.config)
+        row[3] += loaded * _share_read(spec.part, checkpoint.config)
     parts = [
         Part(name, form, int(count), int(stored), int(loaded), read)
         for (name, form), (count, stored, loaded, read) in sums.items()
     ]
     parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
-    return MemoryPlan(checkpoint.config, checkpoint.layout, checkpoint.dtype, tuple(parts), transient)
+    return MemoryPlan(checkpoint.config, checkpoint.layout.name, checkpoint.dtype, tuple(parts), transient)
 
 
 def gigabytes(count: float) -> str:
@@ -149,41 +145,17 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def _template(name: str) -> str:
-    """A tensor's name without its layer number and without what tells matrix, bias and scales apart."""
-    name = re.sub(r"\.(\d+)\.", ".{i}.", name, count=1)
-    return re.sub(r"(\.(weight|bias|scales|biases)|_bias|_scales|\.blocks|_blocks)$", "", name)
+def _format(tensor: TensorInfo, spec: TensorSpec) -> str:
+    packing = spec.packing
+    if packing is None:
+        return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(tensor.dtype, tensor.dtype)
+    return packing.mode if packing.mode != "affine" else f"affine {packing.bits}-bit / {packing.group_size}"
 
 
-def _parts_by_template(checkpoint: Checkpoint) -> dict[str, str]:
-    found = {}
-    for part, name in checkpoint.names.items():
-        family = part.partition(".")[0]
-        found[_template(name)] = _PART_OF.get(part) or {"moe": "experts"}.get(family, family)
-    return found
-
-
-def _path(name: str) -> str:
-    return re.sub(r"\.(weight|scales|biases)$", "", name)
-
-
-def _format(tensor: TensorInfo, checkpoint: Checkpoint) -> str:
-    if tensor.dtype == "U8":
-        return "mxfp4"
-    quantization = checkpoint.quantization_of(_path(tensor.name))
-    if quantization is not None and not tensor.name.endswith(".bias"):
-        if quantization.mode == "affine":
-            return f"affine {quantization.bits}-bit / {quantization.group_size}"
-        return quantization.mode
-    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(tensor.dtype, tensor.dtype)
-
-
-def _loaded(tensor: TensorInfo, checkpoint: Checkpoint, part: str) -> int:
+def _loaded(tensor: TensorInfo, spec: TensorSpec, dtype: mx.Dtype) -> int:
     """Bytes in memory once reader.py has read it."""
-    kept = part == "embedding" and checkpoint.quantization_of(_path(tensor.name)) is None
-    if tensor.dtype not in FLOATS or kept:
-        return tensor.nbytes
-    return prod(tensor.shape) * checkpoint.dtype.size
+    kept = spec.part == "embedding" and spec.packing is None
+    return tensor.nbytes if kept or tensor.dtype not in FLOATS else prod(tensor.shape) * dtype.size
 
 
 def _share_read(part: str, config: ModelConfig) -> float:

@@ -150,7 +150,7 @@ def test_gguf_experts_of_fewer_bits_are_still_refused(layouts, tmp_path):
         for t in reader.tensors
     ]
     source = rewrite_gguf(reader, tmp_path / "q8.gguf", tensors)
-    with pytest.raises(ConversionError, match="is MXFP4 and Q8_0, expected MXFP4 or floats"):
+    with pytest.raises(ConversionError, match="ffn_up_exps.weight is Q8_0, expected MXFP4 or floats"):
         convert(source, tmp_path / "made", need_tokenizer=False)
 
 
@@ -341,7 +341,7 @@ def test_a_recipe_with_replaced_values_says_so(options, name):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_results_load_here(layouts, tmp_path, recipe):
     made = convert(layouts["hf"], tmp_path / "made", make_recipe(recipe))
-    assert Checkpoint(made.folder).layout == "hf"
+    assert Checkpoint(made.folder).layout.name == "hf"
 
 
 def test_parts_can_have_bits_of_their_own(layouts, tmp_path):

@@ -11,26 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_gptoss.checkpoint.layouts import HF, MLX
 from mlx_gptoss.checkpoint.safetensors import DTYPES
 from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.convert.finite import not_finite
 from mlx_gptoss.convert.recipes import Recipe
-from mlx_gptoss.convert.sources import Extent, Source, SourceTensor, to_float32
+from mlx_gptoss.convert.sources import Source
+from mlx_gptoss.convert.tensors import Extent, SourceTensor, to_float32
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.model.quantization import MXFP4, Quantization
 
 CHUNK_VALUES = 1 << 21  # values of a matrix in memory at a time, in each worker
 EXPERT_ROWS = 512  # rows of an unquantised expert made float32 at a time
 SAMPLED = 32  # without the search, the error is measured on one chunk in so many
-
-_PARTS = (  # first match decides
-    ("model.embed_tokens", "embedding"),
-    ("lm_head", "head"),
-    (".self_attn.", "attention"),
-    (".mlp.router", "router"),
-    (".mlp.experts", "experts"),
-    ("norm", "norms"),
-)
 
 # What Hugging Face's config says of a checkpoint whose experts alone are quantised.
 _MXFP4_CONFIG = {
@@ -51,6 +44,7 @@ class Output:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    packing: Quantization | None = None  # of a packed weight; its scales and biases have none
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +67,7 @@ class Chunk(NamedTuple):
 class Job:
     """Makes one or several tensors that share their rows, from the same rows of the source.
 
-    `extents`: the bytes of the only output, copied as they are. Else `compute(first, last)` makes the rows
+    `extent`: the bytes of the only output, copied as they are. Else `compute(first, last)` makes the rows
     [first, last) of every output, `chunk_rows` at a time, in any order and from any thread.
     """
 
@@ -81,7 +75,7 @@ class Job:
     action: str
     sources: tuple[str, ...]
     outputs: tuple[Output, ...]
-    extents: tuple[Extent, ...] | None = None
+    extent: Extent | None = None
     compute: Callable[[int, int], Chunk] | None = None
     chunk_rows: int = 1
 
@@ -99,49 +93,39 @@ class Job:
 
 
 @dataclass
-class Plan:
-    """All jobs in the output's order, the packing of every matrix (path -> format), remarks for the user."""
+class Jobs:
+    """All jobs in the order of the result, how matrices are packed (path -> format), remarks for the user."""
 
-    jobs: list[Job] = field(default_factory=list)
+    all: list[Job] = field(default_factory=list)
     quantizations: dict[str, Quantization] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def outputs(self) -> list[Output]:
-        return [output for job in self.jobs for output in job.outputs]
+        return [output for job in self.all for output in job.outputs]
 
     def note(self, text: str) -> None:
         """A remark, once however many tensors of a part call for it."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def packing(self, output: Output) -> Quantization | None:
-        """The format of a packed weight; None for its scales, and for what is not packed."""
-        if output.name.endswith("_blocks"):
-            return MXFP4
-        return self.quantizations.get(output.name.removesuffix(".weight"))
 
-
-def make_plan(source: Source, recipe: Recipe, *, search: bool = True, mxfp4_search: bool = False) -> Plan:
+def make_jobs(source: Source, recipe: Recipe, *, search: bool = True, mxfp4_search: bool = False) -> Jobs:
     """Decide what is made of every tensor. Raises ConversionError for what cannot be done."""
-    plan = Plan()
+    jobs = Jobs()
     for tensor in source.tensors.values():
-        part = part_of(tensor.name)
-        if part == "experts" and tensor.name.endswith("_proj"):
-            plan.jobs.append(_expert_job(tensor, search=mxfp4_search))
-        elif part in ("embedding", "head", "attention", "router") and tensor.name.endswith(".weight"):
-            plan.jobs.extend(_matrix_jobs(plan, tensor, part, recipe, search))
+        if tensor.path is None:
+            jobs.all.append(_plain_job(tensor, tensor.part))
+        elif tensor.part != "experts":
+            jobs.all.extend(_matrix_jobs(jobs, tensor, recipe, search))
+        elif tensor.pieces:
+            jobs.all.extend(_plain_job(piece, tensor.part) for piece in tensor.pieces)
         else:
-            plan.jobs.append(_plain_job(tensor, part))
-    return plan
+            jobs.all.append(_expert_job(tensor, search=mxfp4_search))
+    return jobs
 
 
-def part_of(name: str) -> str:
-    """Which part of the model a tensor belongs to."""
-    return next(part for key, part in _PARTS if key in name)
-
-
-def make_config(source: Source, plan: Plan) -> dict[str, Any]:
+def make_config(source: Source, jobs: Jobs) -> dict[str, Any]:
     """The result's config.json: every key of Hugging Face's form, and how the matrices are packed.
 
     With dense parts quantised, `quantization` holds what mlx-lm reads: a default, and an entry per path that
@@ -149,19 +133,18 @@ def make_config(source: Source, plan: Plan) -> dict[str, Any]:
     """
     given = {key: value for key, value in source.raw_config.items() if value is not None}
     config = {**source.config.to_hf(), **given}
-    if not plan.quantizations:
+    if not jobs.quantizations:
         return {**config, "quantization_config": _MXFP4_CONFIG}
-    default = Counter(plan.quantizations.values()).most_common(1)[0][0]
+    default = Counter(jobs.quantizations.values()).most_common(1)[0][0]
     quantization: dict[str, Any] = _entry(default)
-    for path, chosen in plan.quantizations.items():
+    for path, chosen in jobs.quantizations.items():
         if chosen != default:
             quantization[path] = _entry(chosen)
     for layer in range(source.config.num_layers):
-        prefix = f"model.layers.{layer}.mlp."
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            quantization[f"{prefix}experts.{name}"] = _entry(MXFP4)
-        if f"{prefix}router" not in plan.quantizations:
-            quantization[f"{prefix}router"] = False
+        for key in (*MLX.gate_up, "experts.down"):
+            quantization[MLX.path(key, layer)] = _entry(MXFP4)
+        if (router := MLX.path("router", layer)) not in jobs.quantizations:
+            quantization[router] = False
     return {**config, "quantization": quantization}
 
 
@@ -174,19 +157,17 @@ def _entry(q: Quantization) -> dict[str, Any]:
 
 def _plain_job(tensor: SourceTensor, part: str) -> Job:
     """Bytes copied where they lie in order; else read row by row; floats stored as bfloat16."""
-    dtype = "BF16" if tensor.dtype == "F32" else tensor.dtype
-    output = Output(tensor.name, dtype, tensor.shape)
-    if tensor.extents is not None:
-        return Job(part, "copy", tensor.sources, (output,), tensor.extents)
-    if tensor.dtype != "F32":
-
-        def compute(first: int, last: int) -> Chunk:
-            return Chunk((np.ascontiguousarray(tensor.read(first, last)),))
-
-        action = "relayout"
-    else:
-        compute, action = partial(_cast, tensor), "cast"
+    cast = tensor.dtype == "F32"
+    output = Output(tensor.name, "BF16" if cast else tensor.dtype, tensor.shape, tensor.quantization)
+    if tensor.extent is not None and not cast:
+        return Job(part, "copy", tensor.sources, (output,), tensor.extent)
+    compute = partial(_cast if cast else _relayout, tensor)
+    action = "cast" if cast else "relayout"
     return Job(part, action, tensor.sources, (output,), None, compute, _chunk_rows(tensor))
+
+
+def _relayout(tensor: SourceTensor, first: int, last: int) -> Chunk:
+    return Chunk((np.ascontiguousarray(tensor.read(first, last)),))
 
 
 def _cast(tensor: SourceTensor, first: int, last: int) -> Chunk:
@@ -196,37 +177,42 @@ def _cast(tensor: SourceTensor, first: int, last: int) -> Chunk:
     return Chunk((bits,), _square_sum(tensor, values - to_float32(bits)), norm)
 
 
-def _matrix_jobs(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe, search: bool) -> Iterator[Job]:
-    path = tensor.name.removesuffix(".weight")
-    wanted = _wanted(plan, tensor, part, recipe)
+def _matrix_jobs(jobs: Jobs, tensor: SourceTensor, recipe: Recipe, search: bool) -> Iterator[Job]:
+    path, part = tensor.path, tensor.part
+    assert path is not None
+    wanted = _wanted(jobs, tensor, recipe)
     kept = tensor.quantization if wanted is None else wanted
     if kept is None:
         yield _plain_job(tensor, part)
         return
-    plan.quantizations[path] = kept
-    if kept == tensor.quantization and tensor.packed:
-        yield from (_plain_job(packed, part) for packed in tensor.packed.values())
+    jobs.quantizations[path] = kept
+    if kept == tensor.quantization and tensor.pieces:
+        yield from (_plain_job(piece, part) for piece in tensor.pieces)
         return
     if tensor.quantization is not None and kept.bits >= tensor.quantization.bits:
-        plan.note(
+        jobs.note(
             f"{part} was quantised to {tensor.quantization.bits} bits before: {kept.bits} bits cannot bring "
             "back what was lost; convert from the original checkpoint where you can"
         )
     rows, columns = tensor.shape
     outputs = (
-        Output(f"{path}.weight", "U32", (rows, columns * kept.bits // 32)),
+        Output(f"{path}.weight", "U32", (rows, columns * kept.bits // 32), kept),
         Output(f"{path}.scales", "BF16", (rows, columns // kept.group_size)),
         Output(f"{path}.biases", "BF16", (rows, columns // kept.group_size)),
     )
     # MLX's quantiser takes bfloat16: what is not stored so is searched, which takes float32.
     fast = not search and tensor.dtype == "BF16"
-    compute = partial(_fast_rows if fast else _searched_rows, tensor, kept, _chunk_rows(tensor))
-    action = "affine" if fast else "affine-search"
-    yield Job(part, action, tensor.sources, outputs, None, compute, _chunk_rows(tensor))
+    chunk_rows = _chunk_rows(tensor)
+    if fast:
+        compute, action = partial(_fast_rows, tensor, kept, chunk_rows), "affine"
+    else:
+        compute, action = partial(_searched_rows, tensor, kept), "affine-search"
+    yield Job(part, action, tensor.sources, outputs, None, compute, chunk_rows)
 
 
-def _wanted(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe) -> Quantization | None:
+def _wanted(jobs: Jobs, tensor: SourceTensor, recipe: Recipe) -> Quantization | None:
     """The format the recipe asks for, with a smaller group where the rows do not divide by its own."""
+    part = tensor.part
     bits = recipe.bits(part)
     if bits is None:
         return None
@@ -235,17 +221,17 @@ def _wanted(plan: Plan, tensor: SourceTensor, part: str, recipe: Recipe) -> Quan
         if columns % group == 0:
             break
     else:
-        plan.note(f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16")
+        jobs.note(f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16")
         return None
     if group != recipe.group_size:
-        plan.note(
+        jobs.note(
             f"{part}: {columns} columns do not divide into groups of {recipe.group_size}, "
             f"quantised in groups of {group}"
         )
     return Quantization("affine", bits, group)
 
 
-def _searched_rows(tensor: SourceTensor, q: Quantization, chunk_rows: int, first: int, last: int) -> Chunk:
+def _searched_rows(tensor: SourceTensor, q: Quantization, first: int, last: int) -> Chunk:
     values = to_float32(tensor.read(first, last))
     norm = _square_sum(tensor, values)
     result = affine.search(values, q.bits, q.group_size)
@@ -271,8 +257,8 @@ def _expert_job(tensor: SourceTensor, *, search: bool) -> Job:
         raise ConversionError(f"{tensor.name} has {columns} inputs, MXFP4 needs a multiple of {mxfp4.GROUP}")
     groups = columns // mxfp4.GROUP
     outputs = (
-        Output(f"{tensor.name}_blocks", "U8", (experts, rows, groups, mxfp4.GROUP // 2)),
-        Output(f"{tensor.name}_scales", "U8", (experts, rows, groups)),
+        Output(tensor.name + HF.expert_weight, "U8", (experts, rows, groups, mxfp4.GROUP // 2), MXFP4),
+        Output(tensor.name + HF.expert_scales, "U8", (experts, rows, groups)),
     )
     action = "mxfp4-search" if search else "mxfp4"
     return Job("experts", action, tensor.sources, outputs, None, partial(_expert_rows, tensor, search), 1)
