@@ -26,7 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.checkpoint.safetensors import read_folder
+from mlx_gptoss.checkpoint.fingerprint import fingerprint as model_fingerprint
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.files import open_regular, read_limited
 from mlx_gptoss.model.cache import KVBits, WindowState
@@ -38,8 +38,6 @@ VERSION = "3"
 SUFFIX = ".prefix"
 KEY, KEY_BYTES = "key", 32
 DIGEST = "sha256"
-# Of each tensor, the bytes at both ends and in the middle that go into the fingerprint (all take minutes).
-SAMPLED = 1 << 12
 # A file's header and its tokens are read before its checksum is known: no more of each than this, bytes.
 MAX_HEAD = 1 << 20
 # What reading a file that anybody may have written can raise.
@@ -53,16 +51,7 @@ WRITING = 3600
 
 def fingerprint(folder: Path, dtype: mx.Dtype, kv_bits: KVBits) -> str:
     """What KV depends on beside the tokens: the model's files, the compute dtype, the KV format."""
-    digest = hashlib.sha256(f"{VERSION} {dtype} {kv_bits}".encode())
-    digest.update((folder / "config.json").read_bytes())
-    for name, tensor in sorted(read_folder(folder).items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        with tensor.path.open("rb") as file:
-            last = max(0, tensor.nbytes - SAMPLED)
-            for at in (0, last // 2, last):
-                file.seek(tensor.start + at)
-                digest.update(file.read(min(SAMPLED, tensor.nbytes)))
-    return digest.hexdigest()
+    return model_fingerprint(folder, f"{VERSION} {dtype} {kv_bits}")
 
 
 @dataclass(frozen=True)
