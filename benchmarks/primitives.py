@@ -91,7 +91,7 @@ def ours(folder: Path, dtype: str) -> Counter[str]:
     import mlx.core as mx
 
     from mlx_gptoss.checkpoint.reader import load_model
-    from mlx_gptoss.model.graph import Segment
+    from mlx_gptoss.model.batch import Segment
 
     model = load_model(folder, dtype)
     cache = model.make_cache()

@@ -24,9 +24,9 @@ import numpy as np
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.cache import SequenceCache
-from mlx_gptoss.model.graph import Batch, Segment
-from mlx_gptoss.model.matrix import Projection
+from mlx_gptoss.model.projection import Projection
 from mlx_gptoss.tokenizer import Tokenizer
 
 DEFAULT_TEXT = "Alice's Adventures in Wonderland, chapter I (Lewis Carroll, 1865)"

@@ -18,10 +18,12 @@ from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.device import on_gpu, parse_dtype
 from mlx_gptoss.errors import CheckpointError, ConfigError
-from mlx_gptoss.model import cpu
 from mlx_gptoss.model.config import read_config
-from mlx_gptoss.model.graph import Attention, Experts, Layer, MixtureOfExperts, Model, Router
-from mlx_gptoss.model.matrix import Dense, Embedding, Matrix, Projection, Stacked, stack_rows
+from mlx_gptoss.model.cpu import HostExperts, HostProjection
+from mlx_gptoss.model.experts import Experts, ExpertWeights, ResidentExperts
+from mlx_gptoss.model.graph import Attention, Layer, MixtureOfExperts, Model
+from mlx_gptoss.model.matrix import Embedding, Matrix, stack_rows
+from mlx_gptoss.model.projection import Dense, Projection, Stacked
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MXFP4, Quantization
 
 
@@ -64,38 +66,57 @@ class Checkpoint:
         return self._vector(self.layout.path("norms.final"))
 
     def head(self) -> Projection:
-        return _projection([self._matrix(self.layout.path("head"))])
+        return self.projection("head")
 
     def layer(self, index: int) -> Layer:
         """The graph of one layer with its weights, lazily: evaluate `arrays()` to read them."""
         path = {key: self.layout.path(key, index) for key in self.layout.paths}
-        qkv = [path[key] for key in self.layout.qkv]
+        qkv = self.layout.qkv
         attention = Attention(
             self.config,
             index,
             norm=self._vector(path["norms.attention"]),
-            qkv=_projection([self._matrix(p) for p in qkv]),
-            qkv_bias=self._vectors([p + ".bias" for p in qkv]),
-            out=_projection([self._matrix(path["attention.out"])]),
+            qkv=self.projection(*qkv, layer=index),
+            qkv_bias=self._vectors([path[key] + ".bias" for key in qkv]),
+            out=self.projection("attention.out", layer=index),
             out_bias=self._vector(path["attention.out"] + ".bias"),
             sinks=self._vector(path["attention.sinks"]),
         )
-        router = Router(self._matrix(path["router"]), self._vector(path["router"] + ".bias"))
         moe = MixtureOfExperts(
-            self.config, norm=self._vector(path["norms.experts"]), router=router, experts=self._experts(path)
+            self.config,
+            norm=self._vector(path["norms.experts"]),
+            router=self.projection("router", layer=index, bias=self._vector(path["router"] + ".bias")),
+            experts=self.experts(index),
         )
         return Layer(attention, moe)
 
-    def _experts(self, path: dict[str, str]) -> Experts:
-        halves = [path[key] for key in self.layout.gate_up]
-        down = path["experts.down"]
-        gate_up = stack_rows([self._stack(p) for p in halves])
+    def projection(self, *keys: str, layer: int = 0, bias: mx.array | None = None) -> Projection:
+        """One map out of the matrices of these keys, which share their input.
+
+        Every projection of the graph is made here, so a subclass may wrap them all.
+        """
+        matrices = [self._matrix(self.layout.path(key, layer)) for key in keys]
+        joined = stack_rows(matrices)
+        return Stacked([_applied(m) for m in matrices]) if joined is None else _applied(joined, bias)
+
+    def experts(self, layer: int) -> Experts:
+        """The experts of a layer, in the way that suits this device."""
+        halves = [self.layout.path(key, layer) for key in self.layout.gate_up]
+        down = self.layout.path("experts.down", layer)
+        gate_up = stack_rows([self._stack(path) for path in halves])
         if gate_up is None:
             raise CheckpointError(
                 f"{self.folder}: {' and '.join(halves)} are packed differently: expected one way"
             )
-        bias = self._vectors([p + self.layout.expert_bias for p in (*halves, down)])
-        return Experts(gate_up, self._stack(down), bias, self.config, interleaved=len(halves) == 1)
+        weights = ExpertWeights(
+            gate_up,
+            self._stack(down),
+            self._vectors([path + self.layout.expert_bias for path in (*halves, down)]),
+            interleaved=len(halves) == 1,
+            limit=self.config.swiglu_limit,
+            alpha=self.config.swiglu_alpha,
+        )
+        return ResidentExperts(weights) if on_gpu() else HostExperts(weights)
 
     def _stack(self, path: str) -> Matrix:
         """The matrices of all experts, [E, outputs, inputs]."""
@@ -181,12 +202,9 @@ def read_model(checkpoint: Checkpoint, progress: Callable[[int, int], None] | No
     return Model(config, embedding=embedding, layers=layers, norm=norm, head=head)
 
 
-def _projection(parts: list[Matrix]) -> Projection:
-    """One map out of matrices that share their input, stacked where they are packed alike."""
-    joined = stack_rows(parts)
-    if joined is None:
-        return Stacked([_projection([p]) for p in parts])
-    return Dense(joined) if on_gpu() else cpu.HostProjection(joined)
+def _applied(matrix: Matrix, bias: mx.array | None = None) -> Projection:
+    # A bias is the router's, whose few outputs MLX is as fast for.
+    return Dense(matrix, bias) if on_gpu() or bias is not None else HostProjection(matrix)
 
 
 def _read_quantization(raw: dict[str, Any]) -> tuple[Quantization | None, dict[str, Quantization | None]]:

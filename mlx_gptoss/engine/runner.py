@@ -11,8 +11,9 @@ from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
+from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, SequenceCache, WindowState
-from mlx_gptoss.model.graph import Model, Segment
+from mlx_gptoss.model.graph import Model
 
 Spans: TypeAlias = list[list[mx.array]]
 

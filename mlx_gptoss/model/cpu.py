@@ -22,6 +22,8 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mlx_gptoss.model.batch import Batch
+from mlx_gptoss.model.experts import ExpertWeights, by_pair
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
 
@@ -34,6 +36,9 @@ SMALL = 1 << 16
 UNPACK_FROM = 4
 # Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
 UNPACK_ROWS = 128
+
+# numpy has no type of sixteen plain bytes that it copies as fast: four float32 values pose as one of these.
+FOUR_FLOATS = np.complex128
 
 _own = threading.local()
 
@@ -72,19 +77,6 @@ def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return out
 
 
-def expert_stack(matrix: Matrix) -> Matrix | HalvedStack | SmallStack:
-    """How to apply this stack of experts on the CPU backend."""
-    if _is_large(matrix):
-        return HalvedStack(matrix)
-    return (
-        SmallStack(matrix) if SMALL <= matrix.outputs * matrix.inputs * _experts(matrix) < LARGE else matrix
-    )
-
-
-def _experts(matrix: Matrix) -> int:
-    return int(matrix.weight.shape[0])
-
-
 def _is_large(matrix: Matrix) -> bool:
     return matrix.outputs * matrix.inputs >= LARGE
 
@@ -103,7 +95,7 @@ class HostProjection:
         self._small = matrix.outputs * matrix.inputs < SMALL
         self._parts = _halves(matrix)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         m = self.matrix
         if m.weight.dtype == x.dtype == mx.float32 and self._pays(len(x)):
             return mx.array(product(np.asarray(x), np.asarray(m.weight)))
@@ -120,94 +112,92 @@ class HostProjection:
         return self.matrix.arrays()
 
 
-class HalvedStack:
-    """A stack of experts whose outputs are computed by halves on two streams. Stands in for a Matrix."""
+class HostExperts:
+    """All experts in memory: by MLX pair by pair, or for many rows by the host's BLAS expert by expert."""
 
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix = matrix
-        self._parts = _halves(matrix)
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+        self.gate_up, self.down = HostStack(weights.gate_up), HostStack(weights.down)
 
-    @property
-    def outputs(self) -> int:
-        return self.matrix.outputs
-
-    def gather(
-        self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
-    ) -> mx.array:
-        """As Matrix.gather."""
-        upper = self._parts[0].gather(x, experts, rows, in_order=in_order)
-        lower = self._parts[1].gather(x, experts, rows, in_order=in_order, stream=_side_stream())
-        return mx.concatenate([upper, lower], axis=-1)
+    def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
+        """As Experts."""
+        if not (self.gate_up.pays_by_expert(x, chosen) and self.down.knows_by_expert):
+            return by_pair(self.weights, self.gate_up, self.down, x, chosen, batch)
+        experts = np.asarray(chosen).reshape(-1)
+        rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
+        bias = self.weights.bias[chosen].reshape(len(experts), -1)
+        h = self.weights.activate(mx.array(self.gate_up.by_expert(rows, experts)), bias)
+        y = self.weights.add_bias(mx.array(self.down.by_expert(np.asarray(h), experts)), bias)
+        return y.reshape(*chosen.shape, -1)
 
     def arrays(self) -> list[mx.array]:
-        return self.matrix.arrays()
-
-    def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
-        """Whether `by_expert` is the faster way for these rows."""
-        if self.matrix.quantization != MXFP4 or x.dtype != mx.float32:
-            return False
-        return bool(chosen.size >= UNPACK_FROM * min(_experts(self.matrix), chosen.size))
-
-    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
-        """Each row through its expert, unpacked: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
-        matrix = self.matrix
-        blocks = np.asarray(matrix.weight).view(np.uint8)
-        scales = np.asarray(matrix.scales)
-        out = np.empty((len(x), matrix.outputs), np.float32)
-
-        def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
-            some = slice(first, min(first + UNPACK_ROWS, matrix.outputs))
-            values = _unpack(blocks[expert, some], scales[expert, some])
-            out[rows, some] = inputs @ values.T
-
-        with _blas().limit(limits=1):
-            jobs = [
-                _workers().submit(part, rows, x[rows], expert, first)
-                for expert, rows in _rows_of_experts(expert_of_row)
-                for first in range(0, matrix.outputs, UNPACK_ROWS)
-            ]
-            for job in jobs:
-                job.result()
-        return out
+        return self.weights.arrays()
 
 
-class SmallStack:
-    """A stack of few values, 4 MB at most when unpacked: kept so for more than one row at a time.
+class HostStack:
+    """The matrices of all experts.
 
-    Stands in for a Matrix.
+    Large ones are gathered by halves on two streams, and unpacked for products where that pays; a stack of
+    few values, 4 MB at most when unpacked, is kept so for more than one row at a time.
     """
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
-        self._dense = np.asarray(matrix.dense(mx.float32))
-
-    @property
-    def outputs(self) -> int:
-        return self.matrix.outputs
+        self._experts = int(matrix.weight.shape[0])
+        self._parts = _halves(matrix) if _is_large(matrix) else None
+        small = SMALL <= matrix.outputs * matrix.inputs * self._experts < LARGE
+        self._dense = np.asarray(matrix.dense(mx.float32)) if small else None
 
     def gather(
         self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
     ) -> mx.array:
         """As Matrix.gather."""
-        return self.matrix.gather(x, experts, rows, in_order=in_order)
+        if self._parts is None:
+            return self.matrix.gather(x, experts, rows, in_order=in_order)
+        upper = self._parts[0].gather(x, experts, rows, in_order=in_order)
+        lower = self._parts[1].gather(x, experts, rows, in_order=in_order, stream=_side_stream())
+        return mx.concatenate([upper, lower], axis=-1)
 
-    def arrays(self) -> list[mx.array]:
-        return self.matrix.arrays()
+    @property
+    def knows_by_expert(self) -> bool:
+        """Whether `by_expert` can be used."""
+        return self._dense is not None or (self._parts is not None and self.matrix.quantization == MXFP4)
 
     def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
         """Whether `by_expert` is the faster way for these rows."""
-        return bool(x.dtype == mx.float32 and x.shape[0] > 1)
+        if x.dtype != mx.float32 or not self.knows_by_expert:
+            return False
+        if self._dense is not None:
+            return len(x) > 1
+        return bool(chosen.size >= UNPACK_FROM * min(self._experts, chosen.size))
 
     def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
-        """Each row through its expert: x float32 [N, inputs], experts int [N] -> [N, outputs]."""
-        out = np.empty((len(x), self.outputs), np.float32)
+        """Each row through its expert: x float32 [N, inputs], experts int [N] -> float32 [N, outputs]."""
+        out = np.empty((len(x), self.matrix.outputs), np.float32)
         with _blas().limit(limits=1):
-            for expert, rows in _rows_of_experts(expert_of_row):
-                out[rows] = x[rows] @ self._dense[expert].T
+            if self._dense is not None:
+                for expert, rows in _rows_of_experts(expert_of_row):
+                    out[rows] = x[rows] @ self._dense[expert].T
+            else:
+                self._unpacked(x, expert_of_row, out)
         return out
 
+    def _unpacked(self, x: np.ndarray, expert_of_row: np.ndarray, out: np.ndarray) -> None:
+        """`by_expert` for MXFP4: some rows of a matrix at a time are unpacked, on every core."""
+        outputs = self.matrix.outputs
+        blocks, scales = np.asarray(self.matrix.weight).view(np.uint8), np.asarray(self.matrix.scales)
 
-Stack = HalvedStack | SmallStack
+        def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
+            some = slice(first, min(first + UNPACK_ROWS, outputs))
+            out[rows, some] = inputs @ _unpack(blocks[expert, some], scales[expert, some]).T
+
+        jobs = [
+            _workers().submit(part, rows, x[rows], expert, first)
+            for expert, rows in _rows_of_experts(expert_of_row)
+            for first in range(0, outputs, UNPACK_ROWS)
+        ]
+        for job in jobs:
+            job.result()
 
 
 def _rows_of_experts(expert_of_row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -230,7 +220,7 @@ def _unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     if values is None or values.shape != shape:
         _own.values = values = np.empty(shape, np.float32)
     values = values[: len(codes)]
-    np.take(quads, codes, out=values.view(np.complex128), mode="clip")
+    np.take(quads, codes, out=values.view(FOUR_FLOATS), mode="clip")
     groups = values.reshape(len(codes), -1, 32)
     groups *= powers[scales][..., None]
     return values
@@ -238,13 +228,10 @@ def _unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 @cache
 def _mxfp4_tables() -> tuple[np.ndarray, np.ndarray]:
-    """2^(s - 127) for each scale byte, and for each two bytes of blocks their four values side by side.
-
-    numpy has no type of 16 plain bytes that it takes as fast: the four float32 values pose as a complex128.
-    """
+    """2^(s - 127) for each scale byte, and for each two bytes of blocks their four values as FOUR_FLOATS."""
     powers = np.exp2(np.arange(256, dtype=np.float64) - 127)
     powers[255] = np.nan  # E8M0 has no infinity; a checkpoint that holds it was refused at loading
     table = np.array(FP4_VALUES, np.float32)
     codes = np.arange(1 << 16)
     quads = np.stack([table[codes >> shift & 15] for shift in (0, 4, 8, 12)], axis=-1)
-    return powers.astype(np.float32), quads.view(np.complex128)[:, 0].copy()
+    return powers.astype(np.float32), quads.view(FOUR_FLOATS)[:, 0].copy()

@@ -9,7 +9,6 @@ uint8 [.., outputs, inputs / 32]; affine weights are MLX's packing with scales a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
@@ -128,40 +127,6 @@ def stack_rows(parts: list[Matrix]) -> Matrix | None:
     joined = [None if c[0] is None else mx.concatenate(list(c), axis=-2) for c in columns]
     assert joined[0] is not None
     return Matrix(joined[0], joined[1], joined[2], first.quantization)
-
-
-class Projection(Protocol):
-    """A linear map of rows: x [T, inputs] -> [T, outputs], without a bias."""
-
-    def __call__(self, x: mx.array) -> mx.array: ...
-
-    def arrays(self) -> list[mx.array]: ...
-
-
-class Dense:
-    """One matrix on the default device."""
-
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix = matrix
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.matrix.apply(x)
-
-    def arrays(self) -> list[mx.array]:
-        return self.matrix.arrays()
-
-
-class Stacked:
-    """Matrices that are packed differently, applied to the same rows; outputs side by side."""
-
-    def __init__(self, parts: list[Projection]) -> None:
-        self.parts = parts
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([p(x) for p in self.parts], axis=-1)
-
-    def arrays(self) -> list[mx.array]:
-        return [a for p in self.parts for a in p.arrays()]
 
 
 class Embedding:

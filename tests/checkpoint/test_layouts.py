@@ -16,7 +16,7 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, load_model
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.convert.convert import convert
 from mlx_gptoss.convert.recipes import make_recipe
-from mlx_gptoss.model.graph import Segment
+from mlx_gptoss.model.batch import Segment
 from tests.support.checkpoints import write_checkpoint
 from tests.support.converted import part_of
 from tests.support.random_weights import MlxRecipe, Shape

@@ -14,8 +14,9 @@ import pytest
 from mlx_gptoss.checkpoint.reader import Checkpoint, load_model
 from mlx_gptoss.checkpoint.safetensors import read_header
 from mlx_gptoss.errors import CheckpointError, ConfigError
-from mlx_gptoss.model.graph import Segment
-from mlx_gptoss.model.matrix import Matrix, Stacked, stack_rows
+from mlx_gptoss.model.batch import Segment
+from mlx_gptoss.model.matrix import Matrix, stack_rows
+from mlx_gptoss.model.projection import Dense, Stacked
 from mlx_gptoss.model.quantization import Quantization
 from tests.support.checkpoints import write_checkpoint
 from tests.support.oracle import forward
@@ -195,7 +196,7 @@ def test_matrices_packed_differently_are_applied_side_by_side():
         parts.append(Matrix(packed, scales, biases, Quantization("affine", bits, 64)))
     assert stack_rows(parts) is None
     x = mx.random.normal((3, 64), key=mx.random.key(9))
-    together = Stacked([p.apply for p in parts])(x)  # type: ignore[list-item]
+    together = Stacked([Dense(p) for p in parts])(x)
     expected = mx.concatenate([x @ p.dense(mx.float32).T for p in parts], axis=-1)
     assert np.abs(np.array(together - expected)).max() < 1e-4
 

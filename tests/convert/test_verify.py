@@ -285,7 +285,7 @@ def test_quality_agrees_with_whole_forwards_of_both_models(folder: Path, tmp_pat
     import mlx.core as mx
 
     from mlx_gptoss.checkpoint.reader import load_model
-    from mlx_gptoss.model.graph import Segment
+    from mlx_gptoss.model.batch import Segment
 
     other = write_checkpoint(tmp_path / "other", layout="mlx", recipe=MlxRecipe(dense_bits=4))
     ids = tokens(65)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.model import cpu
+from mlx_gptoss.model.batch import Batch, Segment
+from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.config import ModelConfig
+from mlx_gptoss.model.experts import ExpertWeights, ResidentExperts
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import MXFP4, Quantization
+from tests.support.checkpoints import hf_config
+from tests.support.random_weights import Shape
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="this is the CPU backend's own code")
 
@@ -17,46 +25,85 @@ E, OUT, IN = 3, 300, 64
 RNG = np.random.default_rng(4)
 
 
-def stack() -> Matrix:
-    blocks = RNG.integers(0, 2**32, (E, OUT, IN // 8), dtype=np.uint32)
-    scales = RNG.integers(118, 124, (E, OUT, IN // 32), dtype=np.uint8)
+def normal(*shape: int) -> mx.array:
+    return mx.array(RNG.standard_normal(shape).astype(np.float32))
+
+
+def mxfp4(outputs: int = OUT, inputs: int = IN) -> Matrix:
+    blocks = RNG.integers(0, 2**32, (E, outputs, inputs // 8), dtype=np.uint32)
+    scales = RNG.integers(118, 124, (E, outputs, inputs // 32), dtype=np.uint8)
     return Matrix(mx.array(blocks), mx.array(scales), None, MXFP4)
 
 
-def dense() -> mx.array:
-    return mx.array(RNG.standard_normal((OUT, IN)).astype(np.float32))
-
-
-def affine() -> Matrix:
-    weight, scales, biases = mx.quantize(dense(), group_size=64, bits=4)
+def affine(*shape: int) -> Matrix:
+    weight, scales, biases = mx.quantize(normal(*shape), group_size=64, bits=4)
     return Matrix(weight, scales, biases, Quantization("affine", 4, 64))
 
 
-@pytest.mark.parametrize("large", [True, False])
+def thresholds(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    """Let every matrix count as large, small or neither."""
+    large, small = {"large": (1, 1), "small": (1 << 30, 1), "tiny": (1 << 30, 1 << 30)}[size]
+    monkeypatch.setattr(cpu, "LARGE", large)
+    monkeypatch.setattr(cpu, "SMALL", small)
+
+
+@pytest.mark.parametrize("size", ["large", "small", "tiny"])
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("make", [lambda: Matrix(dense()), affine])
-def test_a_matrix_is_applied_as_mlx_applies_it(make, rows, large, monkeypatch):
-    monkeypatch.setattr(cpu, "LARGE", 1 if large else 1 << 30)
-    monkeypatch.setattr(cpu, "SMALL", 1)
-    matrix = make()
-    x = mx.array(RNG.standard_normal((rows, IN)).astype(np.float32))
+@pytest.mark.parametrize("make", [lambda: Matrix(normal(OUT, IN)), lambda: affine(OUT, IN)])
+def test_a_matrix_is_applied_as_mlx_applies_it(
+    make: Callable[[], Matrix], rows: int, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds(monkeypatch, size)
+    matrix, x = make(), normal(rows, IN)
     assert np.abs(np.array(cpu.HostProjection(matrix)(x) - matrix.apply(x))).max() < 1e-4
 
 
-def test_halves_of_a_stack_of_experts_are_the_whole():
-    matrix = stack()
-    x = mx.array(RNG.standard_normal((5, 1, IN)).astype(np.float32))
+def test_halves_of_a_stack_of_experts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds(monkeypatch, "large")
+    matrix, x = mxfp4(), normal(5, 1, IN)
     chosen, rows = mx.array([[2, 0], [1, 2], [0, 1]]), mx.array([[4, 0], [1, 2], [3, 3]])
-    halves = cpu.HalvedStack(matrix).gather(x, chosen, rows)
+    halves = cpu.HostStack(matrix).gather(x, chosen, rows)
     assert np.array_equal(np.array(halves), np.array(matrix.gather(x, chosen, rows)))
 
 
-@pytest.mark.parametrize("kind", [cpu.HalvedStack, cpu.SmallStack])
-def test_rows_by_expert_are_what_mlx_gathers(kind, monkeypatch):
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_rows_by_expert_are_what_mlx_gathers(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds(monkeypatch, size)
     monkeypatch.setattr(cpu, "UNPACK_ROWS", 70)
-    matrix = stack()
-    x = RNG.standard_normal((11, IN)).astype(np.float32)
+    matrix, x = mxfp4(), RNG.standard_normal((11, IN)).astype(np.float32)
     experts = RNG.integers(0, 2, 11)  # the last expert has no row
     rows = mx.arange(11, dtype=mx.uint32)
     gathered = matrix.gather(mx.array(x)[:, None], mx.array(experts.astype(np.uint32)), rows)
-    assert np.abs(kind(matrix).by_expert(x, experts) - np.array(gathered)[:, 0]).max() < 1e-4
+    found = cpu.HostStack(matrix).by_expert(x, experts)
+    assert np.abs(found - np.array(gathered)[:, 0]).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", ["large", "small", "tiny"])
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("down", ["mxfp4", "affine", "dense"])
+@pytest.mark.parametrize("gate_up", ["mxfp4", "affine", "dense"])
+def test_experts_in_any_two_formats_are_applied_as_on_a_gpu(
+    gate_up: str, down: str, tokens: int, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds(monkeypatch, size)
+    hidden, inner, k = IN, 128, 2
+    make: dict[str, Callable[[int, int], Matrix]] = {
+        "mxfp4": mxfp4,
+        "affine": lambda outputs, inputs: affine(E, outputs, inputs),
+        "dense": lambda outputs, inputs: Matrix(normal(E, outputs, inputs)),
+    }
+    weights = ExpertWeights(
+        make[gate_up](2 * inner, hidden),
+        make[down](hidden, inner),
+        normal(E, 2 * inner + hidden),
+        interleaved=True,
+        limit=7.0,
+        alpha=1.702,
+    )
+    config = ModelConfig.from_hf(hf_config(Shape()))
+    batch = Batch([Segment(tokens, SequenceCache(config, mx.float32))], k)
+    x, chosen = normal(tokens, hidden), mx.array(RNG.integers(0, E, (tokens, k)).astype(np.uint32))
+    expected = np.array(ResidentExperts(weights)(x, chosen, batch))
+    found = np.array(cpu.HostExperts(weights)(x, chosen, batch))
+    assert found.shape == (tokens, k, hidden)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

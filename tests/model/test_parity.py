@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import SequenceCache
-from mlx_gptoss.model.graph import Model, Segment
+from mlx_gptoss.model.graph import Model
 from tests.support.checkpoints import write_checkpoint
 from tests.support.golden_cases import NAMES, load_golden
 from tests.support.oracle import forward

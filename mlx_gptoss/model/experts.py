@@ -1,0 +1,121 @@
+"""A layer's experts and how they are applied. Experts is the seam: the reader chooses who stands there.
+
+Shapes: T tokens, k experts a token, E experts, D hidden, F intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_gptoss.device import fuse
+from mlx_gptoss.model.batch import Batch
+from mlx_gptoss.model.matrix import Matrix
+
+# Below this many (token, expert) pairs, sorting the pairs by expert costs a GPU more than it saves.
+SORT_FROM = 64
+
+
+class Experts(Protocol):
+    """The way in which a layer's experts are applied."""
+
+    def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
+        """x [T, D], the experts chosen for each row [T, k] -> their outputs [T, k, D]."""
+        ...
+
+    def arrays(self) -> list[mx.array]:
+        """Every weight that is in memory."""
+        ...
+
+
+class Stack(Protocol):
+    """The matrices of all experts, of which each row takes one; a Matrix is one."""
+
+    def gather(
+        self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
+    ) -> mx.array: ...
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The stacked experts' two matrices and biases, and the numbers of their activation.
+
+    gate_up is [E, 2F, D] with rows gate, up, gate, up .. when `interleaved` (as published), else all
+    gates and then all ups; down is [E, D, F]. `bias` is [E, 2F + D]: the gate_up bias and the down bias side
+    by side, so that one gather fetches both.
+    """
+
+    gate_up: Matrix
+    down: Matrix
+    bias: mx.array
+    interleaved: bool
+    limit: float
+    alpha: float
+
+    def activate(self, h: mx.array, bias: mx.array) -> mx.array:
+        """SwiGLU of gate_up's outputs [.., 2F] and the experts' biases [.., 2F + D] -> [.., F]."""
+        swiglu = _swiglu_interleaved if self.interleaved else _swiglu_halves
+        return swiglu(h, bias[..., : self.gate_up.outputs], limit=self.limit, alpha=self.alpha)
+
+    def add_bias(self, y: mx.array, bias: mx.array) -> mx.array:
+        """down's outputs [.., D] plus their part of the biases [.., 2F + D]."""
+        return y + bias[..., self.gate_up.outputs :]
+
+    def arrays(self) -> list[mx.array]:
+        return [self.bias, *self.gate_up.arrays(), *self.down.arrays()]
+
+
+def by_pair(
+    weights: ExpertWeights, gate_up: Stack, down: Stack, x: mx.array, chosen: mx.array, batch: Batch
+) -> mx.array:
+    """Every (token, expert) pair by itself, in the tokens' order; the stacks hold the weights' matrices."""
+    bias = weights.bias[chosen]
+    h = gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
+    pairs = weights.activate(h, bias).reshape(chosen.size, 1, -1)
+    return weights.add_bias(down.gather(pairs, chosen, batch.pair).squeeze(-2), bias)
+
+
+class ResidentExperts:
+    """All experts in memory, applied by MLX's gathering products: the way on a GPU."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+
+    def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
+        weights = self.weights
+        if chosen.size < SORT_FROM:
+            return by_pair(weights, weights.gate_up, weights.down, x, chosen, batch)
+        # The pairs in the experts' order: each expert is read once.
+        flat = chosen.flatten()
+        order = mx.argsort(flat)
+        experts = flat[order]
+        bias = weights.bias[experts]
+        rows = x[order // chosen.shape[-1]][:, None]
+        h = weights.activate(weights.gate_up.gather(rows, experts, None, in_order=True).squeeze(-2), bias)
+        y = weights.down.gather(h[:, None], experts, None, in_order=True).squeeze(-2)
+        return weights.add_bias(y, bias)[mx.argsort(order)].reshape(*chosen.shape, -1)
+
+    def arrays(self) -> list[mx.array]:
+        return self.weights.arrays()
+
+
+def _swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
+    """gate clamped from above only, up on both sides: gate * sigmoid(alpha * gate) * (up + 1)."""
+    gate = mx.minimum(gate, limit)
+    up = mx.clip(up, -limit, limit)
+    return gate * mx.sigmoid(alpha * gate) * (up + 1)
+
+
+@fuse
+def _swiglu_interleaved(h: mx.array, bias: mx.array, limit: float, alpha: float) -> mx.array:
+    """Rows gate, up, gate, up .. [.., 2F] with their bias -> [.., F]."""
+    return _swiglu(h[..., ::2] + bias[..., ::2], h[..., 1::2] + bias[..., 1::2], limit, alpha)
+
+
+@fuse
+def _swiglu_halves(h: mx.array, bias: mx.array, limit: float, alpha: float) -> mx.array:
+    """All gates, then all ups, [.., 2F] with their bias -> [.., F]."""
+    width = h.shape[-1] // 2
+    return _swiglu(h[..., :width] + bias[..., :width], h[..., width:] + bias[..., width:], limit, alpha)
