@@ -20,8 +20,8 @@ from mlx_gptoss.errors import RequestError
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Freed buffers that MLX may keep for reuse, bytes.
-CACHE_LEAST = 64 * 2**20
-CACHE_MOST = 1024 * 2**20
+CACHE_MIN = 64 * 2**20
+CACHE_MAX = 1024 * 2**20
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -88,7 +88,7 @@ def limit_memory(weights: int) -> None:
     weights: bytes of the model. The wired limit is 95 % of the device's recommended working set: the rest is
     a margin for other programs. Reuse of buffers pays for small ones; large ones would outgrow the plan.
     """
-    mx.set_cache_limit(max(CACHE_LEAST, min(CACHE_MOST, weights // 32)))
+    mx.set_cache_limit(max(CACHE_MIN, min(CACHE_MAX, weights // 32)))
     if not mx.metal.is_available():
         return
     working_set = mx.device_info().get("max_recommended_working_set_size")

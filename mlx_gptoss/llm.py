@@ -31,7 +31,7 @@ from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError
 from mlx_gptoss.grammar import Schema
 from mlx_gptoss.harmony import Conversation, Done, Event, Reply
-from mlx_gptoss.model.cache import GROW_LEAST, GROW_MOST, SequenceCache
+from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint
 from mlx_gptoss.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
     )
     # A slab grows in steps, so a sequence of the longest context must not need all of it: what is left is the
     # longest n with n + _step(n) <= holds.
-    holds -= min(max(holds // 2 + GROW_LEAST // 2, 2 * GROW_LEAST), GROW_MOST + GROW_LEAST)
+    holds -= min(max(holds // 2 + GROW_MIN // 2, 2 * GROW_MIN), GROW_MAX + GROW_MIN)
     wanted = config.max_position if options.max_context is None else options.max_context
     if wanted > config.max_position:
         raise RequestError(
@@ -354,7 +354,7 @@ def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple
 
 def _step(tokens: int) -> int:
     """The most room, tokens, that a slab of so many tokens has beyond them (see FullCache.capacity_for)."""
-    return min(max(tokens, GROW_LEAST), GROW_MOST) + GROW_LEAST
+    return min(max(tokens, GROW_MIN), GROW_MAX) + GROW_MIN
 
 
 def system_prefix(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:

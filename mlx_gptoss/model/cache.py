@@ -21,8 +21,8 @@ Mask = mx.array | str | None
 KVBits = tuple[int | None, int | None]
 
 # Full layers' slabs grow by doubling between these two numbers of tokens: few copies, bounded waste.
-GROW_LEAST = 256
-GROW_MOST = 4096
+GROW_MIN = 256
+GROW_MAX = 4096
 # Sliding layers: history kept beyond the window at a compaction, and room until the next one.
 SLACK = 64
 SPARE = 256
@@ -101,12 +101,12 @@ class FullCache:
         """The capacity the slab has once it holds `tokens` tokens, if it holds them one step from now."""
         if tokens <= self.capacity:
             return self.capacity
-        room = tokens + min(max(self.length, GROW_LEAST), GROW_MOST)
-        return -(-room // GROW_LEAST) * GROW_LEAST
+        room = tokens + min(max(self.length, GROW_MIN), GROW_MAX)
+        return -(-room // GROW_MIN) * GROW_MIN
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
-        tokens = -(-tokens // GROW_LEAST) * GROW_LEAST
+        tokens = -(-tokens // GROW_MIN) * GROW_MIN
         if tokens <= self.capacity:
             return
         for i, slab in enumerate(self._slabs):
@@ -496,7 +496,7 @@ class SequenceCache:
         `rewind`.
         """
         total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
-        self.reserve(total + GROW_LEAST)
+        self.reserve(total + GROW_MIN)
         for layer in self.full:
             for span in spans:
                 layer.write(span[: layer.part_count])

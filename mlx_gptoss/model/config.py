@@ -19,8 +19,8 @@ from mlx_gptoss.errors import ConfigError
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-LARGEST = 2**31 - 1  # what MLX takes as a size
-MOST_LAYERS = 1000  # bounds the tables that are made a layer; gpt-oss-120b has 36
+MAX_SIZE = 2**31 - 1  # what MLX takes as a size
+MAX_LAYERS = 1000  # bounds the tables that have an entry a layer; gpt-oss-120b has 36
 SWIGLU_ALPHA = 1.702  # fixed in the published reference, and absent from its config
 
 
@@ -69,30 +69,16 @@ class ModelConfig:
                 f"config.json: model_type is {model_type!r}: expected 'gpt_oss'. "
                 "This package runs gpt-oss models and their fine-tunes only"
             )
-        get = _Reader(raw, "config.json")
-        layers = get.whole("num_hidden_layers", most=MOST_LAYERS)
-        rope, theta = _read_hf_rope(raw, get)
-        experts_per_token = get.whole("num_experts_per_tok", "experts_per_token")
         for flag, expected in (("tie_word_embeddings", False), ("attention_bias", True)):
             if raw.get(flag, expected) is not expected:
                 raise ConfigError(f"config.json: {flag} is {raw[flag]!r}: gpt-oss models have {expected}")
-        return cls(
-            num_layers=layers,
-            hidden_size=get.whole("hidden_size"),
-            intermediate_size=get.whole("intermediate_size"),
-            num_experts=get.whole("num_local_experts", "num_experts"),
-            experts_per_token=experts_per_token,
-            head_dim=get.whole("head_dim"),
-            num_attention_heads=get.whole("num_attention_heads"),
-            num_kv_heads=get.whole("num_key_value_heads"),
-            vocab_size=get.whole("vocab_size"),
-            sliding_window=get.whole("sliding_window"),
-            layer_types=_layer_types(raw.get("layer_types"), layers),
+        get = _Reader(raw, "config.json")
+        rope, theta = _read_hf_rope(raw, get)
+        return cls._read(
+            get,
             rms_norm_eps=get.number("rms_norm_eps"),
             rope_theta=theta,
             rope=rope,
-            swiglu_limit=get.number("swiglu_limit", default=7.0),
-            swiglu_alpha=get.number("swiglu_alpha", default=SWIGLU_ALPHA),
             max_position=get.whole("max_position_embeddings"),
         )
 
@@ -100,26 +86,15 @@ class ModelConfig:
     def from_original(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read OpenAI's keys (`original/config.json`). Raises ConfigError naming the field at fault."""
         get = _Reader(raw, "original/config.json")
-        layers = get.whole("num_hidden_layers", most=MOST_LAYERS)
         factor = get.number("rope_scaling_factor")
         initial = get.whole("initial_context_length")
-        if initial * factor > LARGEST:
+        if initial * factor > MAX_SIZE:
             raise ConfigError(
                 f"original/config.json: rope_scaling_factor is {factor!r}: expected a context of at most "
-                f"{LARGEST:,} tokens with initial_context_length, {initial}"
+                f"{MAX_SIZE:,} tokens with initial_context_length, {initial}"
             )
-        return cls(
-            num_layers=layers,
-            hidden_size=get.whole("hidden_size"),
-            intermediate_size=get.whole("intermediate_size"),
-            num_experts=get.whole("num_experts"),
-            experts_per_token=get.whole("experts_per_token"),
-            head_dim=get.whole("head_dim"),
-            num_attention_heads=get.whole("num_attention_heads"),
-            num_kv_heads=get.whole("num_key_value_heads"),
-            vocab_size=get.whole("vocab_size"),
-            sliding_window=get.whole("sliding_window"),
-            layer_types=_layer_types(None, layers),
+        return cls._read(
+            get,
             rms_norm_eps=1e-5,  # fixed in the published reference, and absent from its config
             rope_theta=get.number("rope_theta"),
             # The reference names YaRN's betas after the NTK paper's: alpha is the slow end, beta the
@@ -131,9 +106,33 @@ class ModelConfig:
                 original_max_position=initial,
                 truncate=False,
             ),
+            max_position=round(initial * factor),
+        )
+
+    @classmethod
+    def _read(
+        cls, get: _Reader, *, rms_norm_eps: float, rope_theta: float, rope: YarnConfig, max_position: int
+    ) -> ModelConfig:
+        """What both forms name alike, and what they do not."""
+        layers = get.whole("num_hidden_layers", maximum=MAX_LAYERS)
+        return cls(
+            num_layers=layers,
+            hidden_size=get.whole("hidden_size"),
+            intermediate_size=get.whole("intermediate_size"),
+            num_experts=get.whole("num_local_experts", "num_experts"),
+            experts_per_token=get.whole("num_experts_per_tok", "experts_per_token"),
+            head_dim=get.whole("head_dim"),
+            num_attention_heads=get.whole("num_attention_heads"),
+            num_kv_heads=get.whole("num_key_value_heads"),
+            vocab_size=get.whole("vocab_size"),
+            sliding_window=get.whole("sliding_window"),
+            layer_types=_layer_types(get.raw.get("layer_types"), layers),
+            rms_norm_eps=rms_norm_eps,
+            rope_theta=rope_theta,
+            rope=rope,
             swiglu_limit=get.number("swiglu_limit", default=7.0),
             swiglu_alpha=get.number("swiglu_alpha", default=SWIGLU_ALPHA),
-            max_position=round(initial * factor),
+            max_position=max_position,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -206,36 +205,30 @@ class _Reader:
         self.raw = raw
         self.where = where
 
-    def _take(self, names: tuple[str, ...]) -> Any:
+    def _take(self, names: tuple[str, ...], default: Any = None) -> Any:
         present = {n: self.raw[n] for n in names if self.raw.get(n) is not None}
         if len(set(map(repr, present.values()))) > 1:
             told = " and ".join(f"{n} = {v!r}" for n, v in present.items())
             raise ConfigError(f"{self.where}: {told} contradict each other")
-        return next(iter(present.values()), None)
-
-    def whole(self, *names: str, most: int = LARGEST) -> int:
-        value = self._take(names)
+        value = next(iter(present.values()), default)
         if value is None:
-            raise ConfigError(f"{self.where}: {names[0]} is missing")
+            raise ConfigError(f"{self.where}: {' or '.join(names)} is missing")
+        return value
+
+    def whole(self, *names: str, maximum: int = MAX_SIZE) -> int:
+        value = self._take(names)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
             raise ConfigError(
-                f"{self.where}: {names[0]} is {value!r}: expected a whole number from 1 to {most:,}"
+                f"{self.where}: {names[0]} is {value!r}: expected a whole number from 1 to {maximum:,}"
             )
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
-        value = self._take(names)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{self.where}: {names[0]} is missing")
-        if (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not 0 < value <= sys.float_info.max
-        ):
+        value = self._take(names, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self.where}: {names[0]} is {value!r}: expected a number above 0")
         return float(value)
 
@@ -252,11 +245,9 @@ def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, flo
         kind = block.get("rope_type", block.get("type"))
         if kind != "yarn":
             raise ConfigError(f"config.json: {key}.rope_type is {kind!r}: gpt-oss models have 'yarn'")
-        inner = _Reader(block, f"config.json: {key}")
+        initial = raw.get("initial_context_length")
+        inner = _Reader({"original_max_position_embeddings": initial, **block}, f"config.json: {key}")
         theta = inner.number("rope_theta", default=raw.get("rope_theta"))
-        initial = block.get("original_max_position_embeddings", raw.get("initial_context_length"))
-        if initial is None:
-            raise ConfigError(f"config.json: {key}.original_max_position_embeddings is missing")
         if "truncate" in block and not isinstance(block["truncate"], bool):
             raise ConfigError(f"config.json: {key}.truncate is {block['truncate']!r}: expected true or false")
         for ignored in ("attention_factor", "mscale", "mscale_all_dim"):
@@ -269,7 +260,7 @@ def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, flo
             factor=inner.number("factor"),
             beta_fast=inner.number("beta_fast", default=32.0),
             beta_slow=inner.number("beta_slow", default=1.0),
-            original_max_position=_Reader({"n": initial}, f"config.json: {key}").whole("n"),
+            original_max_position=inner.whole("original_max_position_embeddings"),
             # transformers takes an absent `truncate` as true; gpt-oss's own configs always hold it.
             truncate=block.get("truncate", True),
         )
@@ -278,14 +269,13 @@ def _read_hf_rope(raw: Mapping[str, Any], get: _Reader) -> tuple[YarnConfig, flo
         raise ConfigError("config.json: rope_scaling (or rope_parameters) is missing")
     if len(found) == 2 and found[0] != found[1]:
         raise ConfigError("config.json: rope_parameters and rope_scaling contradict each other")
-    yarn, theta = found[0]
-    outer = raw.get("rope_theta")
-    if outer is not None and get.number("rope_theta") != theta:
+    theta = found[0][1]
+    if (outer := raw.get("rope_theta")) is not None and get.number("rope_theta") != theta:
         raise ConfigError(
             f"config.json: rope_theta is {outer!r} and rope_parameters.rope_theta is {theta!r}: "
             "they contradict each other"
         )
-    return yarn, theta
+    return found[0]
 
 
 def _layer_types(raw: Any, layers: int) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def model() -> TinyModel:
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small steps, so that short tests grow and compact often."""
-    for name, value in (("SLACK", 4), ("SPARE", 12), ("GROW_LEAST", 8), ("GROW_MOST", 16)):
+    for name, value in (("SLACK", 4), ("SPARE", 12), ("GROW_MIN", 8), ("GROW_MAX", 16)):
         monkeypatch.setattr(caches, name, value)
 
 
