@@ -5,19 +5,18 @@ Nothing is claimed that was not recorded there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mlx_gptoss.checkpoint.hub import is_repo_id
 from mlx_gptoss.checkpoint.layouts import PARTS
-from mlx_gptoss.convert.manifest import Manifest
+from mlx_gptoss.convert.manifest import Action, Manifest, Quality
 from mlx_gptoss.convert.verify import part_reports
 from mlx_gptoss.errors import ConversionError
 
 OPENAI_LICENSE = "apache-2.0"  # both published checkpoints
 
-_FORMATS = {
+_FORMATS: dict[Action, str] = {
     "copy": "the source's bytes, unchanged",
     "relayout": "the source's values, reordered",
     "cast": "rounded to bfloat16",
@@ -107,20 +106,20 @@ def _packing(manifest: Manifest, part: str) -> tuple[str, str]:
     return ", ".join(map(str, sorted(bits))), ", ".join(map(str, sorted(groups)))
 
 
-def _quality_section(quality: Mapping[str, Any] | None) -> str:
+def _quality_section(quality: Quality | None) -> str:
     if quality is None:
         return ""
     rows = [
         ("measure", "value"),
-        ("KL divergence, mean", f"{quality['kl']:.4f} nats"),
-        ("KL divergence, 99th percentile", f"{quality['kl_p99']:.4f} nats"),
-        ("same likeliest token", f"{quality['top1']:.1%}"),
-        ("perplexity, source", f"{quality['perplexity_source']:.3f}"),
-        ("perplexity, this model", f"{quality['perplexity']:.3f}"),
+        ("KL divergence, mean", f"{quality.kl:.4f} nats"),
+        ("KL divergence, 99th percentile", f"{quality.kl_p99:.4f} nats"),
+        ("same likeliest token", f"{quality.top1:.1%}"),
+        ("perplexity, source", f"{quality.perplexity_source:.3f}"),
+        ("perplexity, this model", f"{quality.perplexity:.3f}"),
     ]
     return (
-        f"## Quality\n\nAgainst the source's own weights, in float32, over {quality['tokens']:,} tokens of "
-        f"{quality['text']}:\n\n{_table(rows)}"
+        f"## Quality\n\nAgainst the source's own weights, in float32, over {quality.tokens:,} tokens of "
+        f"{quality.text}:\n\n{_table(rows)}"
     )
 
 

@@ -15,6 +15,7 @@ from mlx_gptoss.checkpoint.layouts import HF, MLX
 from mlx_gptoss.checkpoint.safetensors import DTYPES
 from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.convert.finite import not_finite
+from mlx_gptoss.convert.manifest import Action
 from mlx_gptoss.convert.recipes import Recipe
 from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.convert.tensors import Extent, SourceTensor, to_float32
@@ -72,7 +73,7 @@ class Job:
     """
 
     part: str
-    action: str
+    action: Action
     sources: tuple[str, ...]
     outputs: tuple[Output, ...]
     extent: Extent | None = None
@@ -162,7 +163,7 @@ def _plain_job(tensor: SourceTensor, part: str) -> Job:
     if tensor.extent is not None and not cast:
         return Job(part, "copy", tensor.sources, (output,), tensor.extent)
     compute = partial(_cast if cast else _relayout, tensor)
-    action = "cast" if cast else "relayout"
+    action: Action = "cast" if cast else "relayout"
     return Job(part, action, tensor.sources, (output,), None, compute, _chunk_rows(tensor))
 
 
@@ -203,10 +204,8 @@ def _matrix_jobs(jobs: Jobs, tensor: SourceTensor, recipe: Recipe, search: bool)
     # MLX's quantiser takes bfloat16: what is not stored so is searched, which takes float32.
     fast = not search and tensor.dtype == "BF16"
     chunk_rows = _chunk_rows(tensor)
-    if fast:
-        compute, action = partial(_fast_rows, tensor, kept, chunk_rows), "affine"
-    else:
-        compute, action = partial(_searched_rows, tensor, kept), "affine-search"
+    compute = partial(_fast_rows, tensor, kept, chunk_rows) if fast else partial(_searched_rows, tensor, kept)
+    action: Action = "affine" if fast else "affine-search"
     yield Job(part, action, tensor.sources, outputs, None, compute, chunk_rows)
 
 
@@ -260,7 +259,7 @@ def _expert_job(tensor: SourceTensor, *, search: bool) -> Job:
         Output(tensor.name + HF.expert_weight, "U8", (experts, rows, groups, mxfp4.GROUP // 2), MXFP4),
         Output(tensor.name + HF.expert_scales, "U8", (experts, rows, groups)),
     )
-    action = "mxfp4-search" if search else "mxfp4"
+    action: Action = "mxfp4-search" if search else "mxfp4"
     return Job("experts", action, tensor.sources, outputs, None, partial(_expert_rows, tensor, search), 1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Record:
     def relative_error(self) -> float | None:
         """sqrt(error / norm); None when nothing was measured."""
         if self.squared_norm > 0:
-            return (self.squared_error / self.squared_norm) ** 0.5
+            return math.sqrt(self.squared_error / self.squared_norm)
         return 0.0 if self.squared_error == 0 else None
 
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.reader import Checkpoint
-from mlx_gptoss.convert.manifest import read_manifest
+from mlx_gptoss.convert.manifest import Quality, read_manifest
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.cache import SequenceCache
@@ -32,26 +30,6 @@ from mlx_gptoss.tokenizer import Tokenizer
 DEFAULT_TEXT = "Alice's Adventures in Wonderland, chapter I (Lewis Carroll, 1865)"
 WINDOW = 512  # tokens of context that a prediction sees at most
 HEAD_ROWS = 64  # positions whose logits are in memory at once: 64 x 201,088 x 4 bytes = 51 MB a model
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The source's predictions against the conversion's, over `tokens` positions of `text` (its name).
-
-    kl: mean KL divergence in nats; kl_p99: its 99th percentile over positions; top1: share of positions
-    whose likeliest token is the same; perplexities of the source and of the conversion.
-    """
-
-    text: str
-    tokens: int
-    kl: float
-    kl_p99: float
-    top1: float
-    perplexity_source: float
-    perplexity: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def default_text() -> str:
@@ -153,7 +131,7 @@ def compare(
 
 def record(folder: str | Path, quality: Quality) -> None:
     """Note the figures in the folder's manifest, from which the model card takes them."""
-    dataclasses.replace(read_manifest(folder), quality=quality.to_dict()).write(folder)
+    dataclasses.replace(read_manifest(folder), quality=quality).write(folder)
 
 
 def _check_same_model(source: Checkpoint, converted: Checkpoint) -> None:

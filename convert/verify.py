@@ -21,7 +21,14 @@ from mlx_gptoss.checkpoint.safetensors import TensorInfo, read_folder, read_head
 from mlx_gptoss.convert.against_source import Comparison, compare_with_source
 from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.gguf_source import gguf_files
-from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from mlx_gptoss.convert.manifest import (
+    MANIFEST_NAME,
+    Action,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+)
 from mlx_gptoss.convert.sources import is_gguf
 from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
 
@@ -54,7 +61,7 @@ class PartReport:
     part: str
     tensors: int
     bytes: int
-    actions: tuple[str, ...]
+    actions: tuple[Action, ...]
     recorded: float | None
     measured: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,7 @@ from mlx_gptoss.cli.progress import byte_bar
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mlx_gptoss.convert.quality import Quality
+    from mlx_gptoss.convert.manifest import Quality
     from mlx_gptoss.convert.verify import Verification
 
 
@@ -63,7 +64,7 @@ def verify(
     if origin is not None and (quality or text) and found.ok:
         measured = _measure(root, origin, text, as_json)
     if as_json:
-        click.echo(json.dumps(found.to_dict() | {"quality": measured and measured.to_dict()}, indent=2))
+        click.echo(json.dumps(found.to_dict() | {"quality": measured and asdict(measured)}, indent=2))
         ctx.exit(0 if found.ok else 1)
     _print_tables(found, measured)
     found.check()

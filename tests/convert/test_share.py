@@ -12,7 +12,7 @@ from mlx_gptoss import cli
 from mlx_gptoss.checkpoint import hub
 from mlx_gptoss.convert.card import model_card
 from mlx_gptoss.convert.convert import convert
-from mlx_gptoss.convert.manifest import MANIFEST_NAME, Manifest, SourceEntry, read_manifest
+from mlx_gptoss.convert.manifest import MANIFEST_NAME, Manifest, Quality, SourceEntry, read_manifest
 from mlx_gptoss.convert.recipes import make_recipe
 from mlx_gptoss.convert.share import plan, upload
 from mlx_gptoss.convert.verify import verify
@@ -248,15 +248,7 @@ def test_the_card_prints_recorded_errors_and_quality(manifest: Manifest) -> None
     name = "lm_head.weight"
     tensors = dict(manifest.tensors)
     tensors[name] = replace(tensors[name], action="affine-search", relative_error=0.0731)
-    quality = {
-        "text": "a book",
-        "tokens": 1234,
-        "kl": 0.0123,
-        "kl_p99": 0.2,
-        "top1": 0.971,
-        "perplexity_source": 3.5,
-        "perplexity": 3.6,
-    }
+    quality = Quality("a book", 1234, 0.0123, 0.2, 0.971, 3.5, 3.6)
     text = model_card(replace(manifest, tensors=tensors, quality=quality), REPO)
     assert "7.31%" in text and "0.0123 nats" in text and "97.1%" in text and "1,234 tokens of a book" in text
 
