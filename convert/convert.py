@@ -11,30 +11,32 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.finite import Watch, not_finite
-from mlx_gptoss.convert.jobs import Chunk, Job, Jobs, make_config, make_jobs
+from mlx_gptoss.convert.jobs import Chunk, Job, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
 from mlx_gptoss.convert.recipes import Recipe, make_recipe
-from mlx_gptoss.convert.sidecars import Sidecar, find_sidecars
+from mlx_gptoss.convert.sidecars import find_sidecars
 from mlx_gptoss.convert.sources import Source, is_gguf, open_source
+from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.convert.writer import (
-    Layout,
+    Shard,
+    ShardLayout,
     ShardWriter,
     lay_out,
     sync_folder,
     write_error,
-    write_index,
-    write_text,
+    write_file,
 )
 from mlx_gptoss.errors import ConversionError
 
@@ -106,24 +108,66 @@ def convert(
         "tool version": version("mlx-gptoss"),
         "recipe": recipe.to_dict(),
         "options": {"fast": fast, "mxfp4_search": mxfp4_search, "shard_size": shard_size},
-        "tokenizer": {s.name: hashlib.sha256(s.content()).hexdigest() for s in sidecars},
+        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in sidecars.items()},
     }
-    names = {shard.name for shard in layout.shards} | {sidecar.name for sidecar in sidecars}
-    work = _Workplace(Path(target).expanduser(), names | {INDEX_NAME, "config.json", MANIFEST_NAME})
+    small = {"config.json": _json(make_config(opened, jobs), indent=2), **sidecars}
+    if layout.index is not None:
+        small[INDEX_NAME] = _json(layout.index, indent=1)
+    names = {*(shard.name for shard in layout.shards), *small, INDEX_NAME, MANIFEST_NAME}
+    work = _Workplace(Path(target).expanduser(), names)
     if (finished := work.prepare(identity, restart=restart)) is not None:
         return Converted(work.target, finished, tuple(jobs.notes))
     with Journal(work.partial, identity, restart=restart) as journal:
         work.open_output(restart=restart)
         work.check_space(layout)
-        run = _Run(opened, jobs, layout, journal, progress, hash_files=not fast)
+        run = _Run(jobs.all, journal, progress)
         with ShardWriter(work.output, layout, run.check_stop) as writer:
             run.all_jobs(writer, workers or min(os.cpu_count() or 1, MAX_WORKERS))
             opened.check_unchanged(fingerprint)
             writer.sync()
-            files = run.shard_entries(writer)
-        manifest = _finish(work, run, recipe, sidecars, files)
+            files = {shard.name: FileEntry(shard.size) for shard in layout.shards}
+            if not fast:
+                files = run.hashed(writer, layout.shards)
+        for name, content in small.items():
+            write_file(work.output / name, content)
+            files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        manifest = Manifest(
+            tool_version=version("mlx-gptoss"),
+            source=opened.entry(),
+            recipe=recipe.to_dict(),
+            tensors=dict(_entries(jobs.all, journal)),
+            files=files,
+        )
+        manifest.write(work.output)
         work.publish()
     return Converted(work.target, manifest, tuple(jobs.notes), run.resumed)
+
+
+def _json(content: dict[str, Any], indent: int) -> bytes:
+    return (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+def _entries(jobs: list[Job], journal: Journal) -> Iterator[tuple[str, TensorEntry]]:
+    """The manifest's tensors, out of the jobs and what the journal holds of them."""
+    for job in jobs:
+        record = journal.records[job.name]
+        action = "relayout" if job.action == "cast" and record.squared_error == 0 else job.action
+        error = 0.0 if action in ("copy", "relayout") else record.relative_error
+        for output in job.outputs:
+            packing = output.packing
+            entry = TensorEntry(
+                action=action,
+                part=job.part,
+                sources=job.sources,
+                dtype=output.dtype,
+                shape=output.shape,
+                bytes=output.nbytes,
+                sha256=record.digests[output.name],
+                relative_error=error if output is job.outputs[0] else None,
+                bits=None if packing is None else packing.bits,
+                group_size=None if packing is None else packing.group_size,
+            )
+            yield output.name, entry
 
 
 def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
@@ -135,33 +179,6 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
     folder = resolve(source, revision=revision, offline=offline, gguf=True)
     hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None
     return open_source(folder, id=hub_id)
-
-
-def _finish(
-    work: _Workplace, run: _Run, recipe: Recipe, sidecars: list[Sidecar], files: dict[str, FileEntry]
-) -> Manifest:
-    """Write everything that is not weights, the manifest last."""
-    write_index(work.output, run.layout)
-    config = make_config(run.source, run.jobs)
-    write_text(work.output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    for sidecar in sidecars:
-        try:
-            (work.output / sidecar.name).write_bytes(sidecar.content())
-        except OSError as error:
-            raise write_error(work.output / sidecar.name, error) from error
-    names = ["config.json", *(sidecar.name for sidecar in sidecars)]
-    for name in [*names, INDEX_NAME] if run.layout.index is not None else names:
-        data = (work.output / name).read_bytes()
-        files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
-    manifest = Manifest(
-        tool_version=version("mlx-gptoss"),
-        source=run.source.entry(),
-        recipe=recipe.to_dict(),
-        tensors=dict(run.tensor_entries()),
-        files=files,
-    )
-    manifest.write(work.output)
-    return manifest
 
 
 class _Workplace:
@@ -233,7 +250,7 @@ class _Workplace:
                 "move it away or choose another target"
             )
 
-    def check_space(self, layout: Layout) -> None:
+    def check_space(self, layout: ShardLayout) -> None:
         """Refuse before the first byte when the disk cannot hold what is still to be written."""
         there = 0
         for shard in layout.shards:
@@ -296,20 +313,12 @@ class _Run:
     """The work itself: jobs over a pool of threads, progress, the journal."""
 
     def __init__(
-        self,
-        source: Source,
-        jobs: Jobs,
-        layout: Layout,
-        journal: Journal,
-        progress: Callable[[Progress], None] | None,
-        *,
-        hash_files: bool,
+        self, jobs: list[Job], journal: Journal, progress: Callable[[Progress], None] | None
     ) -> None:
-        self.source, self.jobs, self.layout, self.journal = source, jobs, layout, journal
+        self.jobs, self.journal = jobs, journal
         self.resumed = 0
         self._progress = progress or (lambda _: None)
-        self._hash_files = hash_files
-        self._total = sum(job.nbytes for job in jobs.all)
+        self._total = sum(job.nbytes for job in jobs)
         self._done = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -320,88 +329,50 @@ class _Run:
 
     def all_jobs(self, writer: ShardWriter, workers: int) -> None:
         """Every job that the journal does not already hold."""
-        tasks = (task for job in self.jobs.all for task in self._tasks(writer, job))
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-            self._in_pool(pool, tasks)
-
-    def shard_entries(self, writer: ShardWriter) -> dict[str, FileEntry]:
-        """Size and hash of the shards."""
-        if not self._hash_files:
-            return {shard.name: FileEntry(shard.size) for shard in self.layout.shards}
-        self._tell(0, "hashing files")
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            futures = {shard: pool.submit(writer.shard_digest, shard) for shard in self.layout.shards}
-        return {shard.name: FileEntry(shard.size, future.result()) for shard, future in futures.items()}
-
-    def tensor_entries(self) -> Iterator[tuple[str, TensorEntry]]:
-        """The manifest's tensors, out of the jobs and the journal."""
-        for job in self.jobs.all:
-            record = self.journal.records[job.name]
-            action = "relayout" if job.action == "cast" and record.squared_error == 0 else job.action
-            exact = action in ("copy", "relayout")
-            for index, output in enumerate(job.outputs):
-                error = 0.0 if exact else record.relative_error
-                packing = output.packing
-                yield (
-                    output.name,
-                    TensorEntry(
-                        action=action,
-                        part=job.part,
-                        sources=job.sources,
-                        dtype=output.dtype,
-                        shape=output.shape,
-                        bytes=output.nbytes,
-                        sha256=record.digests[output.name],
-                        relative_error=error if index == 0 else None,
-                        bits=None if packing is None else packing.bits,
-                        group_size=None if packing is None else packing.group_size,
-                    ),
-                )
-
-    def _in_pool(self, pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], None]]) -> None:
-        futures: list[Future[None]] = [pool.submit(task) for task in tasks]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            self._stop.set()
-            for future in futures:
-                future.cancel()
-            wait(futures)
+            futures = [pool.submit(task) for job in self.jobs for task in self._tasks(writer, job)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
         self._stop.clear()
-        failures = [f.exception() for f in futures if not f.cancelled()]
-        for failure in failures:
+        for future in futures:
+            failure = None if future.cancelled() else future.exception()
             if failure is not None and not isinstance(failure, _Stopped):
                 raise failure
 
-    def _tasks(self, writer: ShardWriter, job: Job) -> Iterator[Callable[[], None]]:
-        if job.name in self.journal.records:
-            yield lambda: self._check_done(writer, job)
-        elif job.extent is not None:
-            yield lambda: self._copy(writer, job)
+    def hashed(self, writer: ShardWriter, shards: Sequence[Shard]) -> dict[str, FileEntry]:
+        """Size and hash of the shards."""
+        self._tell(0, "hashing files")
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            digests = pool.map(writer.shard_digest, shards)
+            return {s.name: FileEntry(s.size, digest) for s, digest in zip(shards, digests, strict=True)}
+
+    def _tasks(self, writer: ShardWriter, job: Job) -> list[Callable[[], None]]:
+        if job.extent is not None:
+            tasks = [partial(self._copy, writer, job, job.extent)]
         else:
             starts = range(0, job.rows, job.chunk_rows)
             pending = _Pending(len(starts))
-            for first in starts:
-                yield lambda first=first: self._chunk(writer, job, pending, first)  # type: ignore[misc]
+            tasks = [partial(self._chunk, writer, job, pending, first) for first in starts]
+        return [partial(self._check_done, writer, job, tasks)] if job.name in self.journal.records else tasks
 
-    def _check_done(self, writer: ShardWriter, job: Job) -> None:
+    def _check_done(self, writer: ShardWriter, job: Job, tasks: list[Callable[[], None]]) -> None:
         """A job the journal calls finished: believe it only if its bytes still have their hashes."""
         self.check_stop()
-        if all(writer.digest(o.name) == self.journal.records[job.name].digests[o.name] for o in job.outputs):
+        digests = self.journal.records[job.name].digests
+        if all(writer.digest(output.name) == digests[output.name] for output in job.outputs):
             with self._lock:
                 self.resumed += job.nbytes
             self._tell(job.nbytes, job.name)
-        elif job.extent is not None:
-            self._copy(writer, job)
         else:
-            pending = _Pending(len(range(0, job.rows, job.chunk_rows)))
-            for first in range(0, job.rows, job.chunk_rows):
-                self._chunk(writer, job, pending, first)
+            for task in tasks:
+                task()
 
-    def _copy(self, writer: ShardWriter, job: Job) -> None:
+    def _copy(self, writer: ShardWriter, job: Job, extent: Extent) -> None:
         self.check_stop()
-        assert job.extent is not None
-        writer.copy(job.name, job.extent, lambda count: self._tell(count, job.name))
+        writer.copy(job.name, extent, lambda count: self._tell(count, job.name))
         self._note(writer, job, 0.0, 0.0)
 
     def _chunk(self, writer: ShardWriter, job: Job, pending: _Pending, first: int) -> None:

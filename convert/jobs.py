@@ -49,11 +49,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype][0] // 8
-
-    @property
-    def row_bytes(self) -> int:
-        return self.nbytes // self.shape[0]
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class Chunk(NamedTuple):

@@ -11,7 +11,7 @@ import fcntl
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,7 @@ class Journal:
     def add(self, name: str, record: Record) -> None:
         """Note a finished job. Its bytes must have been written and hashed."""
         self.records[name] = record
-        self._append(
-            {
-                "job": name,
-                "digests": record.digests,
-                "squared_error": record.squared_error,
-                "squared_norm": record.squared_norm,
-            }
-        )
+        self._append({"job": name, **asdict(record)})
 
     def _lock(self) -> None:
         try:
@@ -90,31 +83,28 @@ class Journal:
             ) from None
 
     def _load(self, identity: dict[str, Any]) -> None:
-        with open(self.path, "rb") as stream:
-            content = stream.read()
+        content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a run that was killed may have left half a line
         os.ftruncate(self._file, len(whole))
         os.lseek(self._file, 0, os.SEEK_END)
-        lines = whole.splitlines()
-        if not lines:
+        if not whole:
             self._append(identity)
             return
         try:
-            entries = [json.loads(line) for line in lines]
-            records = {
+            begun, *entries = [json.loads(line) for line in whole.splitlines()]
+            wanted = json.loads(json.dumps(identity))  # as JSON brings it back: tuples become lists
+            differs = [key for key in wanted if begun.get(key) != wanted[key]]
+            self.records = {
                 e["job"]: Record(dict(e["digests"]), float(e["squared_error"]), float(e["squared_norm"]))
-                for e in entries[1:]
+                for e in entries
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{self.path}: not readable ({error}); start anew with --restart") from None
-        if entries[0] != json.loads(json.dumps(identity)):
-            differs = [key for key in identity if not isinstance(entries[0], dict) or key not in entries[0]]
-            differs = differs or [key for key in identity if entries[0][key] != _plain(identity[key])]
+        if differs:
             raise ConversionError(
                 f"{self.path.parent}: holds an unfinished conversion with another {' and '.join(differs)}; "
                 "repeat that command to finish it, or start anew with --restart"
             )
-        self.records = records
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:
@@ -123,8 +113,3 @@ class Journal:
                 line = line[os.write(self._file, line) :]
         except OSError as error:
             raise write_error(self.path, error) from error
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON brings it back (tuples become lists)."""
-    return json.loads(json.dumps(value))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.convert.sources import Source, read_json
+from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.model.config import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,31 +24,14 @@ GENERATION_CONFIG = "generation_config.json"
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
-@dataclass(frozen=True)
-class Sidecar:
-    """A file to write beside the weights: the bytes of `path`, or `text`."""
-
-    name: str
-    path: Path | None = None
-    text: str | None = None
-
-    def content(self) -> bytes:
-        if self.text is not None:
-            return self.text.encode()
-        assert self.path is not None
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ConversionError(f"{self.path}: cannot be read ({error.strerror})") from error
-
-
-def find_sidecars(source: Source, tokenizer: Path | None, *, need: bool) -> list[Sidecar]:
-    """What to write beside the weights, by name.
+def find_sidecars(source: Source, tokenizer: Path | None, *, need: bool) -> dict[str, bytes]:
+    """What to write beside the weights: name -> content.
 
     Tokenizer files come from `tokenizer`, else from the source's folder, else (for `original/`) from the one
-    above it. Raises ConversionError when there is no tokenizer.json and `need` is true.
+    above it. Raises ConversionError when there is no tokenizer.json and `need` is true, ConfigError for a
+    generation config that cannot be used.
     """
-    home = source.folder if source.folder.is_dir() else source.folder.parent
+    home = source.folder
     places = [home, home.parent] if home.name == "original" else [home]
     chosen = tokenizer or next((p for p in places if (p / "tokenizer.json").is_file()), None)
     if chosen is not None and not (chosen / "tokenizer.json").is_file():
@@ -58,31 +41,38 @@ def find_sidecars(source: Source, tokenizer: Path | None, *, need: bool) -> list
             f"{home}: no tokenizer.json; name a folder that has one with --tokenizer, or go without it "
             "(token ids only) with --no-tokenizer"
         )
-    found = [Sidecar(name, chosen / name) for name in TOKENIZER_FILES if chosen and (chosen / name).is_file()]
-    for name in OTHER_FILES:
-        place = next((p for p in places if (p / name).is_file()), None)
-        if place is not None:
-            found.append(Sidecar(name, place / name))
+    found = {} if chosen is None else _read([chosen], TOKENIZER_FILES)
+    found |= _read(places, OTHER_FILES)
     generation = _generation_config(places, chosen)
-    if generation is not None:
-        text = json.dumps(generation, indent=2, sort_keys=True) + "\n"
-        found.append(Sidecar(GENERATION_CONFIG, text=text))
+    if generation:
+        found[GENERATION_CONFIG] = (json.dumps(generation, indent=2, sort_keys=True) + "\n").encode()
     return found
 
 
-def _generation_config(places: list[Path], tokenizer: Path | None) -> dict[str, Any] | None:
-    """The source's generation config with every stop token in it; None when neither is known."""
+def _read(places: list[Path], names: tuple[str, ...]) -> dict[str, bytes]:
+    """Those of the files that are there, each from the first of the places that has it."""
+    found = {}
+    for name in names:
+        path = next((p / name for p in places if (p / name).is_file()), None)
+        if path is not None:
+            try:
+                found[name] = path.read_bytes()
+            except OSError as error:
+                raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
+    return found
+
+
+def _generation_config(places: list[Path], tokenizer: Path | None) -> dict[str, Any]:
+    """The source's generation config with every stop token in it; empty when neither is known."""
     path = next((p / GENERATION_CONFIG for p in places if (p / GENERATION_CONFIG).is_file()), None)
-    config = read_json(path) if path is not None else {}
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path}: holds a {type(config).__name__}, expected an object")
+    config = {} if path is None else read_object(path)
     special = {} if tokenizer is None else _added_tokens(tokenizer / "tokenizer.json")
     stops = [special[token] for token in STOP_TOKENS if token in special]
     if stops:
         given = config.get("eos_token_id", [])
         given = given if isinstance(given, list) else [given]
         config["eos_token_id"] = given + [token for token in stops if token not in given]
-    return config or None
+    return config
 
 
 def _added_tokens(path: Path) -> dict[str, int]:

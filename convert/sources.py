@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -211,11 +210,3 @@ class _Model:
             scales = interleaved(take(layout.expert_scales)).called(target + HF.expert_scales)
             stack = from_mxfp4(target, blocks, scales)
         yield replace(stack, name=target, path=target)
-
-
-def read_json(path: Path) -> Any:
-    """A small JSON file of the source. Raises ConversionError when it is not readable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: not readable as JSON ({error}); download it again") from None

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
+from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.convert.jobs import Output
 from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.errors import ConversionError
@@ -26,16 +26,6 @@ _CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a tensor goes: a shard, and the absolute offset of its first byte."""
-
-    shard: str
-    start: int
-    nbytes: int
-    row_bytes: int
-
-
-@dataclass(frozen=True)
 class Shard:
     """A file of the result: its header with the length in front, and its size in bytes."""
 
@@ -45,11 +35,11 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which tensor lies where in which file."""
+class ShardLayout:
+    """Which tensor lies where (its path: the shard's name), and the index where there are several shards."""
 
     shards: tuple[Shard, ...]
-    placements: dict[str, Placement]
+    places: dict[str, TensorInfo]
     index: dict[str, Any] | None
 
     @property
@@ -57,7 +47,7 @@ class Layout:
         return sum(shard.size for shard in self.shards)
 
 
-def lay_out(outputs: Sequence[Output], shard_size: int) -> Layout:
+def lay_out(outputs: Sequence[Output], shard_size: int) -> ShardLayout:
     """Fill shards of at most `shard_size` bytes of data in order; a larger tensor gets a shard to itself."""
     groups: list[list[Output]] = [[]]
     filled = 0
@@ -68,23 +58,24 @@ def lay_out(outputs: Sequence[Output], shard_size: int) -> Layout:
         groups[-1].append(output)
         filled += output.nbytes
     shards: list[Shard] = []
-    placements: dict[str, Placement] = {}
+    places: dict[str, TensorInfo] = {}
     for number, group in enumerate(groups, 1):
         name = "model.safetensors"
         if len(groups) > 1:
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         header = _header(group)
         position = len(header)
-        for output in group:
-            placements[output.name] = Placement(name, position, output.nbytes, output.row_bytes)
-            position += output.nbytes
+        for o in group:
+            end = position + o.nbytes
+            places[o.name] = TensorInfo(o.name, o.dtype, o.shape, position, end, Path(name))
+            position = end
         shards.append(Shard(name, header, position))
     index = None
     if len(groups) > 1:
         total = sum(output.nbytes for output in outputs)
-        weight_map = {name: placement.shard for name, placement in sorted(placements.items())}
+        weight_map = {name: place.path.name for name, place in sorted(places.items())}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return Layout(tuple(shards), placements, index)
+    return ShardLayout(tuple(shards), places, index)
 
 
 def _header(outputs: Sequence[Output]) -> bytes:
@@ -110,7 +101,7 @@ class ShardWriter:
     when the disk is full or refuses, and leaves what is written for a later run.
     """
 
-    def __init__(self, folder: Path, layout: Layout, stop: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, layout: ShardLayout, stop: Callable[[], None]) -> None:
         self._folder, self._layout, self._stop = folder, layout, stop
         self._files: dict[str, int] = {}
 
@@ -137,16 +128,19 @@ class ShardWriter:
 
     def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
         """Rows of a tensor from row `first`."""
-        place = self._layout.placements[name]
-        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        place = self._layout.places[name]
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self._write(place.path.name, data, place.start + first * (len(data) // len(rows)))
+
+    def _write(self, shard: str, data: memoryview, offset: int) -> None:
         try:
-            _write_at(self._files[place.shard], data.data, place.start + first * place.row_bytes)
+            _write_at(self._files[shard], data, offset)
         except OSError as error:
-            raise write_error(self._folder / place.shard, error) from error
+            raise write_error(self._folder / shard, error) from error
 
     def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> None:
         """Fill a tensor with a run of bytes of another file; `copied` is told of every piece."""
-        place = self._layout.placements[name]
+        place = self._layout.places[name]
         with _open_source(extent.path) as source:
             done = 0
             while done < extent.length:
@@ -157,47 +151,40 @@ class ShardWriter:
                 done += got
                 copied(got)
 
-    def _copy_piece(self, source: int, extent: Extent, done: int, place: Placement) -> int:
-        target, start = self._files[place.shard], extent.start + done
+    def _copy_piece(self, source: int, extent: Extent, done: int, place: TensorInfo) -> int:
+        shard, start = place.path.name, extent.start + done
         count = min(COPY_BYTES, extent.length - done)
         if _HAS_COPY_FILE_RANGE:
             try:
-                return os.copy_file_range(source, target, count, start, place.start + done)
+                return os.copy_file_range(source, self._files[shard], count, start, place.start + done)
             except OSError as error:
                 if error.errno not in _CANNOT_COPY:
-                    raise write_error(self._folder / place.shard, error) from error
+                    raise write_error(self._folder / shard, error) from error
         data = os.pread(source, count, start)
-        try:
-            _write_at(target, memoryview(data), place.start + done)
-        except OSError as error:
-            raise write_error(self._folder / place.shard, error) from error
+        self._write(shard, memoryview(data), place.start + done)
         return len(data)
 
-    def digest(self, name: str, see: Callable[[memoryview], None] | None = None) -> str:
+    def digest(self, name: str, see: Callable[[memoryview], None] = lambda data: None) -> str:
         """SHA-256 of a tensor's bytes as they are in the file now; `see` is shown them on the way."""
-        place = self._layout.placements[name]
-        return self._digest(place.shard, place.start, place.nbytes, see)
+        place = self._layout.places[name]
+        return self._digest(place.path.name, place.start, place.end, see)
 
     def shard_digest(self, shard: Shard) -> str:
         """SHA-256 of a whole shard."""
         return self._digest(shard.name, 0, shard.size)
 
     def _digest(
-        self, shard: str, start: int, nbytes: int, see: Callable[[memoryview], None] | None = None
+        self, shard: str, start: int, end: int, see: Callable[[memoryview], None] = lambda data: None
     ) -> str:
-        digest, buffer = hashlib.sha256(), bytearray(min(HASH_BYTES, nbytes))
-        done = 0
-        while done < nbytes:
-            if done % COPY_BYTES == 0:
-                self._stop()
-            view = memoryview(buffer)[: min(HASH_BYTES, nbytes - done)]
-            got = _read_at(self._files[shard], view, start + done)
-            if got == 0:
+        digest = hashlib.sha256()
+        for offset in range(start, end, HASH_BYTES):
+            self._stop()
+            size = min(HASH_BYTES, end - offset)
+            data = os.pread(self._files[shard], size, offset)
+            if len(data) < size:
                 raise ConversionError(f"{self._folder / shard}: became shorter while it was being written")
-            digest.update(view[:got])
-            if see is not None:
-                see(view[:got])
-            done += got
+            digest.update(data)
+            see(memoryview(data))
         return digest.hexdigest()
 
     def sync(self) -> None:
@@ -216,21 +203,15 @@ def _open_source(path: Path) -> BinaryIO:
         raise ConversionError(f"{path}: cannot be read any more ({error.strerror})") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """A small file, on the disk when this returns."""
     try:
-        with open(path, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(path, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
         raise write_error(path, error) from error
-
-
-def write_index(folder: Path, layout: Layout) -> None:
-    """The index of the shards, where there are several."""
-    if layout.index is not None:
-        write_text(folder / INDEX_NAME, json.dumps(layout.index, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
@@ -261,12 +242,3 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], offset + done)
-
-
-def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
-    """Read into `view`; the number of bytes got."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [view], offset)
-    data = os.pread(descriptor, len(view), offset)
-    view[: len(data)] = data
-    return len(data)

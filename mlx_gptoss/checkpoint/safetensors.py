@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,27 @@ from mlx_gptoss.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# dtype -> (bits per element, numpy dtype of the raw bits); bfloat16 and float8 come as unsigned bits.
-DTYPES: Mapping[str, tuple[int, str]] = {
-    "F64": (64, "<f8"),
-    "F32": (32, "<f4"),
-    "F16": (16, "<f2"),
-    "BF16": (16, "<u2"),
-    "F8_E4M3": (8, "u1"),
-    "F8_E5M2": (8, "u1"),
-    "F8_E8M0": (8, "u1"),
-    "I64": (64, "<i8"),
-    "I32": (32, "<i4"),
-    "I16": (16, "<i2"),
-    "I8": (8, "i1"),
-    "U64": (64, "<u8"),
-    "U32": (32, "<u4"),
-    "U16": (16, "<u2"),
-    "U8": (8, "u1"),
-    "BOOL": (8, "?"),
+# dtype -> numpy's, of the raw bits: bfloat16 and float8 come as unsigned integers.
+DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(code)
+    for name, code in {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": "<u2",
+        "F8_E4M3": "u1",
+        "F8_E5M2": "u1",
+        "F8_E8M0": "u1",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U64": "<u8",
+        "U32": "<u4",
+        "U16": "<u2",
+        "U8": "u1",
+        "BOOL": "?",
+    }.items()
 }
 
 
@@ -59,44 +63,24 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.end - self.start
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one slice along the first axis (of the whole tensor when it has no rows)."""
-        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
-
-
-@dataclass(frozen=True)
-class SafetensorsFile:
-    """One checked file: its tensors in the order of their data, its metadata, its size, its raw header."""
-
-    path: Path
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-    size: int
-    header: bytes
-
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, by name.
+    """The tensors of one safetensors file, by name, in the order of their data.
 
     Raises CheckpointError for anything that is not a whole, consistent file.
     """
-    return open_file(path).tensors
-
-
-def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
-    """Read and check one file's header.  Raises CheckpointError."""
     file = Path(path)
     size, raw = _read_raw_header(file)
     entries = _parse_json(raw, f"{file}: the header")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: the header is a JSON {type(entries).__name__}, expected an object")
-    stated = entries.pop("__metadata__", None)  # null is what MLX writes when it has none
-    metadata = {} if stated is None else _check_metadata(file, stated)
-    base = 8 + len(raw)
+    metadata = entries.pop("__metadata__", None)  # null is what MLX writes when it has none
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if metadata is not None and not texts:
+        raise CheckpointError(f"{file}: __metadata__ must map names to strings, found {metadata!r:.80}")
+    position = base = 8 + len(raw)
     tensors = [_check_entry(file, name, entry, base, size) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.end))
-    position = base
     for tensor in tensors:
         if tensor.start != position:
             what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
@@ -109,7 +93,7 @@ def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
         raise CheckpointError(
             f"{file}: the tensors end at byte {position} but the file has {size} bytes; download it again"
         )
-    return SafetensorsFile(file, {t.name: t for t in tensors}, metadata, size, raw)
+    return {t.name: t for t in tensors}
 
 
 def read_folder(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
@@ -156,31 +140,24 @@ def read_bytes(info: TensorInfo, offset: int = 0, length: int | None = None) -> 
     count = info.nbytes - offset if length is None else length
     if offset < 0 or count < 0 or offset + count > info.nbytes:
         raise ValueError(f"{info.name}: bytes {offset}+{count} lie outside its {info.nbytes}")
-    out = np.empty(count, dtype=np.uint8)
-    view = out.data
     try:
-        with open(info.path, "rb", buffering=0) as stream:
-            stream.seek(info.start + offset)
-            done = 0
-            while done < count:
-                got = stream.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{info.path}: ended inside {info.name}; it was cut short")
-                done += got
+        found = np.fromfile(info.path, np.uint8, count, offset=info.start + offset)
     except OSError as error:
         raise CheckpointError(f"{info.path}: cannot be read: {error.strerror}") from error
-    return out
+    if len(found) < count:
+        raise CheckpointError(f"{info.path}: ended inside {info.name}; it was cut short")
+    return found
 
 
 def read_rows(info: TensorInfo, first: int = 0, last: int | None = None) -> np.ndarray:
     """Rows ``first`` to ``last`` (exclusive; default: all) along the first axis, as raw numpy values.
 
-    bfloat16 comes as uint16 bits, float8 as uint8 bits.
+    bfloat16 comes as uint16 bits, float8 as uint8 bits. A scalar comes as it is.
     """
     rows = info.shape[0] if info.shape else 1
     last = rows if last is None else last
-    raw = read_bytes(info, first * info.row_bytes, (last - first) * info.row_bytes)
-    values = raw.view(DTYPES[info.dtype][1])
+    size = info.nbytes // max(1, rows)
+    values = read_bytes(info, first * size, (last - first) * size).view(DTYPES[info.dtype])
     return values.reshape((last - first, *info.shape[1:]) if info.shape else ())
 
 
@@ -232,12 +209,6 @@ def _parse_json(raw: bytes, what: str) -> Any:
         raise CheckpointError(f"{what} holds an unreadable number ({error})") from error
 
 
-def _check_metadata(file: Path, metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{file}: __metadata__ must map names to strings, found {metadata!r:.80}")
-    return metadata
-
-
 def _naturals(value: Any) -> tuple[int, ...] | None:
     """The value as a tuple of integers >= 0, or None if it is anything else."""
     if isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value):
@@ -260,9 +231,7 @@ def _check_entry(file: Path, name: str, entry: Any, base: int, size: int) -> Ten
         raise CheckpointError(
             f"{file}: {name} has data_offsets {entry['data_offsets']!r:.60}, expected [start, end]"
         )
-    expected = DTYPES[dtype][0] // 8
-    for length in shape:
-        expected *= length
+    expected = DTYPES[dtype].itemsize * prod(shape)
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
             f"{file}: {name} is {dtype} {list(shape)[:8]} = {expected} bytes, "

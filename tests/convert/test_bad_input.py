@@ -245,8 +245,8 @@ CASES: dict[str, tuple[Damage, type[GptOssError], str]] = {
     "NaN in a matrix": (poison("lm_head.weight", "<u2"), CheckpointError, "NaN"),
     "no tokenizer": (gone("tokenizer.json"), ConversionError, "no tokenizer.json"),
     "broken tokenizer": (text("tokenizer.json", "{}"), ConversionError, "added_tokens"),
-    "broken generation config": (text("generation_config.json", "{"), ConversionError, "not readable"),
-    "generation config a list": (text("generation_config.json", "[]"), ConversionError, "expected an object"),
+    "broken generation config": (text("generation_config.json", "{"), ConfigError, "not readable"),
+    "generation config a list": (text("generation_config.json", "[]"), ConfigError, "expected a JSON object"),
 }
 
 

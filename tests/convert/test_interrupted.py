@@ -95,7 +95,7 @@ def after(holder, name):
     return run
 
 moments = [lambda s=random.random(): convert(source, target, progress=until(s)) for _ in range(20)]
-moments += [before(module.ShardWriter, "sync"), before(module, "write_index")]
+moments += [before(module.ShardWriter, "sync"), before(module, "write_file")]
 moments += [before(module.Manifest, "write"), after(module.Manifest, "write")]
 moments += [before(module.os, "rename"), after(module.os, "rename")]
 for moment in moments:
@@ -234,7 +234,7 @@ def test_a_true_limit_on_file_size_is_one_line(source, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["write_text", "Manifest.write", "os.rename"])
+@pytest.mark.parametrize("name", ["write_file", "Manifest.write", "os.rename"])
 def test_failing_at_the_last_steps_leaves_nothing_under_the_final_name(
     source, expected, tmp_path, monkeypatch, name
 ):
