@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_gptoss.checkpoint.layouts import Form, Layout, Packing, check_tensors
-from mlx_gptoss.convert.tensors import ReadRows, SourceTensor
+from mlx_gptoss.checkpoint.safetensors import TensorInfo
+from mlx_gptoss.convert.tensors import SourceTensor, stored
 from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError
 from mlx_gptoss.model.config import ModelConfig, read_config
 from mlx_gptoss.model.quantization import MXFP4, Quantization
@@ -62,19 +62,6 @@ _FIELDS = {
     "rope_ntk_beta": "rope.scaling.yarn_beta_fast",
 }
 _DEFAULTS = {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
-_EXPERTS = "_exps.weight"  # how the names of the experts' weights end
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a GGUF file; `shape` is numpy's (rows first), `type` gguf's GGMLQuantizationType."""
-
-    name: str
-    path: Path
-    start: int
-    nbytes: int
-    shape: tuple[int, ...]
-    type: Any
 
 
 def read_gguf(
@@ -85,10 +72,13 @@ def read_gguf(
     Raises ConversionError when the `gguf` package is missing or the file is not gpt-oss, CheckpointError when
     it is broken or lacks something.
     """
-    header = _Header(path, files)
+    raw: dict[str, SourceTensor] = {}
+    fields: dict[str, Any] = {}
+    for file in files:
+        _load(file, raw, fields)
     folder = path if path.is_dir() else path.parent
-    config = read_config(folder)[0] if (folder / "config.json").is_file() else header.config()
-    raw = {tensor.name: tensor for found in header.tensors.values() for tensor in _shown(found)}
+    has_config = (folder / "config.json").is_file()
+    config = read_config(folder)[0] if has_config else _config(path, fields, raw)
 
     def packing(matrix: str) -> Quantization | None:
         return MXFP4 if f"{matrix}.scales" in raw else None
@@ -123,127 +113,82 @@ def gguf_files(path: Path) -> tuple[Path, ...]:
     return files
 
 
-class _Header:
-    """The headers of all files together, tensors under today's names."""
-
-    def __init__(self, where: Path, files: tuple[Path, ...]) -> None:
-        self.where = where
-        self.tensors: dict[str, _Tensor] = {}
-        self.fields: dict[str, Any] = {}
-        for file in files:
-            self._load(file)
-        if self.field("general.architecture") != ARCHITECTURE:
-            found = self.fields.get("general.architecture")
-            raise ConversionError(f"{where}: its architecture is {found!r}, expected {ARCHITECTURE!r}")
-
-    def _load(self, file: Path) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise ConversionError(
-                "reading GGUF needs the gguf package: pip install 'mlx-gptoss[gguf]'"
-            ) from None
-        try:
-            reader = GGUFReader(file)
-            for name, field in reader.fields.items():
-                if not name.startswith("tokenizer."):
-                    self.fields.setdefault(name, field.contents())
-            size = file.stat().st_size
-            for t in reader.tensors:
-                shape = tuple(int(n) for n in reversed(t.shape))
-                tensor = _Tensor(t.name, file, int(t.data_offset), int(t.n_bytes), shape, t.tensor_type)
-                if tensor.start + tensor.nbytes > size:
-                    raise CheckpointError(f"{file}: ends inside {t.name}; it is truncated")
-                name = t.name.replace(".ffn_norm.", ".post_attention_norm.")  # of early files, like the next
-                name += ".weight" if name.endswith(".attn_sinks") else ""
-                if name in self.tensors:
-                    raise CheckpointError(f"{file}: {t.name} is in two files; keep one model in the folder")
-                self.tensors[name] = tensor
-        except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"{file}: not readable as GGUF ({error}); download it again") from error
-
-    def field(self, name: str, default: Any = None) -> Any:
-        """A value of the header. Raises ConfigError when it is missing and there is no default."""
-        value = self.fields.get(name, default)
-        if value is None:
-            raise ConfigError(f"{self.where}: {name} is missing from the GGUF header")
-        return value
-
-    def config(self) -> ModelConfig:
-        """The shape, from the header; what GGUF does not hold is fixed in every gpt-oss model."""
-        embedding = self.tensors.get(EMBEDDING)
-        if embedding is None:
-            raise CheckpointError(f"{self.where}: {EMBEDDING} is missing")
-        found = {
-            key: self.field(f"{ARCHITECTURE}.{name}", _DEFAULTS.get(key)) for key, name in _FIELDS.items()
-        }
-        return ModelConfig.from_original(found | {"vocab_size": embedding.shape[0]})
-
-
-def _read_rows(tensor: _Tensor, first: int, last: int) -> np.ndarray:
-    """Raw bytes of rows of the first axis, uint8 [last - first, bytes a row]."""
-    size = tensor.nbytes // tensor.shape[0]
+def _load(file: Path, tensors: dict[str, SourceTensor], fields: dict[str, Any]) -> None:
+    """Add a file's tensors, under today's names, and the fields of its header."""
     try:
-        with open(tensor.path, "rb", buffering=0) as stream:
-            stream.seek(tensor.start + first * size)
-            data = stream.read((last - first) * size)
-    except OSError as error:
-        raise CheckpointError(f"{tensor.path}: cannot be read: {error.strerror}") from error
-    if len(data) < (last - first) * size:
-        raise CheckpointError(f"{tensor.path}: ended inside {tensor.name}; it was cut short")
-    return np.frombuffer(data, np.uint8).reshape(last - first, size)
+        from gguf import GGUFReader
+    except ImportError:
+        raise ConversionError("reading GGUF needs the gguf package: pip install 'mlx-gptoss[gguf]'") from None
+    try:
+        reader = GGUFReader(file)
+        for name, field in reader.fields.items():
+            if not name.startswith("tokenizer."):
+                fields.setdefault(name, field.contents())
+        if (found := fields.get("general.architecture")) != ARCHITECTURE:
+            raise ConversionError(f"{file}: its architecture is {found!r}, expected {ARCHITECTURE!r}")
+        size = file.stat().st_size
+        for t in reader.tensors:
+            if t.data_offset + t.n_bytes > size:
+                raise CheckpointError(f"{file}: ends inside {t.name}; it is truncated")
+            for tensor in _shown(file, t):
+                if tensor.name in tensors:
+                    raise CheckpointError(f"{file}: {t.name} is in two files; keep one model in the folder")
+                tensors[tensor.name] = tensor
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: not readable as GGUF ({error}); download it again") from error
 
 
-def _shown(tensor: _Tensor) -> Iterator[SourceTensor]:
-    """A tensor as safetensors would hold it: floats as float32, MXFP4 as words and scales."""
-    experts, kind = tensor.name.endswith(_EXPERTS), tensor.type.name
-    if experts and kind == "MXFP4":
-        *rows, columns = tensor.shape
-        words, scales = (*rows, columns // 8), (*rows, columns // 32)
-        yield SourceTensor(tensor.name, "U32", words, (tensor.name,), _words_reader(tensor))
-        name = tensor.name.removesuffix(".weight") + ".scales"
-        yield SourceTensor(name, "U8", scales, (tensor.name,), _scales_reader(tensor))
-    elif experts and kind not in FLOATS:
+def _config(where: Path, fields: dict[str, Any], tensors: dict[str, SourceTensor]) -> ModelConfig:
+    """The shape, from the header; what GGUF does not hold is fixed in every gpt-oss model."""
+    if EMBEDDING not in tensors:
+        raise CheckpointError(f"{where}: {EMBEDDING} is missing")
+    found = {"vocab_size": tensors[EMBEDDING].shape[0]}
+    for key, name in _FIELDS.items():
+        value = fields.get(f"{ARCHITECTURE}.{name}", _DEFAULTS.get(key))
+        if value is None:
+            raise ConfigError(f"{where}: {ARCHITECTURE}.{name} is missing from the GGUF header")
+        found[key] = value
+    return ModelConfig.from_original(found)
+
+
+def _shown(file: Path, t: Any) -> Iterator[SourceTensor]:
+    """gguf's ReaderTensor as safetensors would hold it: floats as float32, MXFP4 as words and scales."""
+    shape, kind = tuple(int(n) for n in reversed(t.shape)), t.tensor_type
+    start, nbytes = int(t.data_offset), int(t.n_bytes)
+    size = nbytes // max(1, shape[0])
+    raw = stored(TensorInfo(t.name, "U8", (shape[0], size), start, start + nbytes, file))
+    name = t.name.replace(".ffn_norm.", ".post_attention_norm.")  # of early files, like the next
+    name += ".weight" if name.endswith(".attn_sinks") else ""
+    experts = name.endswith("_exps.weight")
+    if experts and kind.name == "MXFP4":
+        *rows, columns = shape
+        packed = raw.mapped(lambda v: v.reshape(-1, *rows[1:], columns // 32, BLOCK_BYTES))
+        yield packed.mapped(_words, dtype="U32", shape=(*rows, columns // 8))
+        scales = name.removesuffix(".weight") + ".scales"
+        yield packed.mapped(lambda v: v[..., 0], name=scales, shape=(*rows, columns // 32))
+    elif experts and kind.name not in FLOATS:
         raise ConversionError(
-            f"{tensor.path}: {tensor.name} is {kind}, expected MXFP4 or floats; other types have lost the "
-            "published weights, convert another file"
+            f"{file}: {t.name} is {kind.name}, expected MXFP4 or floats; other types have lost the published "
+            "weights, convert another file"
         )
     else:
-        yield SourceTensor(tensor.name, "F32", tensor.shape, (tensor.name,), _float_reader(tensor))
+
+        def values(rows: np.ndarray) -> np.ndarray:
+            from gguf.quants import dequantize
+
+            try:
+                found = dequantize(rows, kind)
+            except NotImplementedError:
+                raise ConversionError(f"{file}: {t.name} is {kind.name}, which cannot be read") from None
+            return np.ascontiguousarray(found, np.float32).reshape(-1, *shape[1:])
+
+        yield raw.mapped(values, name=name, dtype="F32", shape=shape)
 
 
-def _float_reader(tensor: _Tensor) -> ReadRows:
-    def read(first: int, last: int) -> np.ndarray:
-        from gguf.quants import dequantize
-
-        try:
-            values = dequantize(_read_rows(tensor, first, last), tensor.type)
-        except NotImplementedError:
-            raise ConversionError(
-                f"{tensor.path}: {tensor.name} is {tensor.type.name}, which cannot be read"
-            ) from None
-        return np.ascontiguousarray(values, np.float32).reshape(last - first, *tensor.shape[1:])
-
-    return read
-
-
-def _packed_rows(tensor: _Tensor, first: int, last: int) -> np.ndarray:
-    """MXFP4 blocks as they are, uint8 [experts, rows, groups, 17]."""
-    _, rows, columns = tensor.shape
-    return _read_rows(tensor, first, last).reshape(last - first, rows, columns // 32, BLOCK_BYTES)
-
-
-def _scales_reader(tensor: _Tensor) -> ReadRows:
-    return lambda first, last: _packed_rows(tensor, first, last)[..., 0]
-
-
-def _words_reader(tensor: _Tensor) -> ReadRows:
-    def read(first: int, last: int) -> np.ndarray:
-        packed = _packed_rows(tensor, first, last)[..., 1:]
-        low, high = packed & 15, packed >> 4  # values 0..15 and 16..31 of the block
-        blocks = np.empty_like(packed)
-        blocks[..., :8] = low[..., 0::2] | (low[..., 1::2] << np.uint8(4))
-        blocks[..., 8:] = high[..., 0::2] | (high[..., 1::2] << np.uint8(4))
-        return blocks.view(np.uint32).reshape(*blocks.shape[:2], -1)
-
-    return read
+def _words(packed: np.ndarray) -> np.ndarray:
+    """GGUF's blocks uint8 [experts, rows, groups, 17] -> MXFP4 words uint32 [experts, rows, groups * 4]."""
+    low, high = packed[..., 1:] & 15, packed[..., 1:] >> 4  # values 0..15 and 16..31 of the block
+    blocks = np.empty(low.shape, np.uint8)
+    blocks[..., :8] = low[..., 0::2] | (low[..., 1::2] << np.uint8(4))
+    blocks[..., 8:] = high[..., 0::2] | (high[..., 1::2] << np.uint8(4))
+    return blocks.view(np.uint32).reshape(*blocks.shape[:2], -1)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,15 +58,16 @@ class SourceTensor:
     def called(self, name: str) -> SourceTensor:
         return replace(self, name=name)
 
+    def mapped(self, change: Callable[[np.ndarray], np.ndarray], **fields: Any) -> SourceTensor:
+        """The tensor whose rows are `change` of this one's; `fields` tells what else differs."""
+        read = self.read
+        return replace(self, read=lambda first, last: change(read(first, last)), **{"extent": None} | fields)
+
 
 def stored(info: TensorInfo) -> SourceTensor:
     """A tensor of a safetensors file."""
-
-    def read(first: int, last: int) -> np.ndarray:
-        return read_rows(info, first, last)
-
     extent = Extent(info.path, info.start, info.nbytes)
-    return SourceTensor(info.name, info.dtype, info.shape, (info.name,), read, extent)
+    return SourceTensor(info.name, info.dtype, info.shape, (info.name,), partial(read_rows, info), extent)
 
 
 def to_float32(rows: np.ndarray) -> np.ndarray:
@@ -77,36 +79,25 @@ def to_float32(rows: np.ndarray) -> np.ndarray:
 
 def floats(tensor: SourceTensor) -> SourceTensor:
     """bfloat16 as it is, any other float as float32."""
-    if tensor.dtype == "BF16":
-        return tensor
-
-    def read(first: int, last: int) -> np.ndarray:
-        return tensor.read(first, last).astype(np.float32)
-
-    return replace(tensor, dtype="F32", read=read, extent=None)
+    return tensor if tensor.dtype == "BF16" else tensor.mapped(to_float32, dtype="F32")
 
 
 def rows_of(tensor: SourceTensor, start: int, end: int) -> SourceTensor:
     """Rows [start, end), as a tensor of their own."""
-
-    def read(first: int, last: int) -> np.ndarray:
-        return tensor.read(start + first, start + last)
-
     extent = tensor.extent
     if extent is not None:
         size = extent.length // tensor.rows
         extent = Extent(extent.path, extent.start + start * size, (end - start) * size)
-    return replace(tensor, shape=(end - start, *tensor.shape[1:]), read=read, extent=extent)
+    read, shape = tensor.read, (end - start, *tensor.shape[1:])
+    return replace(
+        tensor, shape=shape, read=lambda first, last: read(start + first, start + last), extent=extent
+    )
 
 
 def transposed(tensor: SourceTensor) -> SourceTensor:
     """[E, inputs, outputs] -> [E, outputs, inputs]."""
-
-    def read(first: int, last: int) -> np.ndarray:
-        return tensor.read(first, last).swapaxes(1, 2)
-
     experts, inputs, outputs = tensor.shape
-    return replace(tensor, shape=(experts, outputs, inputs), read=read, extent=None)
+    return tensor.mapped(lambda rows: rows.swapaxes(1, 2), shape=(experts, outputs, inputs))
 
 
 def interleaved(tensors: list[SourceTensor]) -> SourceTensor:
@@ -133,12 +124,12 @@ def as_blocks(tensor: SourceTensor) -> SourceTensor:
     if tensor.dtype == "U8":
         return tensor
     experts, rows, words = tensor.shape
-    shape = (experts, rows, words // 4, 16)
+    shape = (rows, words // 4, 16)
 
-    def read(first: int, last: int) -> np.ndarray:
-        return tensor.read(first, last).view(np.uint8).reshape(last - first, *shape[1:])
+    def change(values: np.ndarray) -> np.ndarray:
+        return values.view(np.uint8).reshape(-1, *shape)
 
-    return replace(tensor, dtype="U8", shape=shape, read=read)
+    return tensor.mapped(change, dtype="U8", shape=(experts, *shape), extent=tensor.extent)
 
 
 def from_mxfp4(name: str, blocks: SourceTensor, scales: SourceTensor) -> SourceTensor:
