@@ -28,39 +28,49 @@ SLACK = 64
 SPARE = 256
 
 
-def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, sinks: mx.array, mask: Mask
-) -> mx.array:
-    """Attention with sinks over unquantised keys. queries [1, Hq, t, D] -> [1, Hq, t, D]."""
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+class LayerCache:
+    """Keys and values of one layer, in slabs [1, H, capacity, D] with room for more tokens."""
 
-
-class FullCache:
-    """Keys and values of one full-attention layer.
-
-    `length` tokens are stored, `offset` is the position of the next token. While a replay runs
-    (offset < length) stored tokens are read and never written again.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
-        empty = mx.zeros((1, config.num_kv_heads, 0, config.head_dim), dtype)
-        self._slabs = self.encode(empty, empty)
-        self.offset = 0
-        self.length = 0
+    def __init__(self, slabs: list[mx.array]) -> None:
+        self._slabs = slabs
+        self.offset = 0  # the position of the next token
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit before the slab must grow."""
+        """Tokens that the slabs have room for."""
         return int(self._slabs[0].shape[2])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(s.nbytes for s in self._slabs)
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one stored token takes."""
         return sum(int(s.shape[1] * s.shape[3] * s.itemsize) for s in self._slabs)
+
+    def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Append t tokens [1, H, t, D]; the keys and values that any of them sees."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array:
+        """Append k, v [1, H, t, D] and attend, with sinks: q [1, Hq, t, D] -> [1, Hq, t, D]."""
+        keys, values = self.update_and_fetch(k, v)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    def arrays(self) -> list[mx.array]:
+        return list(self._slabs)
+
+
+class FullCache(LayerCache):
+    """Keys and values of one full-attention layer.
+
+    `length` tokens are stored. While a replay runs (offset < length) stored tokens are read and never
+    written again.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
+        empty = mx.zeros((1, config.num_kv_heads, 0, config.head_dim), dtype)
+        super().__init__(self.encode(empty, empty))
+        self.length = 0
 
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """New keys and values as this cache stores them, each with tokens on axis 2."""
@@ -71,13 +81,6 @@ class FullCache:
         self.append(k, v)
         keys, values = (slab[:, :, : self.offset] for slab in self._slabs)
         return keys, values
-
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
-    ) -> mx.array:
-        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D]."""
-        keys, values = self.update_and_fetch(k, v)
-        return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
 
     def append(self, k: mx.array, v: mx.array) -> None:
         """Move the offset by t, storing those of the t tokens that are not stored yet."""
@@ -114,9 +117,13 @@ class FullCache:
             self._slabs[i] = mx.concatenate([slab[:, :, : self.length], room], axis=2)
 
     @property
-    def part_count(self) -> int:
-        """How many arrays hold the keys and values."""
-        return len(self._slabs)
+    def room(self) -> int:
+        """Tokens that the slabs have room for or soon will."""
+        return self.capacity
+
+    def growth(self, t: int) -> int:
+        """Tokens that `room` grows by when t more are appended."""
+        return self.capacity_for(self.offset + t) - self.capacity
 
     def release(self) -> None:
         """Free the slabs; the cache is of no more use."""
@@ -130,9 +137,6 @@ class FullCache:
     def parts(self, start: int, end: int) -> list[mx.array]:
         """The stored form of tokens [start, end): views into the slab."""
         return [slab[:, :, start:end] for slab in self._slabs]
-
-    def arrays(self) -> list[mx.array]:
-        return list(self._slabs)
 
 
 class QuantizedFullCache(FullCache):
@@ -174,8 +178,7 @@ class QuantizedFullCache(FullCache):
         For more tokens the scores would take more room than the unpacked keys of one layer do.
         """
         if q.shape[2] > 1:
-            keys, values = self.update_and_fetch(k, v)
-            return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+            return super().attend(q, k, v, scale=scale, sinks=sinks, mask=mask)
         self.append(k, v)
         packed_keys, packed_values = self._stored()
         heads, kv_heads = q.shape[1], k.shape[1]
@@ -208,26 +211,24 @@ class QuantizedFullCache(FullCache):
         )
 
 
-class SlidingCache:
+class SlidingCache(LayerCache):
     """Keys and values of one sliding layer: positions [start, offset), of which the last ones matter."""
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
-        self._shape = (1, config.num_kv_heads, 0, config.head_dim)
-        self._keys = mx.zeros(self._shape, dtype)
-        self._values = self._keys
+        self._empty = mx.zeros((1, config.num_kv_heads, 0, config.head_dim), dtype)
+        super().__init__([self._empty, self._empty])
         self._reach = config.sliding_window - 1
+
         self.start = 0
-        self.offset = 0
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes that one stored token takes."""
-        return int(2 * self._keys.shape[1] * self._keys.shape[3] * self._keys.itemsize)
+    def room(self) -> int:
+        """Tokens that the slabs have room for or, at the size they run at, soon will."""
+        return max(self.capacity, self._reach + SLACK + SPARE)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that the slab has room for."""
-        return int(self._keys.shape[2])
+    def growth(self, t: int) -> int:
+        """Tokens that `room` grows by when t more are appended."""
+        return max(0, self.capacity_for(t) - self.room)
 
     def capacity_for(self, t: int) -> int:
         """The capacity once t more tokens are appended."""
@@ -243,49 +244,38 @@ class SlidingCache:
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append t tokens; the keys and values that any of them sees, [1, H, history + t, D]."""
-        seen = self.history
-        used, new = self.offset - self.start, k.shape[2]
-        if used + new > self.capacity:
+        first, end = self.offset - self.history, self.offset + k.shape[2]
+        if end - self.start > self.capacity:
             self._compact(k, v)
         else:
-            self._keys[:, :, used : used + new] = k
-            self._values[:, :, used : used + new] = v
-        self.offset += new
-        end = self.offset - self.start
-        first = end - new - seen
-        return self._keys[:, :, first:end], self._values[:, :, first:end]
-
-    def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
-    ) -> mx.array:
-        """Append k, v [1, H, t, D] and attend: q [1, Hq, t, D] -> [1, Hq, t, D]."""
-        keys, values = self.update_and_fetch(k, v)
-        return attend(q, keys, values, scale=scale, sinks=sinks, mask=mask)
+            for slab, new in zip(self._slabs, (k, v), strict=True):
+                slab[:, :, self.offset - self.start : end - self.start] = new
+        self.offset = end
+        return self.window(first, end)
 
     def _compact(self, k: mx.array, v: mx.array) -> None:
-        """A new slab of the recent history, the new tokens, and room for more."""
+        """New slabs of the recent history, the new tokens, and room for more."""
         used = self.offset - self.start
         keep = min(used, self._reach + SLACK)
         capacity = self.capacity_for(k.shape[2])
         room = mx.zeros((*k.shape[:2], capacity - keep - k.shape[2], k.shape[3]), k.dtype)
-        self._keys = mx.concatenate([self._keys[:, :, used - keep : used], k, room], axis=2)
-        self._values = mx.concatenate([self._values[:, :, used - keep : used], v, room], axis=2)
+        self._slabs = [
+            mx.concatenate([slab[:, :, used - keep : used], new, room], axis=2)
+            for slab, new in zip(self._slabs, (k, v), strict=True)
+        ]
         self.start = self.offset - keep
 
-    def restart(self, start: int, keys: mx.array | None, values: mx.array | None) -> None:
-        """Forget everything and go on after the given history, which begins at position `start`."""
+    def restart(self, start: int, *history: mx.array) -> None:
+        """Forget everything and go on after the given keys and values, which begin at position `start`."""
         self.start = self.offset = start
-        self._keys = self._values = mx.zeros(self._shape, self._keys.dtype)
-        if keys is not None and values is not None:
-            self.update_and_fetch(keys, values)
+        self._slabs = [self._empty, self._empty]
+        if history:
+            self.update_and_fetch(*history)
 
     def window(self, start: int, end: int) -> tuple[mx.array, mx.array]:
-        """Keys and values of positions [start, end): views into the slab."""
-        a, b = start - self.start, end - self.start
-        return self._keys[:, :, a:b], self._values[:, :, a:b]
-
-    def arrays(self) -> list[mx.array]:
-        return [self._keys, self._values]
+        """Keys and values of positions [start, end): views into the slabs."""
+        keys, values = (slab[:, :, start - self.start : end - self.start] for slab in self._slabs)
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -320,54 +310,40 @@ class SequenceCache:
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None)) -> None:
         self._reach = config.sliding_window - 1
-        self.full = [
-            FullCache(config, dtype)
-            if kv_bits == (None, None)
-            else QuantizedFullCache(config, dtype, kv_bits)
-            for kind in config.layer_types
-            if kind == FULL
-        ]
-        self.sliding = [SlidingCache(config, dtype) for kind in config.layer_types if kind == SLIDING]
-        full, sliding = iter(self.full), iter(self.sliding)
-        self.layers: list[FullCache | SlidingCache] = [
-            next(full) if kind == FULL else next(sliding) for kind in config.layer_types
-        ]
+
+        def made(kind: str) -> FullCache | SlidingCache:
+            if kind == SLIDING:
+                return SlidingCache(config, dtype)
+            dense = kv_bits == (None, None)
+            return FullCache(config, dtype) if dense else QuantizedFullCache(config, dtype, kv_bits)
+
+        self.layers = [made(kind) for kind in config.layer_types]
+        self.full = [layer for layer in self.layers if isinstance(layer, FullCache)]
+        self.sliding = [layer for layer in self.layers if isinstance(layer, SlidingCache)]
         self.offset = 0
         self.length = 0
         # Sliding keys before this position came out of a replay that had not settled yet.
         self._exact_from = 0
 
     @property
-    def committed(self) -> int:
-        """Bytes these caches take, the sliding slabs counted at the size they run at."""
-        full = sum(layer.nbytes for layer in self.full)
-        return full + sum(max(x.capacity, self._slab()) * x.token_bytes for x in self.sliding)
-
-    @property
     def window_history(self) -> int:
         """Keys that a full sliding window holds beside the current token."""
         return self._reach
 
+    @property
+    def committed(self) -> int:
+        """Bytes these caches take, the sliding slabs counted at the size they run at."""
+        return sum(layer.room * layer.token_bytes for layer in self.layers)
+
     def growth(self, t: int) -> int:
         """Bytes that `committed` grows by when t tokens are appended."""
-        more = 0
-        for full in self.full:
-            more += (full.capacity_for(self.offset + t) - full.capacity) * full.token_bytes
-        for sliding in self.sliding:
-            more += (
-                max(0, sliding.capacity_for(t) - max(sliding.capacity, self._slab())) * sliding.token_bytes
-            )
-        return more
+        return sum(layer.growth(t) * layer.token_bytes for layer in self.layers)
 
     def nbytes_at(self, tokens: int, chunk: int = 1) -> int:
         """Bytes of these caches when they hold `tokens` tokens that came in chunks of `chunk`."""
         full = sum(x.token_bytes for x in self.full)
         sliding = sum(x.token_bytes for x in self.sliding)
-        return tokens * full + (self._slab() + max(0, chunk - SPARE)) * sliding
-
-    def _slab(self) -> int:
-        """Tokens that a sliding layer's slab has room for, chunks larger than its spare room aside."""
-        return self._reach + SLACK + SPARE
+        return tokens * full + (self._reach + SLACK + max(SPARE, chunk)) * sliding
 
     def arrays(self) -> list[mx.array]:
         """Every array the caches hold: what to evaluate after a forward without logits."""
@@ -422,7 +398,7 @@ class SequenceCache:
         else:
             best = replay
             for layer in self.sliding:
-                layer.restart(replay, None, None)
+                layer.restart(replay)
             self._exact_from = max(0, position - self._reach) if replay else 0
         self._seek(best, position)
         return best
@@ -437,7 +413,7 @@ class SequenceCache:
     def _restore(self, state: WindowState, end: int) -> None:
         if state.data is None:
             for layer in self.sliding:
-                layer.restart(end, None, None)
+                layer.restart(end)
             return
         start = max(state.start, end - self._reach - SLACK)
         for i, layer in enumerate(self.sliding):
@@ -480,11 +456,10 @@ class SequenceCache:
         """
         spans: list[list[mx.array]] = [[] for _ in ranges]
         for layer in self.full:
-            copied = []
-            for span, (start, end) in zip(spans, ranges, strict=True):
-                copied += [mx.contiguous(part) for part in layer.parts(start, end)]
-                span += copied[-layer.part_count :]
-            mx.eval(copied)
+            copies = [[mx.contiguous(part) for part in layer.parts(start, end)] for start, end in ranges]
+            mx.eval(copies)
+            for span, parts in zip(spans, copies, strict=True):
+                span += parts
             if release:
                 layer.release()
         return spans
@@ -498,9 +473,10 @@ class SequenceCache:
         total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
         self.reserve(total + GROW_MIN)
         for layer in self.full:
+            count = len(layer.arrays())
             for span in spans:
-                layer.write(span[: layer.part_count])
-                del span[: layer.part_count]
+                layer.write(span[:count])
+                del span[:count]
             mx.eval(layer.arrays())
         self.length = total
         # Nothing is known of the sliding layers yet.
