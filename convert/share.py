@@ -17,7 +17,7 @@ from mlx_gptoss.checkpoint.hub import explain, is_repo_id
 from mlx_gptoss.convert.card import model_card
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry
 from mlx_gptoss.convert.verify import CARD_NAME, Progress, verify
-from mlx_gptoss.errors import ConversionError, HubError
+from mlx_gptoss.errors import ConversionError, GptOssError, HubError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -101,6 +101,8 @@ def upload(plan: SharePlan) -> str:
         ]
         commit = api.create_commit(plan.repo_id, operations, commit_message="Upload with mlx-gptoss")
         _check_arrived(api, plan, commit.oid)
+    except GptOssError:
+        raise
     except Exception as error:
         raise explain(error, plan.repo_id, doing="upload") from error
     return str(commit.commit_url)

@@ -6,18 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.hub import TERMS, TOKENIZER_FILES
 from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.model.config import read_object
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-OTHER_FILES = ("LICENSE", "LICENSE.txt", "USAGE_POLICY")
 GENERATION_CONFIG = "generation_config.json"
 
 # Tokens that end a turn. Older generation configs lack <|call|>, and a model run with them runs on after it.
@@ -42,7 +35,7 @@ def find_sidecars(source: Source, tokenizer: Path | None, *, need: bool) -> dict
             "(token ids only) with --no-tokenizer"
         )
     found = {} if chosen is None else _read([chosen], TOKENIZER_FILES)
-    found |= _read(places, OTHER_FILES)
+    found |= _read(places, TERMS)
     generation = _generation_config(places, chosen)
     if generation:
         found[GENERATION_CONFIG] = (json.dumps(generation, indent=2, sort_keys=True) + "\n").encode()

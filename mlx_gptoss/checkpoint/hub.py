@@ -12,33 +12,30 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
 from mlx_gptoss.model.config import read_config
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
-
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TERMS = ("LICENSE", "LICENSE.txt", "USAGE_POLICY")
 WANTED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
     "manifest.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "USAGE_POLICY",
+    *TOKENIZER_FILES,
+    *TERMS,
 )
 """Top-level files that loading reads, and the terms; the same under ``original/`` if that is all there is."""
 
@@ -113,8 +110,6 @@ def explain(
     )
 
     where = f"{constants.ENDPOINT}/{repo}"
-    if isinstance(error, GptOssError):
-        return error
     if isinstance(error, GatedRepoError):
         return HubError(f"{repo!r} is gated: accept its terms at {where}, then log in with `hf auth login`")
     if isinstance(error, RepositoryNotFoundError):
@@ -178,16 +173,8 @@ def _layout_folder(folder: Path) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """What to download of a repository: exact names, and the bytes that are not yet in the cache."""
-
-    names: tuple[str, ...]
-    size: int
-
-
 def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Path:
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if offline or constants.is_offline_mode():
         cached = _cached(repo, revision, gguf)
@@ -206,20 +193,11 @@ def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Pat
         if cached is not None:
             return cached
         raise explain(error, repo, revision=revision) from error
-    selection = _select(repo, info.siblings or [], info.sha, gguf)
-    _check_space(repo, selection.size, Path(constants.HF_HUB_CACHE))
-    _check_config(repo, selection.names, info.sha)
-    return _layout_folder(_download(repo, revision, selection.names))
-
-
-def _select(repo: str, siblings: Sequence["RepoSibling"], commit: str | None, gguf: bool) -> _Selection:
-    """The files of `repo` that loading needs; ModelNotFoundError when there are no weights among them."""
-    from huggingface_hub import try_to_load_from_cache
-
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings}
-    chosen = _choose(repo, list(sizes), gguf)
-    missing = [n for n in chosen if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str)]
-    return _Selection(tuple(chosen), sum(sizes[name] for name in missing))
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    names = _choose(repo, list(sizes), gguf)
+    missing = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
+    _check_space(repo, sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
+    return _layout_folder(_download(repo, revision, names, info.sha))
 
 
 def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
@@ -258,27 +236,18 @@ def _check_space(repo: str, size: int, cache: Path) -> None:
         )
 
 
-def _check_config(repo: str, names: Sequence[str], commit: str | None) -> None:
-    """Download config.json alone and refuse what is no gpt-oss model, before gigabytes of weights follow."""
-    from huggingface_hub import hf_hub_download
-
-    for name in names:
-        if name in ("config.json", "original/config.json"):
-            try:
-                path = Path(hf_hub_download(repo, name, revision=commit))
-            except Exception as error:
-                raise explain(error, repo) from error
-            read_config(path.parent)
-
-
-def _download(repo: str, revision: str | None, names: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repo: str, revision: str | None, names: Sequence[str], commit: str | None) -> Path:
+    """The snapshot with these files. config.json comes first: what is no gpt-oss model is refused by it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        for name in {"config.json", "original/config.json"} & set(names):
+            read_config(Path(hf_hub_download(repo, name, revision=commit)).parent)
         # The names are exact, but the library takes patterns: escape them.
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(n) for n in names])
-        )
+        patterns = [glob.escape(name) for name in names]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except GptOssError:
+        raise
     except Exception as error:
         raise explain(error, repo, revision=revision) from error
 
