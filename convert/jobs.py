@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -133,20 +133,16 @@ def make_config(source: Source, jobs: Jobs) -> dict[str, Any]:
     if not jobs.quantizations:
         return {**config, "quantization_config": _MXFP4_CONFIG}
     default = Counter(jobs.quantizations.values()).most_common(1)[0][0]
-    quantization: dict[str, Any] = _entry(default)
+    quantization: dict[str, Any] = asdict(default)
     for path, chosen in jobs.quantizations.items():
         if chosen != default:
-            quantization[path] = _entry(chosen)
+            quantization[path] = asdict(chosen)
     for layer in range(source.config.num_layers):
         for key in (*MLX.gate_up, "experts.down"):
-            quantization[MLX.path(key, layer)] = _entry(MXFP4)
+            quantization[MLX.path(key, layer)] = asdict(MXFP4)
         if (router := MLX.path("router", layer)) not in jobs.quantizations:
             quantization[router] = False
     return {**config, "quantization": quantization}
-
-
-def _entry(q: Quantization) -> dict[str, Any]:
-    return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
 
 
 # --- one tensor

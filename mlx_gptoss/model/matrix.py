@@ -8,11 +8,15 @@ uint8 [.., outputs, inputs / 32]; affine weights are MLX's packing with scales a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gptoss.model.quantization import Quantization
+
+Stream = mx.Stream | mx.ThreadLocalStream | None
 
 
 @dataclass(frozen=True)
@@ -36,44 +40,29 @@ class Matrix:
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.weight, self.scales, self.biases) if a is not None]
 
+    def mapped(self, change: Callable[[mx.array], mx.array]) -> Matrix:
+        """The matrix with each of its arrays changed alike."""
+        scales, biases = (None if a is None else change(a) for a in (self.scales, self.biases))
+        return Matrix(change(self.weight), scales, biases, self.quantization)
+
     def rows(self, start: int, end: int) -> Matrix:
         """Outputs [start, end): a view, for one or for a stack of matrices."""
-        parts = [None if a is None else a[..., start:end, :] for a in (self.weight, self.scales, self.biases)]
-        assert parts[0] is not None
-        return Matrix(parts[0], parts[1], parts[2], self.quantization)
+        return self.mapped(lambda a: a[..., start:end, :])
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """The values, [.., outputs, inputs]."""
         if self.quantization is None:
             return self.weight.astype(dtype)
-        q = self.quantization
         assert self.scales is not None
-        return mx.dequantize(
-            self.weight,
-            self.scales,
-            self.biases,
-            group_size=q.group_size,
-            bits=q.bits,
-            mode=q.mode,
-            dtype=dtype,
-        )
+        return mx.dequantize(self.weight, self.scales, self.biases, dtype=dtype, **vars(self.quantization))
 
-    def apply(self, x: mx.array, *, stream: mx.Stream | mx.ThreadLocalStream | None = None) -> mx.array:
+    def apply(self, x: mx.array, *, stream: Stream = None) -> mx.array:
         """x [T, inputs] -> x @ W.T, [T, outputs]."""
         if self.quantization is None:
             return mx.matmul(x, self.weight.T, stream=stream)
-        q = self.quantization
         assert self.scales is not None
         return mx.quantized_matmul(
-            x,
-            self.weight,
-            self.scales,
-            self.biases,
-            transpose=True,
-            group_size=q.group_size,
-            bits=q.bits,
-            mode=q.mode,
-            stream=stream,
+            x, self.weight, self.scales, self.biases, transpose=True, stream=stream, **vars(self.quantization)
         )
 
     def gather(
@@ -83,36 +72,23 @@ class Matrix:
         rows: mx.array | None,
         *,
         in_order: bool = False,
-        stream: mx.Stream | mx.ThreadLocalStream | None = None,
+        stream: Stream = None,
     ) -> mx.array:
         """One expert of a stack for each row: x [N, 1, inputs], experts [*S] -> [*S, 1, outputs].
 
         `rows` [*S] says which row of x each entry takes (None: its own); `in_order`: experts never decrease.
         """
+        indices: dict[str, Any] = {
+            "lhs_indices": rows,
+            "rhs_indices": experts,
+            "sorted_indices": in_order,
+            "stream": stream,
+        }
         if self.quantization is None:
-            return mx.gather_mm(
-                x,
-                self.weight.swapaxes(-1, -2),
-                lhs_indices=rows,
-                rhs_indices=experts,
-                sorted_indices=in_order,
-                stream=stream,
-            )
-        q = self.quantization
+            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), **indices)
         assert self.scales is not None
         return mx.gather_qmm(
-            x,
-            self.weight,
-            self.scales,
-            self.biases,
-            lhs_indices=rows,
-            rhs_indices=experts,
-            transpose=True,
-            group_size=q.group_size,
-            bits=q.bits,
-            mode=q.mode,
-            sorted_indices=in_order,
-            stream=stream,
+            x, self.weight, self.scales, self.biases, transpose=True, **indices, **vars(self.quantization)
         )
 
 
@@ -138,13 +114,7 @@ class Embedding:
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens int [T] -> [T, hidden]."""
-        picked = [None if a is None else mx.take(a, tokens, axis=0) for a in _columns(self.table)]
-        assert picked[0] is not None
-        return Matrix(picked[0], picked[1], picked[2], self.table.quantization).dense(self.dtype)
+        return self.table.mapped(lambda a: mx.take(a, tokens, axis=0)).dense(self.dtype)
 
     def arrays(self) -> list[mx.array]:
         return self.table.arrays()
-
-
-def _columns(m: Matrix) -> tuple[mx.array | None, ...]:
-    return m.weight, m.scales, m.biases

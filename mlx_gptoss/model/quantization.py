@@ -11,7 +11,10 @@ AFFINE_GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a quantised matrix is packed: MLX's mode ("affine" or "mxfp4"), bits a value, values a group."""
+    """How a quantised matrix is packed: MLX's mode ("affine" or "mxfp4"), bits a value, values a group.
+
+    The fields are the keywords of MLX's quantised operations.
+    """
 
     mode: str
     bits: int
