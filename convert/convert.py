@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
-from mlx_gptoss.convert.finite import Watch, not_finite
+from mlx_gptoss.convert.finite import not_finite
 from mlx_gptoss.convert.jobs import Chunk, Job, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
@@ -130,7 +130,7 @@ def convert(
                 files = run.hashed(writer, layout.shards)
         for name, content in small.items():
             write_file(work.output / name, content)
-            files[name] = FileEntry(len(content), hashlib.sha256(content).hexdigest())
+            files[name] = FileEntry.of(content)
         manifest = Manifest(
             tool_version=version("mlx-gptoss"),
             source=opened.entry(),
@@ -362,7 +362,7 @@ class _Run:
         """A job the journal calls finished: believe it only if its bytes still have their hashes."""
         self.check_stop()
         digests = self.journal.records[job.name].digests
-        if all(writer.digest(output.name) == digests[output.name] for output in job.outputs):
+        if all(writer.read_back(output.name).sha256 == digests[output.name] for output in job.outputs):
             with self._lock:
                 self.resumed += job.nbytes
             self._tell(job.nbytes, job.name)
@@ -388,10 +388,10 @@ class _Run:
     def _note(self, writer: ShardWriter, job: Job, squared_error: float, squared_norm: float) -> None:
         digests = {}
         for output in job.outputs:
-            watch = Watch(output.name, output.dtype)
-            digests[output.name] = writer.digest(output.name, watch.see)
-            if watch.found:
+            seen = writer.read_back(output.name)
+            if seen.found:
                 raise not_finite(job.sources)
+            digests[output.name] = seen.sha256
         with self._lock:
             self.journal.add(job.name, Record(digests, squared_error, squared_norm))
 

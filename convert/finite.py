@@ -1,7 +1,8 @@
-"""Numbers that no checkpoint may hold, looked for in a tensor's bytes while they pass to be hashed."""
+"""A tensor's bytes while they pass: their hash, and numbers that no checkpoint may hold."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,18 +18,25 @@ class Watch:
 
     def __init__(self, name: str, dtype: str) -> None:
         self.found = False
+        self._digest = hashlib.sha256()
         self._bfloat16, self._scales = dtype == "BF16", dtype == "U8" and name.endswith("_scales")
         self._half = b""  # a value's first byte, where a run ended inside it
 
-    def see(self, data: memoryview) -> None:
+    @property
+    def sha256(self) -> str:
+        """Of what was seen so far, in hex."""
+        return self._digest.hexdigest()
+
+    def see(self, data: memoryview | bytes) -> None:
         """The next bytes."""
+        self._digest.update(data)
         if self._scales:
             self.found |= bool((np.frombuffer(data, np.uint8) == 255).any())
         elif self._bfloat16:
             if self._half or len(data) % 2:
                 joined = self._half + bytes(data)
                 whole = len(joined) // 2 * 2
-                data, self._half = memoryview(joined)[:whole], joined[whole:]
+                data, self._half = joined[:whole], joined[whole:]
             bits = np.frombuffer(data, "<u2")
             self.found |= bool(((bits & 0x7F80) == 0x7F80).any())
 

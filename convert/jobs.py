@@ -207,17 +207,14 @@ def _wanted(jobs: Jobs, tensor: SourceTensor, recipe: Recipe) -> Quantization | 
     bits = recipe.bits(part)
     if bits is None:
         return None
-    columns = tensor.shape[1]
-    for group in (recipe.group_size, *(g for g in (64, 32) if g < recipe.group_size)):
-        if columns % group == 0:
-            break
-    else:
+    columns, wished = tensor.shape[1], recipe.group_size
+    group = next((g for g in (wished, 64, 32) if g <= wished and columns % g == 0), None)
+    if group is None:
         jobs.note(f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16")
         return None
-    if group != recipe.group_size:
+    if group != wished:
         jobs.note(
-            f"{part}: {columns} columns do not divide into groups of {recipe.group_size}, "
-            f"quantised in groups of {group}"
+            f"{part}: {columns} columns do not divide into groups of {wished}, quantised in groups of {group}"
         )
     return Quantization("affine", bits, group)
 

@@ -7,6 +7,7 @@ dataclasses are its schema.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -57,6 +58,10 @@ class FileEntry:
 
     size: Count
     sha256: Sha256 | None = None
+
+    @classmethod
+    def of(cls, content: bytes) -> FileEntry:
+        return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ are not sent again, so an interrupted upload goes on when it is started again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +71,9 @@ def plan(
     found = verify(folder, progress=progress)
     found.check()
     card = model_card(found.manifest, repo_id, license=license, base_model=base_model)
-    manifest_data = (found.folder / MANIFEST_NAME).read_bytes()
     files = {name: entry for name, entry in found.manifest.files.items() if name != CARD_NAME}
-    files[MANIFEST_NAME] = _entry(manifest_data)
-    files[CARD_NAME] = _entry(card.encode())
+    files[MANIFEST_NAME] = FileEntry.of((found.folder / MANIFEST_NAME).read_bytes())
+    files[CARD_NAME] = FileEntry.of(card.encode())
     return SharePlan(found.folder, repo_id, public, files, card, found.extra)
 
 
@@ -106,10 +104,6 @@ def upload(plan: SharePlan) -> str:
     except Exception as error:
         raise explain(error, plan.repo_id, doing="upload") from error
     return str(commit.commit_url)
-
-
-def _entry(data: bytes) -> FileEntry:
-    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _check_target(plan: SharePlan, private: bool, present: Sequence[str]) -> None:

@@ -12,12 +12,12 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.checkpoint.safetensors import TensorInfo, read_folder, read_header
+from mlx_gptoss.checkpoint.safetensors import TensorInfo, read_folder
 from mlx_gptoss.convert.against_source import Comparison, compare_with_source
 from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.gguf_source import gguf_files
@@ -130,8 +130,8 @@ def verify(
     problems: list[Problem] = []
     notes: list[str] = []
     tick = progress or (lambda _: None)
-    hashed = dict(_check_files(root, manifest, problems, tick))
-    _check_names(root, manifest, problems)
+    tensors = _check_names(root, manifest, problems)
+    hashed = dict(_check_files(root, manifest, tensors, problems, tick))
     extra = _extra_files(root, manifest, problems)
     against = None
     if source is not None and not problems:  # a folder that is broken in itself is not worth comparing
@@ -167,89 +167,13 @@ def bytes_to_read(manifest: Manifest, source: Path | None = None) -> int:
     return size
 
 
-def _check_files(
-    root: Path, manifest: Manifest, problems: list[Problem], tick: Progress
-) -> Iterator[tuple[str, FileEntry]]:
-    """Size and hash of every file in the manifest, and the hashes of the tensors inside."""
-    for name, expected in sorted(manifest.files.items()):
-        path = root / name
-        if not path.is_file():
-            problems.append(Problem(name, "missing"))
-            continue
-        size = path.stat().st_size
-        if size != expected.size:
-            problems.append(Problem(name, f"{size:,} bytes, expected {expected.size:,}"))
-        tensors: list[TensorInfo] = []
-        if name.endswith(".safetensors"):
-            try:
-                tensors = list(read_header(path).values())
-            except CheckpointError as error:
-                problems.append(Problem(name, str(error)))
-        watches = {info.name: Watch(info.name, info.dtype) for info in tensors}
-        try:
-            digest, tensor_digests = hash_file(path, tensors, tick, watches)
-        except OSError as error:
-            problems.append(Problem(name, f"cannot be read ({error.strerror}); check its permissions"))
-            continue
-        yield name, FileEntry(size, digest)
-        if expected.sha256 is not None and digest != expected.sha256 and size == expected.size:
-            problems.append(Problem(name, f"sha256 is {digest[:12]}.., expected {expected.sha256[:12]}.."))
-        for info in tensors:
-            entry = manifest.tensors.get(info.name)
-            if entry is not None and tensor_digests[info.name] != entry.sha256:
-                problems.append(Problem(info.name, "its bytes differ from the manifest's hash"))
-            if watches[info.name].found:
-                problems.append(Problem(info.name, "holds NaN or infinity"))
-
-
-def hash_file(
-    path: Path, tensors: list[TensorInfo], tick: Progress, watches: Mapping[str, Watch] | None = None
-) -> tuple[str, dict[str, str]]:
-    """SHA-256 (hex) of a file and of each of its tensors' data, in one pass over it.
-
-    `tensors` are in the order of their data, `watches` see the bytes of theirs. The two kinds of hash run
-    side by side: hashing is the slower half, and lets other threads run. Raises OSError.
-    """
-    whole = hashlib.sha256()
-    digests = {info.name: hashlib.sha256() for info in tensors}
-
-    def feed_tensors(chunk: memoryview, start: int) -> None:
-        for info in tensors:
-            first, last = max(info.start, start), min(info.end, start + len(chunk))
-            if first < last:
-                data = chunk[first - start : last - start]
-                digests[info.name].update(data)
-                if watches is not None:
-                    watches[info.name].see(data)
-
-    buffers = [bytearray(CHUNK), bytearray(CHUNK)]
-    position = 0
-    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(2) as pool:
-        pending: list[Any] = []
-        while True:
-            buffer = buffers[0]
-            count = stream.readinto(buffer)
-            for task in pending:
-                task.result()
-            if not count:
-                break
-            chunk = memoryview(buffer)[:count]
-            pending = [pool.submit(whole.update, chunk)]
-            if tensors:
-                pending.append(pool.submit(feed_tensors, chunk, position))
-            position += count
-            tick(count)
-            buffers.reverse()
-    return whole.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def _check_names(root: Path, manifest: Manifest, problems: list[Problem]) -> None:
-    """Names, dtypes and shapes of the tensors, as the folder's index and headers give them."""
+def _check_names(root: Path, manifest: Manifest, problems: list[Problem]) -> dict[str, TensorInfo]:
+    """The tensors of the folder by its headers; their names, dtypes and shapes against the manifest."""
     try:
         found = read_folder(root)
     except CheckpointError as error:
         problems.append(Problem("weights", str(error)))
-        return
+        return {}
     for name in sorted(manifest.tensors.keys() - found.keys()):
         problems.append(Problem(name, "missing from the weights"))
     for name in sorted(found.keys() - manifest.tensors.keys()):
@@ -260,6 +184,67 @@ def _check_names(root: Path, manifest: Manifest, problems: list[Problem]) -> Non
             problems.append(
                 Problem(name, f"{info.dtype} {list(info.shape)}, expected {entry.dtype} {list(entry.shape)}")
             )
+    return found
+
+
+def _check_files(
+    root: Path, manifest: Manifest, tensors: dict[str, TensorInfo], problems: list[Problem], tick: Progress
+) -> Iterator[tuple[str, FileEntry]]:
+    """Size and hash of every file in the manifest, and the hashes of the tensors inside."""
+    for name, expected in sorted(manifest.files.items()):
+        path = root / name
+        if not path.is_file():
+            problems.append(Problem(name, "missing"))
+            continue
+        size = path.stat().st_size
+        if size != expected.size:
+            problems.append(Problem(name, f"{size:,} bytes, expected {expected.size:,}"))
+        try:
+            digest, seen = hash_file(path, [info for info in tensors.values() if info.path == path], tick)
+        except OSError as error:
+            problems.append(Problem(name, f"cannot be read ({error.strerror}); check its permissions"))
+            continue
+        yield name, FileEntry(size, digest)
+        if expected.sha256 is not None and digest != expected.sha256 and size == expected.size:
+            problems.append(Problem(name, f"sha256 is {digest[:12]}.., expected {expected.sha256[:12]}.."))
+        for tensor, watch in seen.items():
+            entry = manifest.tensors.get(tensor)
+            if entry is not None and watch.sha256 != entry.sha256:
+                problems.append(Problem(tensor, "its bytes differ from the manifest's hash"))
+            if watch.found:
+                problems.append(Problem(tensor, "holds NaN or infinity"))
+
+
+def hash_file(path: Path, tensors: list[TensorInfo], tick: Progress) -> tuple[str, dict[str, Watch]]:
+    """SHA-256 (hex) of a file, and a Watch that has seen the data of each of its tensors, in one pass.
+
+    The whole and the tensors are hashed side by side: hashing is slower than reading, and lets other threads
+    run. Raises OSError.
+    """
+    whole = hashlib.sha256()
+    watches = {info.name: Watch(info.name, info.dtype) for info in tensors}
+
+    def see(chunk: memoryview, start: int) -> None:
+        for info in tensors:
+            first, last = max(info.start, start), min(info.end, start + len(chunk))
+            if first < last:
+                watches[info.name].see(chunk[first - start : last - start])
+
+    buffers = [bytearray(CHUNK), bytearray(CHUNK)]
+    position = 0
+    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(2) as pool:
+        pending: list[Future[None]] = []
+        while True:
+            count = stream.readinto(buffers[0])
+            for task in pending:
+                task.result()
+            if not count:
+                return whole.hexdigest(), watches
+            chunk = memoryview(buffers[0])[:count]
+            pending = [pool.submit(whole.update, chunk), pool.submit(see, chunk, position)]
+            position += count
+            tick(count)
+            buffers.reverse()
 
 
 def _extra_files(root: Path, manifest: Manifest, problems: list[Problem]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
+from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.jobs import Output
 from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.errors import ConversionError
@@ -164,28 +165,27 @@ class ShardWriter:
         self._write(shard, memoryview(data), place.start + done)
         return len(data)
 
-    def digest(self, name: str, see: Callable[[memoryview], None] = lambda data: None) -> str:
-        """SHA-256 of a tensor's bytes as they are in the file now; `see` is shown them on the way."""
+    def read_back(self, name: str) -> Watch:
+        """A tensor's bytes as they are in the file now, seen by a Watch."""
         place = self._layout.places[name]
-        return self._digest(place.path.name, place.start, place.end, see)
+        watch = Watch(name, place.dtype)
+        self._read(place.path.name, place.start, place.end, watch.see)
+        return watch
 
     def shard_digest(self, shard: Shard) -> str:
         """SHA-256 of a whole shard."""
-        return self._digest(shard.name, 0, shard.size)
-
-    def _digest(
-        self, shard: str, start: int, end: int, see: Callable[[memoryview], None] = lambda data: None
-    ) -> str:
         digest = hashlib.sha256()
+        self._read(shard.name, 0, shard.size, digest.update)
+        return digest.hexdigest()
+
+    def _read(self, shard: str, start: int, end: int, see: Callable[[bytes], None]) -> None:
         for offset in range(start, end, HASH_BYTES):
             self._stop()
             size = min(HASH_BYTES, end - offset)
             data = os.pread(self._files[shard], size, offset)
             if len(data) < size:
                 raise ConversionError(f"{self._folder / shard}: became shorter while it was being written")
-            digest.update(data)
-            see(memoryview(data))
-        return digest.hexdigest()
+            see(data)
 
     def sync(self) -> None:
         """Wait until every shard is on the disk."""
