@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,8 @@ def bench(
     from mlx_gptoss.checkpoint.memory import plan
     from mlx_gptoss.device import describe, peak_memory
 
-    folder = source.folder()
-    source = replace(source, model=str(folder))
+    source = source.local()
+    folder = Path(source.model)
     memory = plan(folder, source.dtype)
     bandwidth = measure_bandwidth()
     with source.load() as llm:
@@ -72,7 +72,7 @@ def bench(
     if compare:
         rows += measure_mlx_lm(folder, lengths, tokens, _share(memory, bandwidth))
     report = {
-        "model": Path(source.model).name,
+        "model": folder.name,
         "layout": memory.layout,
         "dtype": str(memory.dtype).removeprefix("mlx.core."),
         "weights_bytes": memory.weights,

@@ -12,7 +12,6 @@ import click
 from mlx_gptoss.cli.options import (
     ChatOptions,
     ModelSource,
-    SamplingOptions,
     chat_options,
     model_options,
     sampling_options,
@@ -22,6 +21,7 @@ from mlx_gptoss.tools import BUILTIN, builtin_tools
 if TYPE_CHECKING:
     from mlx_gptoss.cli.terminal.chat import Settings
     from mlx_gptoss.llm import LLM
+    from mlx_gptoss.sampling import SamplingParams
 
 
 @click.command()
@@ -43,18 +43,17 @@ def chat(
     tools: tuple[str, ...],
     pages: Path | None,
     unsafe_python: bool,
-    sampling: SamplingOptions,
+    sampling: SamplingParams,
 ) -> None:
     """Chat with MODEL. In a pipe: answer what comes in, print the answer only."""
     from mlx_gptoss.cli.terminal.chat import Settings
 
-    params = sampling.params()
     with ExitStack() as stack:
         enabled = [
             stack.enter_context(closing(tool))
             for tool in builtin_tools(tools, folder=pages, unsafe_python=unsafe_python)
         ]
-        settings = Settings(talk.system, talk.effort, talk.show_reasoning, enabled, params)
+        settings = Settings(talk.system, talk.effort, talk.show_reasoning, enabled, sampling)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             message = _read_message()
             llm = stack.enter_context(source.load())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_gptoss.cli.options import ByteSize, offline_option, revision_option
+from mlx_gptoss.cli.options import offline_option, revision_option, size
 from mlx_gptoss.cli.progress import byte_bar
 from mlx_gptoss.convert.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
@@ -41,7 +41,7 @@ GROUP_SIZES = click.Choice([str(size) for size in AFFINE_GROUP_SIZES])
 )
 @click.option("--fast", is_flag=True, help="MLX's own quantiser instead of the search; no file hashes.")
 @click.option("--mxfp4-search", is_flag=True, help="Search the scales of experts that are not MXFP4 yet.")
-@click.option("--shard-size", type=ByteSize(), help="Most bytes of weights in a file.  [default: 5GB]")
+@click.option("--shard-size", type=size, help="Most bytes of weights in a file.  [default: 5GB]")
 @click.option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, when SOURCE has none.")
 @click.option("--no-tokenizer", is_flag=True, help="Go without a tokenizer.")
 @click.option("--restart", is_flag=True, help="Throw away an unfinished conversion instead of finishing it.")

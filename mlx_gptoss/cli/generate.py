@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from click.core import ParameterSource
 from mlx_gptoss.cli.options import (
     ChatOptions,
     ModelSource,
-    SamplingOptions,
     chat_options,
     model_options,
     sampling_options,
@@ -60,7 +59,7 @@ def generate(
     source: ModelSource,
     prompt: str | None,
     tokens: str | None,
-    sampling: SamplingOptions,
+    sampling: SamplingParams,
     as_json: bool,
     as_chat: bool,
     talk: ChatOptions,
@@ -70,28 +69,22 @@ def generate(
     if prompt is not None and tokens is not None:
         raise click.UsageError("give --prompt or --tokens, not both")
     _check_chat(as_chat, tokens)
-    if as_chat:
-        if _is_default("max_tokens"):
-            sampling = replace(sampling, max_tokens=None)
-        request = _chat_request(talk, sampling.params(), schema)
-        message = _read_prompt(prompt)
-        source = replace(source, model=str(source.folder()))
-        _require_tokenizer(Path(source.model))
-        with source.load() as llm:
-            run_chat(llm, message, request, show_reasoning=talk.show_reasoning, as_json=as_json)
-        return
-    params = sampling.params()
-    ids = parse_tokens(tokens) if tokens is not None else None
-    text = _read_prompt(prompt) if ids is None else None
-    # Resolved before loading, so that a missing tokenizer is told before gigabytes of weights are read.
-    source = replace(source, model=str(source.folder()))
-    if text is not None:
-        _require_tokenizer(Path(source.model))
+    if as_chat and _is_default("max_tokens"):
+        sampling = replace(sampling, max_tokens=None)
+    request = _chat_request(talk, sampling, schema) if as_chat else None
+    ids = parse_tokens(tokens) if tokens is not None else []
+    text = _read_prompt(prompt) if tokens is None else ""
+    source = source.local()
+    if tokens is None and not (Path(source.model) / "tokenizer.json").is_file():
+        from mlx_gptoss.tokenizer import Tokenizer
+
+        Tokenizer.from_folder(source.model)  # tells what is missing before gigabytes of weights are read
     with source.load() as llm:
-        if ids is None:
-            assert text is not None
-            ids = llm.tokenizer.encode(text)
-        run_raw(llm, ids, params, as_ids=tokens is not None, as_json=as_json)
+        if request is not None:
+            run_chat(llm, text, request, show_reasoning=talk.show_reasoning, as_json=as_json)
+        else:
+            ids = ids or llm.tokenizer.encode(text)
+            run_raw(llm, ids, sampling, as_ids=tokens is not None, as_json=as_json)
 
 
 def _is_default(name: str) -> bool:
@@ -175,13 +168,6 @@ def _read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def _require_tokenizer(folder: Path) -> None:
-    if not (folder / "tokenizer.json").is_file():
-        from mlx_gptoss.tokenizer import Tokenizer
-
-        Tokenizer.from_folder(folder)
-
-
 def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, as_json: bool) -> None:
     """Generate after `ids`, show the output as it comes (or one JSON object), then the measured line."""
     produced: list[int] = []
@@ -198,12 +184,12 @@ def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, a
         if text and not as_json and isinstance(error, GptOssError):
             click.echo()  # the error's line begins on a line of its own
         raise
-    speed = Speed.of(stream)
+    figures = _measured(stream)
     if as_json:
-        click.echo(json.dumps(_report(stream, produced, None if as_ids else "".join(text), speed)))
+        click.echo(json.dumps({"text": None if as_ids else "".join(text), "tokens": produced} | figures))
     else:
         click.echo()
-        click.echo(speed.line(), err=True)
+        click.echo(_speed_line(figures), err=True)
 
 
 def _pieces(
@@ -226,56 +212,32 @@ def _pieces(
     yield shown.finish()
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a finished stream took. Rates are tokens a second, None where there was nothing to measure."""
+def _measured(stream: TokenStream) -> dict[str, Any]:
+    """What a finished stream took; seconds, bytes, and None where there was nothing to measure."""
+    from mlx_gptoss.device import peak_memory
 
-    prompt_tokens: int
-    prompt_rate: float | None
-    completion_tokens: int
-    decode_rate: float | None
-    first_token_seconds: float | None
-    peak_memory: int
-
-    @classmethod
-    def of(cls, stream: TokenStream) -> Speed:
-        from mlx_gptoss.device import peak_memory
-
-        first, rest = stream.time_to_first_token, stream.decode_seconds
-        computed, decoded = stream.prompt_tokens - stream.cached_tokens, stream.completion_tokens - 1
-        return cls(
-            prompt_tokens=stream.prompt_tokens,
-            prompt_rate=computed / first if first else None,
-            completion_tokens=stream.completion_tokens,
-            decode_rate=decoded / rest if rest and decoded > 0 else None,
-            first_token_seconds=first,
-            peak_memory=peak_memory(),
-        )
-
-    def line(self) -> str:
-        """One line for people."""
-
-        def rate(value: float | None) -> str:
-            return "" if value is None else f" at {value:.1f} tokens/s"
-
-        first = "" if self.first_token_seconds is None else f"first after {self.first_token_seconds:.2f} s, "
-        return (
-            f"prompt: {self.prompt_tokens} tokens{rate(self.prompt_rate)}; "
-            f"output: {self.completion_tokens} tokens{rate(self.decode_rate)}; "
-            f"{first}peak memory {self.peak_memory / 1e9:.2f} GB"
-        )
-
-
-def _report(stream: TokenStream, produced: list[int], text: str | None, speed: Speed) -> dict[str, Any]:
+    first, rest = stream.time_to_first_token, stream.decode_seconds
+    computed, decoded = stream.prompt_tokens - stream.cached_tokens, stream.completion_tokens - 1
     return {
-        "text": text,
-        "tokens": produced,
         "finish_reason": stream.finish_reason,
         "prompt_tokens": stream.prompt_tokens,
         "cached_tokens": stream.cached_tokens,
         "completion_tokens": stream.completion_tokens,
-        "prompt_tokens_per_second": speed.prompt_rate,
-        "decode_tokens_per_second": speed.decode_rate,
-        "time_to_first_token": speed.first_token_seconds,
-        "peak_memory": speed.peak_memory,
+        "prompt_tokens_per_second": computed / first if first else None,
+        "decode_tokens_per_second": decoded / rest if rest and decoded > 0 else None,
+        "time_to_first_token": first,
+        "peak_memory": peak_memory(),
     }
+
+
+def _speed_line(figures: dict[str, Any]) -> str:
+    def at(rate: float | None) -> str:
+        return "" if rate is None else f" at {rate:.1f} tokens/s"
+
+    first = figures["time_to_first_token"]
+    return (
+        f"prompt: {figures['prompt_tokens']} tokens{at(figures['prompt_tokens_per_second'])}; "
+        f"output: {figures['completion_tokens']} tokens{at(figures['decode_tokens_per_second'])}; "
+        f"{'' if first is None else f'first after {first:.2f} s, '}"
+        f"peak memory {figures['peak_memory'] / 1e9:.2f} GB"
+    )

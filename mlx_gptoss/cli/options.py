@@ -1,6 +1,7 @@
 """Arguments and options that several commands share, so that each is declared once.
 
-`@model_options` hands a command `source: ModelSource`, `@sampling_options()` `sampling: SamplingOptions`.
+`@model_options` hands a command `source: ModelSource`, `@sampling_options()` `sampling: SamplingParams`,
+`@chat_options` `talk: ChatOptions`.
 """
 
 from __future__ import annotations
@@ -8,35 +9,39 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import dataclass, fields, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from mlx_gptoss.sampling import SamplingParams, about
+
 if TYPE_CHECKING:
+    from mlx_gptoss.engine.options import EngineKeywords
     from mlx_gptoss.harmony import ReasoningEffort
     from mlx_gptoss.llm import LLM
-    from mlx_gptoss.sampling import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Any], Any]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Said of a sampling option where it has no default of its own.
+_UNSET = {"max_tokens": "  [default: what the context holds]"}
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes: 4GB, 512MiB, 1.5gb or plain 1000000."""
+def size(text: str) -> int:
+    """A number of bytes from 4GB, 512MiB, 1.5gb or plain 1000000. Raises BadParameter."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
+    if not found:
+        raise click.BadParameter(f"{text!r}: expected a size such as 4GB, 512MiB or a number of bytes")
+    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
-    name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", str(value), re.IGNORECASE)
-        if not found:
-            self.fail(f"{value!r}: expected a size such as 4GB, 512MiB or a number of bytes", param, ctx)
-        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+def whole(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """For a choice between whole numbers: the chosen one as a number."""
+    return None if value is None else int(value)
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,7 @@ class ModelSource:
     dtype: str | None
     revision: str | None
     offline: bool
-    max_context: int | None
-    kv_budget: int | None
-    kv_bits: str | None
-    prefix_cache: Path | None
-    draft: str | None
+    engine: EngineKeywords
 
     def folder(self) -> Path:
         """The local folder of the model, downloaded if need be."""
@@ -59,8 +60,12 @@ class ModelSource:
 
         return resolve(self.model, revision=self.revision, offline=self.offline)
 
+    def local(self) -> ModelSource:
+        """The same model as a folder: downloaded, or found missing, before anything else is done."""
+        return replace(self, model=str(self.folder()))
+
     def load(self) -> LLM:
-        """The loaded engine; close it, or use it in a with statement."""
+        """The loaded model; close it, or use it in a with statement."""
         from mlx_gptoss.cli.progress import loading_bar
         from mlx_gptoss.llm import load
 
@@ -70,34 +75,10 @@ class ModelSource:
                 dtype=self.dtype,
                 revision=self.revision,
                 offline=self.offline,
-                max_context=self.max_context,
-                kv_budget=self.kv_budget,
-                kv_bits=None if self.kv_bits is None else int(self.kv_bits),
-                prefix_cache=self.prefix_cache,
-                draft=self.draft,
                 progress=progress,
-                announce=_tell if sys.stderr.isatty() else None,
+                announce=partial(click.echo, err=True) if sys.stderr.isatty() else None,
+                **self.engine,
             )
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """What the sampling options were set to; the values are checked when `params` builds SamplingParams."""
-
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: tuple[str, ...]
-
-    def params(self, **more: Any) -> SamplingParams:
-        """SamplingParams of these values and `more`. Raises RequestError."""
-        from mlx_gptoss.sampling import SamplingParams
-
-        return SamplingParams(**{f.name: getattr(self, f.name) for f in fields(self)} | more)
 
 
 @dataclass(frozen=True)
@@ -109,23 +90,18 @@ class ChatOptions:
     show_reasoning: bool
 
 
-def _tell(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _bundle(command: Command, name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]) -> Command:
-    """Declare `options` on a command and pass their values as one `kind` under `name`."""
-    members = [f.name for f in fields(kind)]
+def _bundle(command: Command, name: str, make: Callable[..., Any], options: Sequence[Option]) -> Command:
+    """Declare `options` on a command; what `make` returns for their values is passed under `name`."""
 
     @wraps(command)
-    def gathered(*args: Any, **values: Any) -> Any:
-        bundle = kind(**{m: values.pop(m) for m in members})
-        return command(*args, **{name: bundle}, **values)
+    def gathered(**values: Any) -> Any:
+        return command(**{name: make(**{key: values.pop(key) for key in keys})}, **values)
 
-    wrapped: Any = gathered
+    before = len(getattr(gathered, "__click_params__", ()))
     for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped
+        option(gathered)
+    keys = [param.name for param in gathered.__click_params__[before:]]
+    return cast(Command, gathered)
 
 
 model_argument = click.argument("model", metavar="MODEL")
@@ -136,88 +112,72 @@ dtype_option = click.option(
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 offline_option = click.option("--offline", is_flag=True, help="Use what is already downloaded; no network.")
-max_context_option = click.option(
-    "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
-)
-kv_budget_option = click.option(
-    "--kv-budget", type=ByteSize(), help="Memory for KV caches, e.g. 4GB.  [default: what is left]"
-)
-kv_bits_option = click.option(
-    "--kv-bits",
-    type=click.Choice(["8", "4"]),
-    help="Quantise the KV cache of the full layers; 4 costs quality.  [default: off]",
-)
-prefix_cache_option = click.option(
-    "--prefix-cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that keeps computed prompts from one run to the next; holds what users wrote.",
-)
-draft_option = click.option(
-    "--draft",
-    metavar="MODEL|lookup",
-    help="Guess tokens with a smaller model, or from the text so far, and verify them.  [default: off]",
+
+# Named as the fields of EngineOptions that they set.
+engine_options: Sequence[Option] = (
+    click.option(
+        "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
+    ),
+    click.option(
+        "--kv-budget",
+        type=size,
+        help="Memory for KV caches, e.g. 4GB.  [default: what is left]",
+    ),
+    click.option(
+        "--kv-bits",
+        type=click.Choice(["8", "4"]),
+        callback=whole,
+        help="Quantise the KV cache of the full layers; 4 costs quality.  [default: off]",
+    ),
+    click.option(
+        "--prefix-cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder that keeps computed prompts from one run to the next; holds what users wrote.",
+    ),
+    click.option(
+        "--draft",
+        metavar="MODEL|lookup",
+        help="Guess tokens with a smaller model, or from the text so far, and verify them.  [default: off]",
+    ),
 )
 
 
 def model_options(command: Command) -> Command:
     """MODEL and the loading options, handed over as `source`."""
-    options = [
-        model_argument,
-        dtype_option,
-        revision_option,
-        offline_option,
-        max_context_option,
-        kv_budget_option,
-        kv_bits_option,
-        prefix_cache_option,
-        draft_option,
-    ]
-    return _bundle(command, "source", ModelSource, options)
+    options = [model_argument, dtype_option, revision_option, offline_option, *engine_options]
+    return _bundle(command, "source", _source, options)
+
+
+def _source(model: str, dtype: str | None, revision: str | None, offline: bool, **engine: Any) -> ModelSource:
+    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine))
 
 
 def sampling_options(*, max_tokens: int | None = None) -> Callable[[Command], Command]:
-    """The sampling options, handed over as `sampling`; `max_tokens` is the default of --max-tokens."""
-    options = [
-        click.option(
-            "--max-tokens",
-            type=int,
-            default=max_tokens,
-            show_default=max_tokens is not None,
-            help="Most tokens to generate." + ("" if max_tokens else "  [default: what the context holds]"),
-        ),
-        click.option(
-            "--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token."
-        ),
-        click.option(
-            "--top-p",
-            type=float,
-            default=1.0,
-            show_default=True,
-            help="Keep the likeliest tokens up to this sum.",
-        ),
-        click.option(
-            "--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 keeps all."
-        ),
-        click.option(
-            "--min-p",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="Drop tokens below this share of the best.",
-        ),
-        click.option(
-            "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less."
-        ),
-        click.option("--seed", type=int, help="Same seed, same text."),
+    """The sampling options, handed over as `sampling`; `max_tokens` is the default of --max-tokens.
+
+    They are the fields of SamplingParams that have a help text. A wrong value is a RequestError when the
+    command runs.
+    """
+    options: list[Option] = []
+    for item in fields(SamplingParams):
+        said = about(item.name)
+        if said.help:
+            default = max_tokens if item.name == "max_tokens" else item.default
+            options.append(
+                click.option(
+                    f"--{item.name.replace('_', '-')}",
+                    type=said.kind,
+                    default=default,
+                    show_default=True,
+                    help=said.help + (_UNSET.get(item.name, "") if default is None else ""),
+                )
+            )
+    options.append(
         click.option(
             "--stop", multiple=True, metavar="TEXT", help="End before this text. May be given repeatedly."
-        ),
-    ]
-
-    def decorate(command: Command) -> Command:
-        return _bundle(command, "sampling", SamplingOptions, options)
-
-    return decorate
+        )
+    )
+    return lambda command: _bundle(command, "sampling", SamplingParams, options)
 
 
 def chat_options(command: Command) -> Command:

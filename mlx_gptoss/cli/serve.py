@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -70,6 +69,5 @@ def serve(
         log_prompts=log_prompts,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # Downloaded, or found missing, before the port opens.
-    source = replace(source, model=str(source.folder()))
+    source = source.local()  # before the port opens
     run_server(source.load, settings, lambda url: click.echo(f"listening on {url}", err=True))

@@ -17,7 +17,8 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss.cli import COMMANDS, cli, run
-from mlx_gptoss.cli.options import ByteSize, SamplingOptions, sampling_options
+from mlx_gptoss.cli.options import ModelSource, model_options, sampling_options, size
+from mlx_gptoss.engine.options import EngineOptions
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.conftest import TINY
@@ -70,22 +71,63 @@ def test_an_unknown_command_is_a_usage_error(command):
 
 
 def test_sampling_options_default_to_the_librarys():
-    received: list[SamplingOptions] = []
+    received: list[SamplingParams] = []
 
     @click.command()
     @sampling_options()
-    def anything(sampling: SamplingOptions) -> None:
+    def anything(sampling: SamplingParams) -> None:
         received.append(sampling)
 
     anything.main([], standalone_mode=False)
-    assert received[0].params() == SamplingParams()
+    assert received[0] == SamplingParams()
+
+
+def test_every_sampling_option_sets_its_field():
+    received: list[SamplingParams] = []
+
+    @click.command()
+    @sampling_options(max_tokens=5)
+    def anything(sampling: SamplingParams) -> None:
+        received.append(sampling)
+
+    wanted: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 3,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 2.0,
+        "seed": 7,
+        "max_tokens": 9,
+    }
+    words = [word for name, value in wanted.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    anything.main([*words, "--stop", "a", "--stop", "b"], standalone_mode=False)
+    assert received[0] == SamplingParams(**wanted, stop=("a", "b"))
+
+
+def test_every_loading_option_reaches_the_engine_by_its_name():
+    received: list[ModelSource] = []
+
+    @click.command()
+    @model_options
+    def anything(source: ModelSource) -> None:
+        received.append(source)
+
+    line = "m --dtype float16 --revision v1 --offline --max-context 100 --kv-budget 1KiB --kv-bits 8"
+    anything.main([*line.split(), "--prefix-cache", "kept", "--draft", "lookup"], standalone_mode=False)
+    source = received[0]
+    assert (source.model, source.dtype, source.revision, source.offline) == ("m", "float16", "v1", True)
+    assert EngineOptions(**source.engine) == EngineOptions(
+        max_context=100, kv_budget=1024, kv_bits=8, prefix_cache=Path("kept"), draft="lookup"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("4GB", 4 * 10**9), ("1.5 gib", 3 * 2**29), ("512MiB", 2**29), ("1000", 1000)]
 )
 def test_sizes_are_read_as_people_write_them(text, count):
-    assert ByteSize().convert(text, None, None) == count
+    assert size(text) == count
 
 
 # -------------------------------------------------------------------------------------------- generate
