@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,19 @@ class Row:
     first_token: float
     warm_first_token: float | None
     decode_rate: float
-    bandwidth_share: float | None
+
+
+# What of a row the table shows: heading and format.
+COLUMNS = {
+    "runtime": ("runtime", ""),
+    "context": ("context", ""),
+    "batch": ("requests", ""),
+    "prefill_rate": ("prefill tok/s", ".1f"),
+    "first_token": ("first token s", ".3f"),
+    "warm_first_token": ("again s", ".3f"),
+    "decode_rate": ("decode tok/s", ".1f"),
+    "bandwidth_share": ("of peak", ".1%"),
+}
 
 
 @click.command()
@@ -56,9 +68,7 @@ def bench(
     """
     lengths, counts = _numbers(contexts, "contexts"), _numbers(batches, "batches")
     if tokens < 2:
-        raise RequestError(
-            f"tokens is {tokens}: expected at least 2, to tell decoding from prefill", "tokens"
-        )
+        raise RequestError(f"tokens is {tokens}: expected 2 or more, to tell decoding from prefill", "tokens")
     from mlx_gptoss.checkpoint.memory import plan
     from mlx_gptoss.device import describe, peak_memory
 
@@ -67,10 +77,15 @@ def bench(
     memory = plan(folder, source.dtype)
     bandwidth = measure_bandwidth()
     with source.load() as llm:
-        rows = list(measure_engine(llm, lengths, counts, tokens, _share(memory, bandwidth)))
+        rows = list(measure_engine(llm, lengths, counts, tokens))
     peak = peak_memory()
     if compare:
-        rows += measure_mlx_lm(folder, lengths, tokens, _share(memory, bandwidth))
+        rows += measure_mlx_lm(folder, lengths, tokens)
+
+    def share(row: Row) -> float | None:
+        read = memory.read_per_token + memory.kv(row.context)  # bytes, by a token of a lone request
+        return read * row.decode_rate / bandwidth if row.batch == 1 else None
+
     report = {
         "model": folder.name,
         "layout": memory.layout,
@@ -80,26 +95,17 @@ def bench(
         "peak_memory_bytes": peak,
         "bandwidth_bytes_per_second": bandwidth,
         "machine": describe(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) | {"bandwidth_share": share(row)} for row in rows],
     }
-    click.echo(json.dumps(report, indent=2) if as_json else table(report, rows))
+    click.echo(json.dumps(report, indent=2) if as_json else table(report))
 
 
 def _numbers(text: str, name: str) -> list[int]:
     """Whole numbers out of '128,1024'. Raises RequestError."""
-    words = [word for word in text.replace(",", " ").split() if word]
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise RequestError(f"--{name} is {text!r}: expected whole numbers such as '128,1024'", name)
     return [int(word) for word in words]
-
-
-def _share(memory: Any, bandwidth: float) -> Callable[[int, float], float]:
-    """(context, decoded tokens a second) -> share of the bandwidth that reading weights and KV takes."""
-
-    def share(context: int, rate: float) -> float:
-        return (memory.read_per_token + memory.kv(context)) * rate / bandwidth
-
-    return share
 
 
 def measure_bandwidth() -> float:
@@ -119,13 +125,11 @@ def measure_bandwidth() -> float:
             mx.eval(mx.max(data))
         else:
             host.max()  # MLX's own reduction on the CPU is slower than the memory
-        best = max(best, data.nbytes / (time.perf_counter() - start))
+        best = max(best, STREAMED / (time.perf_counter() - start))
     return best
 
 
-def measure_engine(
-    llm: LLM, lengths: list[int], counts: list[int], tokens: int, share: Callable[[int, float], float]
-) -> Iterator[Row]:
+def measure_engine(llm: LLM, lengths: list[int], counts: list[int], tokens: int) -> Iterator[Row]:
     """Our figures, a row for each context length and number of requests."""
     import numpy as np
 
@@ -135,7 +139,7 @@ def measure_engine(
     params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
 
     def prompt(length: int) -> list[int]:
-        return rng.integers(0, llm.config.vocab_size, length).tolist()
+        return list(map(int, rng.integers(0, llm.config.vocab_size, length)))
 
     list(llm.submit(prompt(8), params))  # the first run compiles kernels
     for length in lengths:
@@ -152,13 +156,10 @@ def measure_engine(
                 again = llm.submit(prompts[0], params)
                 list(again)
                 warm = again.time_to_first_token
-            reached = share(length, rate) if count == 1 else None
-            yield Row("mlx-gptoss", length, count, count * length / first, first, warm, rate, reached)
+            yield Row("mlx-gptoss", length, count, count * length / first, first, warm, rate)
 
 
-def measure_mlx_lm(
-    folder: Path, lengths: list[int], tokens: int, share: Callable[[int, float], float]
-) -> list[Row]:
+def measure_mlx_lm(folder: Path, lengths: list[int], tokens: int) -> list[Row]:
     """mlx-lm's figures for one request, with its own defaults."""
     import mlx.core as mx
     import numpy as np
@@ -174,38 +175,24 @@ def measure_mlx_lm(
         for _ in generate_step(prompt, model, max_tokens=tokens):
             marks.append(time.perf_counter())
         first, rate = marks[1] - marks[0], (tokens - 1) / (marks[-1] - marks[1])
-        rows.append(Row("mlx-lm", length, 1, length / first, first, None, rate, share(length, rate)))
+        rows.append(Row("mlx-lm", length, 1, length / first, first, None, rate))
     return rows
 
 
-def table(report: dict[str, Any], rows: list[Row]) -> str:
+def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table to paste."""
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items())
     lines = [
         f"{report['model']} ({report['layout']}, {report['dtype']}): "
         f"weights {report['weights_bytes'] / 1e9:.2f} GB, "
         f"{report['bytes_read_per_token'] / 1e9:.3f} GB read a token, "
         f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB",
         f"memory bandwidth measured here: {report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
-        machine,
+        ", ".join(f"{k} {v}" for k, v in report["machine"].items()),
         "",
-        "| runtime | context | requests | prefill tok/s | first token s | again s | decode tok/s | of peak |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(heading for heading, _ in COLUMNS.values())} |",
+        "|---|" + "---:|" * (len(COLUMNS) - 1),
     ]
-    for r in rows:
-        cells = (
-            r.runtime,
-            str(r.context),
-            str(r.batch),
-            number(r.prefill_rate, ".1f"),
-            number(r.first_token, ".3f"),
-            number(r.warm_first_token, ".3f"),
-            number(r.decode_rate, ".1f"),
-            number(r.bandwidth_share, ".1%"),
-        )
+    for row in report["rows"]:
+        cells = ("" if row[name] is None else format(row[name], form) for name, (_, form) in COLUMNS.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

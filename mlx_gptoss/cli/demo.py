@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlx_gptoss.harmony import Event, ReasoningEffort, Usage
+    from mlx_gptoss.harmony import ReasoningEffort
     from mlx_gptoss.llm import LLM
 
 PROMPTS: tuple[tuple[str, ReasoningEffort], ...] = (
@@ -65,32 +64,14 @@ def demo() -> None:
         began = time.perf_counter()
         with load(target, max_context=4096) as llm:
             console.print(f"Loaded in {time.perf_counter() - began:.2f} s.")
-            meter = _Meter()
-            _prompts(console, llm, meter)
-            _tool(console, llm, meter)
-            _structured(console, llm, meter)
-            _heading(console, "Speed")
-            console.print(
-                f"{meter.tokens} tokens in {meter.seconds:.2f} s: {meter.rate:.0f} tokens/s in all."
-            )
+            began = time.perf_counter()
+            tokens = _prompts(console, llm) + _tool(console, llm) + _structured(console, llm)
+            seconds = time.perf_counter() - began
+    _heading(console, "Speed")
+    console.print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s in all.")
     _heading(console, "Next")
     for line in NEXT:
         console.print(line, markup=False)
-
-
-class _Meter:
-    """Counts tokens that were generated and the wall time that took, prompts included."""
-
-    def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
-
-    def add(self, usage: Usage, began: float) -> None:
-        self.tokens += usage.completion_tokens
-        self.seconds += time.perf_counter() - began
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def _heading(console: Console, text: str) -> None:
@@ -117,45 +98,38 @@ def _convert(console: Console, target: Path) -> None:
     )
 
 
-def _prompts(console: Console, llm: LLM, meter: _Meter) -> None:
+def _prompts(console: Console, llm: LLM) -> int:
+    """Each part returns how many tokens it generated."""
     _heading(console, "Three prompts, with the reasoning")
+    tokens = 0
     for prompt, effort in PROMPTS:
         console.print(f"> {prompt}  [dim](reasoning effort: {effort})[/dim]")
-        began = time.perf_counter()
         reply = llm.respond(prompt, reasoning_effort=effort, temperature=0.0, max_tokens=400)
-        meter.add(reply.usage, began)
+        tokens += reply.usage.completion_tokens
         console.print(f"  {reply.reasoning}", style="dim", markup=False)
         console.print(f"  {reply.text}", markup=False)
+    return tokens
 
 
-def _tool(console: Console, llm: LLM, meter: _Meter) -> None:
-    _heading(console, "A tool: the Python function get_weather(city)")
-    console.print(f"> {TOOL_PROMPT}")
-    began = time.perf_counter()
-    session = llm.chat(tools=[get_weather], max_steps=4, temperature=0.0, max_tokens=400)
-    usage = _show(console, session.stream(TOOL_PROMPT))
-    meter.add(usage, began)
-
-
-def _show(console: Console, events: Iterable[Event]) -> Usage:
-    """Print the calls, their results and the answer; the usage of all steps."""
+def _tool(console: Console, llm: LLM) -> int:
     from mlx_gptoss.harmony import Done, MessageDone, ToolCall
 
-    for event in events:
+    _heading(console, "A tool: the Python function get_weather(city)")
+    console.print(f"> {TOOL_PROMPT}")
+    session = llm.chat(tools=[get_weather], max_steps=4, temperature=0.0, max_tokens=400)
+    for event in session.stream(TOOL_PROMPT):
         if isinstance(event, ToolCall):
             console.print(f"  call    {event.name}({event.arguments})", markup=False)
         elif isinstance(event, MessageDone) and event.message.role == "tool":
             console.print(f"  result  {event.message.content}", markup=False)
         elif isinstance(event, Done):
             console.print(f"  {event.reply.text}", markup=False)
-            return event.usage
-    raise AssertionError("a stream ends with Done")
+    return session.usage.completion_tokens
 
 
-def _structured(console: Console, llm: LLM, meter: _Meter) -> None:
+def _structured(console: Console, llm: LLM) -> int:
     _heading(console, "An answer that must be JSON with name, age and city")
     console.print(f"> {JSON_PROMPT}")
-    began = time.perf_counter()
     reply = llm.respond(JSON_PROMPT, schema=JSON_SCHEMA, temperature=0.0, max_tokens=400)
-    meter.add(reply.usage, began)
     console.print(f"  {json.dumps(reply.parsed)}", markup=False)
+    return reply.usage.completion_tokens
