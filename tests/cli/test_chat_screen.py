@@ -8,10 +8,12 @@ import re
 
 import pyte
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from mlx_gptoss.cli.terminal.answer import AnswerView
-from mlx_gptoss.cli.terminal.markdown import Blocks, plain
+from mlx_gptoss.cli.terminal.markdown import plain, split_blocks
 from mlx_gptoss.cli.terminal.screen import SHOW_CURSOR, Screen
 from mlx_gptoss.harmony import (
     Done,
@@ -143,19 +145,38 @@ def test_a_streamed_answer_leaves_what_a_whole_one_does(
     assert streamed.lines() == whole.lines()
 
 
-def test_blocks_lose_no_character_and_the_finished_ones_are_final() -> None:
-    for seed in range(20):
-        blocks = Blocks()
-        finished = [block for event in cut(DOCUMENT, seed) for block in blocks.push(event.text)]  # type: ignore[union-attr]
-        finished.append(blocks.finish())
-        at_once = Blocks()
-        assert finished == [*at_once.push(DOCUMENT), at_once.finish()]
-        assert re.sub(r"\s", "", "".join(finished)) == re.sub(r"\s", "", DOCUMENT)
+LINES = [
+    "a",
+    "  y",
+    "    z",
+    "- x",
+    "- ",
+    "1. q",
+    "2) q",
+    "> b",
+    "```",
+    "~~~",
+    "# h",
+    "---",
+    "===",
+    "|a|",
+    "|-|",
+]
+LINES += ["[r]: /u", "<!-- c", "-->", "\tt", "\u2028u", ""]
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=12))
+def test_blocks_lose_no_character_and_all_but_the_last_are_final(lines: list[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    whole = split_blocks(text)
+    assert "".join(whole) == text
+    for count in range(len(lines)):
+        *finished, _ = split_blocks("".join(f"{line}\n" for line in lines[:count]))
+        assert whole[: len(finished)] == finished
 
 
 def test_lists_and_fences_stay_in_one_block() -> None:
-    blocks = Blocks()
-    found = [*blocks.push(DOCUMENT), blocks.finish()]
+    found = [block.strip() for block in split_blocks(DOCUMENT)]
     assert any(b.startswith("1. first") and "of two paragraphs" in b and "10. tenth" in b for b in found)
     assert any(b.startswith("```python") and b.endswith("return x + 1\n```") for b in found)
     assert "~~~\n```\n~~~" in found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from mlx_gptoss.cli.terminal.markdown import Blocks, plain
+from mlx_gptoss.cli.terminal.markdown import one_line, plain, split_blocks
 from mlx_gptoss.cli.terminal.screen import Screen
 from mlx_gptoss.harmony import (
     Done,
@@ -45,15 +45,9 @@ class AnswerView:
         self._clock = clock
         self._began = clock()
         self._first: float | None = None
-        self._drawn = -1.0
         self._pause = FRAME_SECONDS
-        self._kind = ""  # of the open part: reasoning, text, preamble, call
-        self._kind_began = 0.0
-        self._reasoning = ""
-        self._reasoning_tokens = 0
-        self._blocks = Blocks()
-        self._gap = False  # a blank line is due before the next block
-        self._calling = ""
+        self._gap = False  # a blank line is due before the next part
+        self._start("")
 
     def show(self, event: Event) -> None:
         """Take in an event."""
@@ -64,23 +58,21 @@ class AnswerView:
         match event:
             case ReasoningDelta():
                 self._switch("reasoning")
-                self._reasoning += plain(event.text)
-                self._reasoning_tokens += 1
+                self._open += plain(event.text)
+                self._open_tokens += 1
             case TextDelta() | PreambleDelta():
                 self._switch("text" if isinstance(event, TextDelta) else "preamble")
-                if isinstance(event, TextDelta):
-                    self.text += event.text
-                for block in self._blocks.push(plain(event.text)):
-                    self._settle_block(block)
+                self._open += plain(event.text)
+                self.text += event.text if isinstance(event, TextDelta) else ""
             case ToolCallDelta():
                 self._switch("call")
-                self._calling = event.name
+                self._open = event.name
             case ToolCall():
                 self._switch("")
-                self._settle_line(f"→ {event.name} {_brief(event.arguments)}")
+                self._settle([self._dim(f"→ {event.name} {one_line(event.arguments, SHOWN_ARGUMENTS)}")])
             case MessageDone() if event.message.role == "tool":
                 self._switch("")
-                self._settle_line(f"← {_brief(event.message.content)}")
+                self._settle([self._dim(f"← {one_line(event.message.content, SHOWN_ARGUMENTS)}")])
             case Done():
                 self._switch("")
         if self._clock() - self._drawn >= self._pause:
@@ -113,31 +105,28 @@ class AnswerView:
         return (self.tokens - 1) / max(1e-9, self._clock() - self._first)
 
     def _switch(self, kind: str) -> None:
-        """The open part ends and one of another kind begins."""
+        """The open part ends and one of another kind begins: reasoning, text, preamble, call or nothing."""
         if kind == self._kind:
             return
-        if self._kind == "reasoning":
-            self._end_reasoning()
-        elif self._kind in ("text", "preamble") and (rest := self._blocks.finish()):
-            self._settle_block(rest)
+        seconds = self._clock() - self._open_since
+        if self._kind == "reasoning" and self._show_reasoning:
+            self._settle(self._reasoning_lines())
+        elif self._kind == "reasoning":
+            self._settle([self._dim(f"▸ thought for {seconds:.1f} s ({self._open_tokens} tokens)")])
+        elif self._kind in ("text", "preamble"):
+            self._settle_blocks(self._open)
+        self._start(kind)
+
+    def _start(self, kind: str) -> None:
         self._kind = kind
-        self._kind_began = self._clock()
+        self._open = ""  # text of the open part, without the blocks that are settled
+        self._open_tokens = 0
+        self._open_since = self._clock()
         self._drawn = -1.0  # something new: draw it at once
 
-    def _end_reasoning(self) -> None:
-        seconds = self._clock() - self._kind_began
-        if self._show_reasoning:
-            self._settle(self._screen.render(Text(self._reasoning.strip(), style="dim")))
-        else:
-            self._settle([self._dim(f"▸ thought for {seconds:.1f} s ({self._reasoning_tokens} tokens)")])
-        self._reasoning = ""
-        self._reasoning_tokens = 0
-
-    def _settle_block(self, block: str) -> None:
-        self._settle(self._markdown(block))
-
-    def _settle_line(self, line: str) -> None:
-        self._settle([self._dim(line)])
+    def _settle_blocks(self, markdown: str) -> None:
+        for lines in self._blocks(markdown):
+            self._settle(lines)
 
     def _settle(self, lines: list[str]) -> None:
         """Make an open part permanent: parts are kept apart by a blank line."""
@@ -148,32 +137,34 @@ class AnswerView:
         self._drawn = self._clock()
         lines: list[str] = []
         if self._kind == "reasoning":
-            lines = self._screen.render(Text(self._reasoning.strip(), style="dim"))
+            lines = self._reasoning_lines()
             if not self._show_reasoning:
                 lines = lines[-PEEK_LINES:]
-        elif self._kind in ("text", "preamble") and self._blocks.open.strip():
-            lines = self._markdown(self._blocks.open)
         elif self._kind == "call":
-            lines = [self._dim(f"→ {self._calling} …")]
-        footer = [] if self._kind == "" else ["", self._dim(self._progress())]
-        self._screen.draw([""] * self._gap + lines, footer)
-
-    def _progress(self) -> str:
+            lines = [self._dim(f"→ {self._open} …")]
+        elif self._open:
+            whole, line_feed, begun = self._open.rpartition("\n")
+            *done, growing = split_blocks(whole + line_feed)
+            self._settle_blocks("".join(done))
+            self._open = growing + begun
+            lines = [line for block in self._blocks(self._open) for line in ("", *block)][1:]
         rate = self.tokens_per_second
         doing = "thinking, " if self._kind == "reasoning" else ""
-        return f"{doing}{self.tokens} tokens" + (f", {rate:.1f} tokens/s" if rate is not None else "")
+        speed = "" if rate is None else f", {rate:.1f} tokens/s"
+        footer = ["", self._dim(f"{doing}{self.tokens} tokens{speed}")] if self._kind else []
+        self._screen.draw([""] * self._gap + lines, footer)
 
-    def _markdown(self, block: str) -> list[str]:
-        return self._screen.render(Markdown(block, code_theme=CODE_THEME))
+    def _reasoning_lines(self) -> list[str]:
+        return self._screen.render(Text(self._open.strip(), style="dim"))
+
+    def _blocks(self, markdown: str) -> Iterator[list[str]]:
+        """The lines of each block."""
+        for block in split_blocks(markdown):
+            if lines := self._screen.render(Markdown(block, code_theme=CODE_THEME)):
+                yield lines
 
     def _dim(self, line: str) -> str:
         width = self._screen.console.width
         text = Text(line, style="dim")
         text.truncate(max(1, width - 1), overflow="ellipsis")
         return "".join(self._screen.render(text))
-
-
-def _brief(text: str) -> str:
-    """A text in one line."""
-    line = " ".join(plain(text).split())
-    return line if len(line) <= SHOWN_ARGUMENTS else f"{line[:SHOWN_ARGUMENTS]}… ({len(text)} characters)"

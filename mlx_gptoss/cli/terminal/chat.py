@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_gptoss.cli.terminal.answer import AnswerView
-from mlx_gptoss.cli.terminal.markdown import plain
+from mlx_gptoss.cli.terminal.markdown import one_line
 from mlx_gptoss.cli.terminal.screen import no_echo
 from mlx_gptoss.cli.terminal.transcript import Saver, Transcript, answer_of, load_transcript
 from mlx_gptoss.errors import GptOssError, RequestError
@@ -205,7 +205,7 @@ class Chat:
         removed = self._session.undo()
         if not removed:
             raise RequestError("there is nothing to take back")
-        self._say(f"took back: {_short(removed[0].content)}")
+        self._say(f"took back: {one_line(removed[0].content, 80)}")
 
     def _effort(self, rest: str) -> None:
         if not rest:
@@ -247,7 +247,7 @@ class Chat:
         self._context = 0
         users = sum(m.role == "user" for m in found.messages)
         self._say(f"loaded {users} messages of yours with {found.model}; the last answer was:")
-        self._console.print(Text(_short(answer_of(found.messages), 500) or "none", style="dim"))
+        self._console.print(Text(one_line(answer_of(found.messages), 500) or "none", style="dim"))
 
     def _tools(self, rest: str) -> None:
         names = [as_tool(tool).name for tool in self._settings.tools]
@@ -276,8 +276,3 @@ class Chat:
 
     def _error(self, error: GptOssError) -> None:
         self._console.print(Text(f"error: {' '.join(str(error).split())}", style="red"))
-
-
-def _short(text: str, length: int = 80) -> str:
-    line = " ".join(plain(text).split())
-    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,21 +1,21 @@
 """Markdown that arrives in pieces, cut into blocks: what is finished never changes again.
 
 A terminal can only redraw what is on its screen, so an answer is drawn block by block: finished blocks are
-printed once, and only the last, open one is drawn again as it grows.
+printed once, and only the last ones are drawn again as they grow.
 """
 
 from __future__ import annotations
 
-import re
+from io import StringIO
+from itertools import pairwise
 
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_ITEM = re.compile(r" {0,3}(?:[-*+]|\d{1,9}[.)])(?:\s|$)")
-_MAYBE_ITEM = re.compile(r" {0,3}(?:[-*+]?|\d{1,9}[.)]?)\Z")
-_HEADING = re.compile(r" {0,3}#{1,6}(?:\s|$)")
+from markdown_it import MarkdownIt
+
 # Everything a terminal could take for a command, except line feed and tab.
-_CONTROL = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if c not in (9, 10)} | {
-    13: None
-}
+_CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+_CONTROL[ord("\r")] = ""
+# Of blocks alone, with what rich draws of them.
+_PARSER = MarkdownIt().enable("table").disable("inline")
 
 
 def plain(text: str) -> str:
@@ -23,67 +23,18 @@ def plain(text: str) -> str:
     return text.translate(_CONTROL)
 
 
-class Blocks:
-    """Splits a growing Markdown text into finished blocks and an open rest."""
-
-    def __init__(self) -> None:
-        self._rest = ""
-
-    @property
-    def open(self) -> str:
-        """The block that may still grow."""
-        return self._rest
-
-    def push(self, text: str) -> list[str]:
-        """Take in more text; the blocks it finishes."""
-        self._rest += text
-        finished = []
-        while (end := _end_of_block(self._rest)) is not None:
-            block, self._rest = self._rest[:end].strip("\n"), self._rest[end:].lstrip("\n")
-            if block.strip():
-                finished.append(block)
-        return finished
-
-    def finish(self) -> str:
-        """The open rest, as the last block ("" when there is none)."""
-        block, self._rest = self._rest.strip("\n"), ""
-        return block if block.strip() else ""
+def one_line(text: str, length: int) -> str:
+    """The beginning of a text, without control characters, in at most `length` characters of one line."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def _end_of_block(text: str) -> int | None:
-    """Where the first block of a text ends for certain, None while more text could belong to it."""
-    lines = text.splitlines(keepends=True)
-    position, fence, begun, in_list, blank = 0, "", False, False, False
-    for line in lines:
-        whole = line.endswith("\n")
-        content = line.rstrip("\n")
-        if fence:
-            position += len(line)
-            if whole and content.strip().startswith(fence) and not content.strip().strip(fence[0]):
-                fence = ""
-                if not in_list:
-                    return position
-            continue
-        if not content.strip():
-            position += len(line)
-            if begun and whole:
-                if not in_list:
-                    return position
-                blank = True
-            continue
-        if blank:  # within a list, a blank line was seen: does the list go on?
-            if not whole and _MAYBE_ITEM.match(content):
-                return None
-            if not (content.startswith(("  ", "\t")) or _ITEM.match(content)):
-                return position
-            blank = False
-        if not begun:
-            begun, in_list = True, _ITEM.match(content) is not None
-            if _HEADING.match(content):
-                return position + len(line) if whole else None
-        if opening := _FENCE.match(content if not in_list else content.lstrip()):
-            if position and not in_list and text[:position].strip():
-                return position if whole else None  # a fence ends the paragraph before it
-            fence = opening[1]
-        position += len(line)
-    return None
+def split_blocks(text: str) -> list[str]:
+    """The blocks of a Markdown text, which joined are the text.
+
+    All but the last stay as they are when whole lines are appended to the text.
+    """
+    lines = list(StringIO(text))
+    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
+    edges = [0, *starts[1:], len(lines)]
+    return ["".join(lines[begin:end]) for begin, end in pairwise(edges)]
