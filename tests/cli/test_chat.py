@@ -111,7 +111,7 @@ def test_effort_and_system_change_what_the_model_is_told_and_keep_the_conversati
 def test_wrong_commands_are_told_and_change_nothing(talk: Talk) -> None:
     shown, chat, _ = talk("/effort enormous", "/nonsense", "/load", "/load nowhere", "one")
     assert "error: reasoning effort 'enormous': expected one of low, medium, high" in shown
-    assert "error: /nonsense is no command: /help lists them" in shown
+    assert "error: /nonsense is not a command: /help lists them" in shown
     assert "error: /load needs the name" in shown
     assert "nowhere.json cannot be read" in shown
     assert users(chat) == ["one"]
@@ -218,7 +218,8 @@ def test_what_was_changed_since_is_not_replaced(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no mlx-gptoss chat"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "is not a mlx-gptoss chat"),
         ('{"format": "mlx-gptoss chat", "version": 2}', "of version 1"),
         ('{"format": "mlx-gptoss chat", "version": 1}', "is damaged"),
         (
@@ -237,7 +238,7 @@ def test_what_was_changed_since_is_not_replaced(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_transcript_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_transcript_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=message):

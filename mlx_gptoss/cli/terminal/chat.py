@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -62,14 +62,6 @@ class Settings:
         )
 
 
-@dataclass
-class _Totals:
-    answers: int = 0
-    seconds: float = 0.0
-    last: str = ""
-    usage: Usage = field(default_factory=Usage)
-
-
 class Chat:
     """A chat with a model in a terminal."""
 
@@ -78,8 +70,9 @@ class Chat:
         self._settings = settings
         self._console = console
         self._saver = Saver()
-        self._totals = _Totals()
-        self._context = 0
+        self._context = 0  # tokens in it
+        self._answers, self._seconds = 0, 0.0
+        self._last = "none yet"  # what the last answer took
         self._session = self._settings.session(self._llm)
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "what can be typed here"),
@@ -124,7 +117,7 @@ class Chat:
         name, _, rest = text.strip().partition(" ")
         if name not in self.commands:
             raise RequestError(
-                f"{name} is no command: /help lists them; put a space before a message that begins with /"
+                f"{name} is not a command: /help lists them; put a space before a message that begins with /"
             )
         self.commands[name][0](rest.strip())
 
@@ -132,7 +125,6 @@ class Chat:
         """Stream the answer to a message. Ctrl-C stops it and keeps what was said. Raises GptOssError."""
         view = AnswerView(self._console, show_reasoning=self._settings.show_reasoning)
         done: Done | None = None
-        stopped = False
         began = time.monotonic()
         self._console.print()
         try:
@@ -142,21 +134,21 @@ class Chat:
                     view.show(event)
                     done = event if isinstance(event, Done) else None
         except KeyboardInterrupt:
-            stopped = True
+            done = None
         finally:
             rate, first = view.tokens_per_second, view.seconds_to_first
             view.close()
-        self._totals.seconds += time.monotonic() - began
-        if stopped or done is None:
+        self._seconds += time.monotonic() - began
+        if done is None:
             self._stopped(text, view.text)
             return
-        self._totals.answers += 1
+        self._answers += 1
         self._count(done.usage, rate, first)
         if done.finish_reason == "length":
             self._say("the answer was cut: it reached --max-tokens or the end of the context")
         elif done.finish_reason == "tool_calls":
             self._say(f"stopped after {self._settings.max_steps} calls of tools: say something to go on")
-        self._say(self._totals.last)
+        self._say(self._last)
 
     def status(self) -> str:
         """One line: the model, and how full its context is."""
@@ -180,20 +172,16 @@ class Chat:
 
     def _count(self, usage: Usage, rate: float | None, first: float | None) -> None:
         self._context = usage.prompt_tokens + usage.completion_tokens
-        self._totals.usage = usage
         parts = [f"{usage.completion_tokens:,} tokens"]
         parts += [f"{rate:.1f} tokens/s"] if rate is not None else []
         parts += [f"first after {first:.2f} s"] if first is not None else []
         parts.append(f"context {self._context:,} ({usage.cached_tokens:,} cached)")
-        self._totals.last = " · ".join(parts)
+        self._last = " · ".join(parts)
 
     # --- commands
 
     def _help(self, rest: str) -> None:
-        table = Table.grid(padding=(0, 2))
-        for name, (_, text) in self.commands.items():
-            table.add_row(Text(name, style="cyan"), text)
-        self._console.print(table)
+        self._list({name: text for name, (_, text) in self.commands.items()})
         self._say(f"{KEYS}, Ctrl-X Ctrl-E opens your editor")
 
     def _reset(self, rest: str) -> None:
@@ -227,12 +215,9 @@ class Chat:
 
     def _save(self, rest: str) -> None:
         name = rest or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}"
+        saved, told = datetime.now().isoformat(timespec="seconds"), self._settings
         transcript = Transcript(
-            self._llm.name,
-            datetime.now().isoformat(timespec="seconds"),
-            self._settings.instructions,
-            self._settings.effort,
-            list(self._session.history),
+            self._llm.name, saved, told.instructions, told.effort, list(self._session.history)
         )
         first, second = self._saver.save(transcript, name)
         self._say(f"saved {first} and {second}")
@@ -255,21 +240,24 @@ class Chat:
 
     def _stats(self, rest: str) -> None:
         stats, usage = self._llm.stats(), self._session.usage
+        used, budget = (stats.live_kv_bytes + stats.prefix_bytes) / 1e6, stats.kv_budget / 1e6
         rows = {
-            "answers": f"{self._totals.answers} in {self._totals.seconds:.1f} s",
-            "last answer": self._totals.last or "none yet",
+            "answers": f"{self._answers} in {self._seconds:.1f} s",
+            "last answer": self._last,
             "prompt tokens": f"{usage.prompt_tokens:,}, of which {usage.cached_tokens:,} were cached",
             "output tokens": f"{usage.completion_tokens:,}, of which {usage.reasoning_tokens:,} reasoning",
-            "KV caches": f"{(stats.live_kv_bytes + stats.prefix_bytes) / 1e6:,.0f} MB "
-            f"of {stats.kv_budget / 1e6:,.0f} MB",
+            "KV caches": f"{used:,.0f} MB of {budget:,.0f} MB",
         }
-        table = Table.grid(padding=(0, 2))
-        for name, value in rows.items():
-            table.add_row(Text(name, style="cyan"), value)
-        self._console.print(table)
+        self._list(rows)
 
     def _exit(self, rest: str) -> None:
         self._over = True
+
+    def _list(self, rows: dict[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, text in rows.items():
+            table.add_row(Text(name, style="cyan"), text)
+        self._console.print(table)
 
     def _say(self, text: str) -> None:
         self._console.print(Text(text, style="dim"))

@@ -11,30 +11,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
-from prompt_toolkit.document import Document
+from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-HISTORY = "chat_history"
 
 
 def history_file() -> Path:
     """Where what was typed is kept: under XDG_STATE_HOME, or ~/.local/state."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "mlx-gptoss" / HISTORY
+    return Path(base) / "mlx-gptoss" / "chat_history"
 
 
 class Prompt:
-    """Asks for messages. commands: what completes after "/". status: the line at the bottom."""
+    """Asks for messages. commands: what the Tab key completes. status: the line at the bottom."""
 
     def __init__(self, commands: Iterable[str], status: Callable[[], str]) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             multiline=True,
             key_bindings=_keys(),
-            completer=_Commands(list(commands)),
+            completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
             bottom_toolbar=status,
             prompt_continuation="  ",
@@ -69,17 +66,3 @@ def _history() -> History:
     except OSError:
         return InMemoryHistory()
     return FileHistory(str(path))
-
-
-class _Commands(Completer):
-    """Completes the name of a command at the beginning of the input."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        typed = document.text_before_cursor
-        if typed.startswith("/") and not any(c.isspace() for c in typed):
-            for name in self._names:
-                if name.startswith(typed):
-                    yield Completion(name, start_position=-len(typed))

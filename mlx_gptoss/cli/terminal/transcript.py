@@ -17,7 +17,7 @@ VERSION = 1
 
 @dataclass
 class Transcript:
-    """A conversation with what it was led under. saved: local time, ISO 8601."""
+    """A conversation and its settings. saved: local time, ISO 8601."""
 
     model: str
     saved: str
@@ -27,33 +27,29 @@ class Transcript:
 
     def to_json(self) -> str:
         """As JSON. The sampled tokens are left out: another model's vocabulary may differ."""
-        messages = []
-        for message in self.messages:
-            values = {k: v for k, v in asdict(message).items() if v is not None and k != "token_ids"}
-            messages.append(values)
-        data = {"format": FORMAT, "version": VERSION, **asdict(self), "messages": messages}
+        data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for message in data["messages"]:
+            for name in [k for k, v in message.items() if v is None or k == "token_ids"]:
+                del message[name]
         return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         """For people: reasoning and tool results folded away."""
         parts = [f"# Chat with {self.model}", f"{self.saved}, reasoning effort {self.reasoning_effort}"]
-        if self.instructions:
-            parts += ["## Instructions", self.instructions]
-        for message in self.messages:
-            parts += _markdown(message)
+        parts += ["## Instructions", self.instructions] if self.instructions else []
+        parts += map(_markdown, self.messages)
         return "\n\n".join(parts) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Transcript:
-        """Raises RequestError when the text is no transcript; `where` names it."""
+        """Raises RequestError for anything else than a transcript; `where` names it."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{where} is not JSON ({error}): expected a chat that /save wrote") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise RequestError(
-                f"{where} is no {FORMAT} of version {VERSION}: expected a file that /save wrote"
-            )
+            wanted = f"{FORMAT} of version {VERSION}"
+            raise RequestError(f"{where} is not a {wanted}: expected a file that /save wrote")
         known = {f.name for f in fields(Message)} - {"token_ids"}
         try:
             messages = [Message(**{k: v for k, v in m.items() if k in known}) for m in data["messages"]]
@@ -63,26 +59,20 @@ class Transcript:
             raise RequestError(f"{where} is damaged ({error}): expected a file that /save wrote") from None
 
 
-def _markdown(message: Message) -> list[str]:
-    def folded(title: str, text: str) -> list[str]:
-        return ["<details><summary>" + title + "</summary>", _fenced(text), "</details>"]
-
-    if message.role == "user":
-        return ["## User", message.content]
+def _markdown(message: Message) -> str:
     if message.role == "tool":
-        return folded(f"Result of {message.name or message.call_id}", message.content)
-    if message.recipient is not None:
-        return folded(f"Call of {message.recipient}", message.content)
-    if message.channel == "analysis":
-        return folded("Reasoning", message.content)
-    return [f"## {message.role.capitalize()}", message.content]
-
-
-def _fenced(text: str) -> str:
+        title = f"Result of {message.name or message.call_id}"
+    elif message.recipient is not None:
+        title = f"Call of {message.recipient}"
+    elif message.channel == "analysis":
+        title = "Reasoning"
+    else:
+        return f"## {message.role.capitalize()}\n\n{message.content}"
     fence = "```"
-    while fence in text:
+    while fence in message.content:
         fence += "`"
-    return f"{fence}\n{text}\n{fence}"
+    shown = f"{fence}\n{message.content}\n{fence}"
+    return f"<details><summary>{title}</summary>\n\n{shown}\n\n</details>"
 
 
 class Saver:
@@ -95,23 +85,18 @@ class Saver:
         """The two files written. Raises RequestError when one exists that this saver did not write."""
         base = Path(name).expanduser()
         base = base.with_name(base.name.removesuffix(".json").removesuffix(".md"))
-        files = {
-            base.with_name(base.name + ".json"): transcript.to_json(),
-            base.with_name(base.name + ".md"): transcript.to_markdown(),
-        }
-        for path in files:
+        first, second = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.md")
+        for path in (first, second):
             if path.exists() and not self._is_mine(path):
                 raise RequestError(f"{path} exists already: choose another name")
-        for path, text in files.items():
+        for path, text in ((first, transcript.to_json()), (second, transcript.to_markdown())):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
             except OSError as error:
-                raise RequestError(
-                    f"{path} cannot be written ({error.strerror}): choose another place"
-                ) from None
+                reason = error.strerror
+                raise RequestError(f"{path} cannot be written ({reason}): choose another place") from None
             self._written[path.resolve()] = text
-        first, second = files
         return first, second
 
     def _is_mine(self, path: Path) -> bool:
@@ -134,5 +119,5 @@ def load_transcript(name: str) -> Transcript:
 
 def answer_of(messages: Sequence[Message]) -> str:
     """The text of the last answer to the user among messages, "" when there is none."""
-    finals: list[Any] = [m for m in messages if m.role == "assistant" and m.channel == "final"]
-    return finals[-1].content if finals else ""
+    answers = (m.content for m in reversed(messages) if m.role == "assistant" and m.channel == "final")
+    return next(answers, "")
