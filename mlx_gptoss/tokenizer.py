@@ -8,30 +8,17 @@ it spells: special tokens are put into a sequence by id only.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from mlx_gptoss.errors import RequestError, TokenizerError
 
-# Field of Special -> its text in the vocabulary. All but the two edge markers are needed by harmony.
-SPECIAL_TOKENS = {
-    "startoftext": "<|startoftext|>",
-    "endoftext": "<|endoftext|>",
-    "return_": "<|return|>",
-    "constrain": "<|constrain|>",
-    "channel": "<|channel|>",
-    "start": "<|start|>",
-    "end": "<|end|>",
-    "message": "<|message|>",
-    "call": "<|call|>",
-}
-
 
 @dataclass(frozen=True)
 class Special:
-    """Ids of the special tokens that harmony uses."""
+    """Ids of the special tokens; all but the two edge markers are needed by harmony."""
 
     startoftext: int
     endoftext: int
@@ -42,6 +29,10 @@ class Special:
     end: int
     message: int
     call: int
+
+
+# Field of Special -> its text in the vocabulary.
+SPECIAL_TOKENS = {f.name: f"<|{f.name.rstrip('_')}|>" for f in fields(Special)}
 
 
 class Tokenizer:
@@ -95,12 +86,6 @@ class Tokenizer:
         """Token ids of ordinary text. Raises RequestError for text that UTF-8 cannot hold."""
         check_text(text)
         return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, encoded in parallel. Raises RequestError like `encode`."""
-        for text in texts:
-            check_text(text)
-        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that no text produces: markup and reserved ids."""
