@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from mlx_gptoss.harmony.namespaces import BROWSER, PYTHON
-from mlx_gptoss.harmony.types import CHANNELS, FUNCTIONS, JSON_ARGUMENTS, ROLES, Role
+from mlx_gptoss.harmony.types import CHANNELS, CONSTRAIN, FUNCTIONS, ROLES, Role
 
-CONSTRAIN = JSON_ARGUMENTS.removesuffix("json")
 BUILTIN_TOOLS = (PYTHON.name, BROWSER.name)
 # Words that say how the content is written, as opposed to whom it goes to.
 CONTENT_TYPES = ("json", "code", "text")

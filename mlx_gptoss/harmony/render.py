@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from mlx_gptoss.errors import RequestError, SchemaError
 from mlx_gptoss.harmony.json_text import lines
 from mlx_gptoss.harmony.types import (
     CHANNELS,
+    CONSTRAIN,
     FUNCTIONS,
     Conversation,
     Message,
@@ -23,77 +24,33 @@ from mlx_gptoss.harmony.types import (
     resolve_results,
 )
 from mlx_gptoss.harmony.typescript import TypeWriter
+from mlx_gptoss.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from mlx_gptoss.tokenizer import Special, Tokenizer
 
-_CONSTRAIN = "<|constrain|>"
 # What parts the words of a header; other white space is part of a word.
 _HEADER_SPACE = re.compile(r"[ \t\n\r\f]")
 _CALLS_GO_TO = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
-class _Sink(Protocol):
-    """Where pieces go."""
-
-    def text(self, text: str) -> None: ...
-
-    def special(self, name: str) -> None: ...
-
-    def sampled(self, token_ids: Sequence[int]) -> bool:
-        """Take the tokens of a message as they were sampled; False where they cannot be used."""
-        ...
+class _Mark(str):
+    """A special token, by its field of `Special`."""
 
 
-class _Ids:
-    """Collects token ids."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-
-    def text(self, text: str) -> None:
-        if not text:
-            return
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"text holds half a surrogate pair ({text[error.start]!r} at character {error.start}): "
-                "it was decoded wrongly; expected Unicode text"
-            ) from None
-        self.ids += self.tokenizer.encode(text)
-
-    def special(self, name: str) -> None:
-        self.ids.append(getattr(self.tokenizer.special, name))
-
-    def sampled(self, token_ids: Sequence[int]) -> bool:
-        special = self.tokenizer.special
-        if not is_replayable(token_ids, special):
-            return False
-        self.ids += token_ids
-        if token_ids[-1] == special.return_:
-            # <|return|> is only ever sampled: history ends its messages with <|end|>.
-            self.ids[-1] = special.end
-        elif token_ids[-1] not in (special.end, special.call):
-            self.ids.append(special.end)
-        return True
+_START, _END = _Mark("start"), _Mark("end")
+# Sampled token ids are a piece as they are.
+_Piece: TypeAlias = str | Sequence[int]
 
 
-class _Text:
-    """Collects the prompt as text, special tokens spelled out and sampled messages written anew."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-
-    def text(self, text: str) -> None:
-        self.parts.append(text)
-
-    def special(self, name: str) -> None:
-        self.parts.append(f"<|{name.rstrip('_')}|>")
-
-    def sampled(self, token_ids: Sequence[int]) -> bool:
-        return False
+def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, _Mark):
+            ids.append(getattr(tokenizer.special, piece))
+        else:
+            ids += tokenizer.encode(piece) if isinstance(piece, str) else piece
+    return ids
 
 
 def is_replayable(token_ids: Sequence[int], special: Special) -> bool:
@@ -125,9 +82,8 @@ def render(
 
     Raises RequestError or ToolError for a conversation that does not hold together.
     """
-    sink = _Ids(tokenizer)
-    _conversation(conversation, sink, for_completion, drop_analysis)
-    return sink.ids
+    pieces = _conversation(conversation, tokenizer.special, for_completion, drop_analysis)
+    return _encode(pieces, tokenizer)
 
 
 def render_for_training(
@@ -143,33 +99,32 @@ def render_for_training(
 
 def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
     """The token ids of one message, from `<|start|>` to its end token."""
-    sink = _Ids(tokenizer)
-    _message(message, message.name, sink)
-    return sink.ids
+    return _encode(_message(message, message.name, tokenizer.special), tokenizer)
 
 
 def render_text(
     conversation: Conversation, *, for_completion: bool = True, drop_analysis: bool = True
 ) -> str:
     """The prompt as text with special tokens spelled out: to look at, not to encode."""
-    sink = _Text()
-    _conversation(conversation, sink, for_completion, drop_analysis)
-    return "".join(sink.parts)
+    pieces = _conversation(conversation, None, for_completion, drop_analysis)
+    return "".join(SPECIAL_TOKENS[p] if isinstance(p, _Mark) else str(p) for p in pieces)
 
 
-def _conversation(conversation: Conversation, sink: _Sink, for_completion: bool, drop_analysis: bool) -> None:
+def _conversation(
+    conversation: Conversation, special: Special | None, for_completion: bool, drop_analysis: bool
+) -> Iterator[_Piece]:
+    """Without `special`, sampled messages are written anew."""
     conversation.validate()
-    _message(Message("system", system_text(conversation)), None, sink)
+    yield from _message(Message("system", system_text(conversation)), None, special)
     if developer := developer_text(conversation):
-        _message(Message("developer", developer), None, sink)
+        yield from _message(Message("developer", developer), None, special)
     messages = conversation.messages
     dropped = _dropped(messages) if drop_analysis else 0
     for index, (message, name) in enumerate(resolve_results(messages)):
         if index >= dropped or message.channel != "analysis":
-            _message(message, name, sink)
+            yield from _message(message, name, special)
     if for_completion:
-        sink.special("start")
-        sink.text("assistant")
+        yield from (_START, "assistant")
 
 
 def _dropped(messages: Sequence[Message]) -> int:
@@ -242,34 +197,35 @@ def _tool(tool: Tool, writer: TypeWriter) -> Iterator[str]:
     yield f"type {tool.name} = ({f'_: {arguments}' if tool.parameters is not None else ''}) => any;\n"
 
 
-def _message(message: Message, name: str | None, sink: _Sink) -> None:
-    sink.special("start")
-    sink.text(_word(name or "", "name") if message.role == "tool" else message.role)
-    if message.role == "assistant" and message.token_ids is not None and sink.sampled(message.token_ids):
+def _message(message: Message, name: str | None, special: Special | None) -> Iterator[_Piece]:
+    sampled, by_assistant = message.token_ids, message.role == "assistant"
+    yield _START
+    yield _word(name or "", "name") if message.role == "tool" else message.role
+    if by_assistant and sampled is not None and special is not None and is_replayable(sampled, special):
+        # History ends its messages with <|end|>: <|return|> is only ever sampled.
+        yield sampled[:-1] if sampled[-1] in (special.return_, special.end) else sampled
+        if sampled[-1] != special.call:
+            yield _END
         return
-    _header(name, message, sink)
-    sink.special("message")
-    sink.text(message.content)
-    sink.special("call" if message.role == "assistant" and message.recipient is not None else "end")
+    yield from _header(name, message)
+    yield from (_Mark("message"), message.content)
+    yield _Mark("call") if by_assistant and message.recipient is not None else _END
 
 
-def _header(name: str | None, message: Message, sink: _Sink) -> None:
+def _header(name: str | None, message: Message) -> Iterator[_Piece]:
     """The rest of a header, after the role."""
     if name is not None and message.role != "tool":
-        sink.text(f":{_word(name, 'name')}")
+        yield f":{_word(name, 'name')}"
     if message.recipient is not None and message.recipient != "all":
-        sink.text(f" to={_word(message.recipient, 'recipient')}")
+        yield f" to={_word(message.recipient, 'recipient')}"
     if message.channel is not None:
-        sink.special("channel")
-        sink.text(_word(message.channel, "channel"))
+        yield from (_Mark("channel"), _word(message.channel, "channel"))
     if message.content_type is not None:
         content_type = _word(message.content_type, "content_type")
-        if content_type.startswith(_CONSTRAIN):
-            sink.text(" ")
-            sink.special("constrain")
-            sink.text(content_type.removeprefix(_CONSTRAIN))
+        if content_type.startswith(CONSTRAIN):
+            yield from (" ", _Mark("constrain"), content_type.removeprefix(CONSTRAIN))
         else:
-            sink.text(f" {content_type}")
+            yield f" {content_type}"
 
 
 def _word(value: str, field: str) -> str:

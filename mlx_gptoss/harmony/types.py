@@ -24,7 +24,8 @@ CHANNELS = ("analysis", "commentary", "final")
 FUNCTIONS = "functions"
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
-JSON_ARGUMENTS = "<|constrain|>json"
+CONSTRAIN = "<|constrain|>"
+JSON_ARGUMENTS = f"{CONSTRAIN}json"
 
 # A name stands in a message's header, where white space and angle brackets end a word.
 _NAME = re.compile(r"[\w./:-]+")
