@@ -7,7 +7,7 @@ of the messages of that kind; nothing is repeated and nothing is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mlx_gptoss.harmony.types import Message
@@ -128,15 +128,15 @@ Event = (
 )
 
 
-@dataclass
 class ReplyBuilder:
     """Adds events up to a Reply. `text` and `reasoning` are the deltas joined in their order."""
 
-    _text: list[str] = field(default_factory=list)
-    _reasoning: list[str] = field(default_factory=list)
-    _calls: list[ToolCall] = field(default_factory=list)
-    _messages: list[Message] = field(default_factory=list)
-    _diagnostics: list[Diagnostic] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._messages: list[Message] = []
+        self._diagnostics: list[Diagnostic] = []
+        self.tool_calls: list[ToolCall] = []  # the complete ones so far
 
     def add(self, events: Sequence[Event]) -> None:
         """Take in the events of one step."""
@@ -147,16 +147,11 @@ class ReplyBuilder:
                 case ReasoningDelta():
                     self._reasoning.append(event.text)
                 case ToolCall():
-                    self._calls.append(event)
+                    self.tool_calls.append(event)
                 case MessageDone():
                     self._messages.append(event.message)
                 case Diagnostic():
                     self._diagnostics.append(event)
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The complete calls so far."""
-        return tuple(self._calls)
 
     def build(
         self, finish_reason: FinishReason, usage: Usage, parsed: Any = None, stop_text: str | None = None
@@ -165,7 +160,7 @@ class ReplyBuilder:
         return Reply(
             "".join(self._text),
             "".join(self._reasoning),
-            tuple(self._calls),
+            tuple(self.tool_calls),
             tuple(self._messages),
             finish_reason,
             usage,

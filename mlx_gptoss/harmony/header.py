@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 from typing import NamedTuple, cast
 
 from mlx_gptoss.harmony.namespaces import BROWSER, PYTHON
@@ -21,7 +22,7 @@ CONTENT_TYPES = ("json", "code", "text")
 # Recipients that are not tools: the message is for everyone, or for the person.
 PEOPLE = ("all", "user", "assistant")
 
-# A channel's name ends at any white space or "<"; other words at ASCII white space. So the library has it.
+# As in the library, a channel's name ends at any white space or "<", other words at ASCII white space.
 _AFTER_CHANNEL = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000<]")
 _ASCII_SPACE = re.compile(r"[ \t\n\r\f]+")
 _RECIPIENT = re.compile(r"\s*to=\s*([\w.:/-]+)")
@@ -107,15 +108,12 @@ def check_header(header: Header) -> None:
         header.report("missing_channel", "")
     if not header.calls_tool or header.recipient is None:
         return
-    root = header.recipient.split(".")[0]
-    bare = "." not in header.recipient
-    if bare and root not in BUILTIN_TOOLS:
+    root, dot, _ = header.recipient.partition(".")
+    if root in BUILTIN_TOOLS:
+        return
+    if not dot:
         header.report("bare_recipient", header.recipient)
-    if (
-        header.channel not in ("commentary", None)
-        and (bare or root == FUNCTIONS)
-        and root not in BUILTIN_TOOLS
-    ):
+    if header.channel not in ("commentary", None) and (root == FUNCTIONS or not dot):
         header.report("call_on_other_channel", header.channel or "")
 
 
@@ -166,29 +164,22 @@ def _take_role(words: list[_Word], header: Header, live: bool) -> list[_Word]:
         header.report("missing_role", "")
         return words
     first, others = words[0].text, words[1:]
-    if first in ROLES:
-        header.role = cast(Role, first)
-        if first == "tool":
-            header.name = first
-        return _foreign(others, header, live)
     role, _, name = first.partition(":")
-    if name and role in ROLES and role != "tool":
+    if first in ROLES:
+        header.role, header.name = cast(Role, first), "tool" if first == "tool" else None
+    elif name and role in ROLES and role != "tool":
         header.role, header.name = cast(Role, role), name
-        return _foreign(others, header, live)
-    if is_tool_name(first) or others and (not live or _Word("to=assistant") in others):
+    elif is_tool_name(first) or others and (not live or _Word("to=assistant") in others):
         header.role, header.name = "tool", first
         if not others:
             header.report("unknown_role", first)
-        return _foreign(others, header, live)
-    header.report("unknown_role", first)
-    glued = first.removeprefix("assistant")
-    return [_Word(glued), *others] if glued != first else others
-
-
-def _foreign(words: list[_Word], header: Header, live: bool) -> list[_Word]:
+    else:
+        header.report("unknown_role", first)
+        glued = first.removeprefix("assistant")
+        return [_Word(glued), *others] if glued != first else others
     if live and header.role != "assistant":
         header.report("foreign_role", header.name or header.role)
-    return words
+    return others
 
 
 def _take_fields(words: list[_Word], header: Header) -> list[str]:
@@ -220,10 +211,8 @@ def _may_be_recipient(plain: list[str], types: list[str], header: Header) -> boo
     """True when the first plain word names whom the message goes to, though "to=" is missing."""
     if is_tool_name(plain[0]):
         return True
-    if header.role != "assistant":
-        return len(plain) + len(types) <= 2
-    fits = len(plain) + len(types) <= 2 and plain[0] not in CONTENT_TYPES
-    return fits and header.channel == "commentary"
+    called = header.channel == "commentary" and plain[0] not in CONTENT_TYPES
+    return len(plain) + len(types) <= 2 and (called or header.role != "assistant")
 
 
 def recover_header(segments: Sequence[Segment], *, role_given: bool, live: bool) -> Header:
@@ -235,14 +224,14 @@ def recover_header(segments: Sequence[Segment], *, role_given: bool, live: bool)
         if marker == "channel":
             rest = _recover_channel(text, header)
         elif marker == "constrain":
-            found = re.match(r"[a-z]*", text)
-            kind = found.group() if found else ""
-            header.content_type = CONSTRAIN + kind
-            rest = text[len(kind) :]
+            rest = text.lstrip(ascii_lowercase)
+            header.content_type = CONSTRAIN + text.removesuffix(rest)
         elif index == 0 and (not role_given or text.lstrip().startswith("assistant")):
             rest = _recover_role(text, header, live)
         content.append(_recover_fields(rest, header))
-    header.content = "".join(content).lstrip() if any(s.marker for s in segments) else "".join(content)
+    header.content = "".join(content)
+    if any(s.marker for s in segments):
+        header.content = header.content.lstrip()
     return header
 
 

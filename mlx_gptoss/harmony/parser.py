@@ -245,12 +245,8 @@ class StreamParser:
         header = recover_header(segments, role_given=self._role_given, live=self._live)
         header.problems.insert(0, (problem, spell(segments)))
         check_header(header)
-        if (
-            header.role == "assistant"
-            and not header.channel
-            and not header.recipient
-            and header.content.strip()
-        ):
+        addressed = header.channel or header.recipient or header.role != "assistant"
+        if header.content.strip() and not addressed:
             header.channel = "final"
         return header
 
