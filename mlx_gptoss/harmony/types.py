@@ -197,8 +197,7 @@ class Conversation:
                     f"messages[{index}] is a {type(message).__name__}: expected a harmony Message",
                     f"messages[{index}]",
                 )
-        for _ in resolve_results(self.messages):
-            pass
+        list(resolve_results(self.messages))  # raises
 
 
 def resolve_results(messages: Sequence[Message]) -> Iterator[tuple[Message, str | None]]:
@@ -206,28 +205,27 @@ def resolve_results(messages: Sequence[Message]) -> Iterator[tuple[Message, str 
 
     Raises ToolError for a result whose call (by `call_id`, else by name) is not there.
     """
-    recipient_of: dict[str, str] = {}
-    called: set[str] = set()
+    by_id: dict[str, str] = {}  # a call's id, or the function's bare name, -> its recipient
+    by_name: dict[str, str] = {}
     for index, message in enumerate(messages):
         name = message.name
         if message.role == "assistant" and message.recipient is not None:
-            called.add(message.recipient.removeprefix(FUNCTIONS + "."))
+            by_name[message.recipient.removeprefix(f"{FUNCTIONS}.")] = message.recipient
             if message.call_id is not None:
-                recipient_of[message.call_id] = message.recipient
+                by_id[message.call_id] = message.recipient
         elif message.role == "tool":
-            bare = (name or "").removeprefix(FUNCTIONS + ".")
-            known = message.call_id in recipient_of if message.call_id is not None else bare in called
-            if not known:
-                what = (
-                    f"call id {message.call_id!r}" if message.call_id is not None else f"a call of {name!r}"
-                )
+            if message.call_id is not None:
+                what, recipient = f"call id {message.call_id!r}", by_id.get(message.call_id)
+            else:
+                bare = (name or "").removeprefix(f"{FUNCTIONS}.")
+                what, recipient = f"a call of {name!r}", by_name.get(bare)
+            if recipient is None:
                 raise ToolError(
                     f"messages[{index}] is the result of {what}, which no earlier assistant message holds: "
                     "keep the call in the history, before its result",
                     f"messages[{index}]",
                 )
-            if not name and message.call_id is not None:
-                name = recipient_of[message.call_id]
+            name = name or recipient
         yield message, name
 
 

@@ -165,7 +165,7 @@ class _Schema:
 
     def _item(self, items: Any, indent: str) -> str:
         text = self.type_of(items, indent)
-        # The library writes `"a" | "b"[]` for a list of enums; its ground is left as it is.
+        # The library writes `"a" | "b"[]` for a list of enums, and so do we.
         return f"({text})" if self._is_union(items) and not _plain(items) else text
 
     def _is_union(self, node: Any) -> bool:
