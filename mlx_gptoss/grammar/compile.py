@@ -43,9 +43,7 @@ def compile_constraint(
     Raises SchemaError (unusable schema or grammar, naming the keyword), ToolError (tool_choice does not fit
     the tools) or RequestError.
     """
-    if reasoning_budget is not None and (
-        not isinstance(reasoning_budget, int) or isinstance(reasoning_budget, bool) or reasoning_budget < 0
-    ):
+    if reasoning_budget is not None and (type(reasoning_budget) is not int or reasoning_budget < 0):
         raise RequestError(
             f"reasoning_budget is {reasoning_budget!r}: expected a whole number of tokens >= 0",
             "reasoning_budget",
@@ -98,20 +96,17 @@ def _choose(
     calls: dict[Target, dict[str, Any] | None], tool_choice: ToolChoice
 ) -> dict[Target, dict[str, Any] | None]:
     """The calls that tool_choice permits."""
-    if tool_choice == "auto":
-        return calls
     if tool_choice == "none":
         return {}
-    names = [(t.recipient or "").removeprefix("functions.") for t in calls]
-    if tool_choice == "required":
-        if not calls:
-            raise ToolError("tool_choice is 'required' and there are no tools: declare one", "tool_choice")
+    if tool_choice == "required" and not calls:
+        raise ToolError("tool_choice is 'required' and there are no tools: declare one", "tool_choice")
+    if tool_choice in ("auto", "required"):
         return calls
     if isinstance(tool_choice, tuple) and len(tool_choice) == 2 and tool_choice[0] == "named":
         wanted = str(tool_choice[1]).removeprefix("functions.")
-        chosen = {t: s for t, s in calls.items() if (t.recipient or "").removeprefix("functions.") == wanted}
+        chosen = {target: schema for target, schema in calls.items() if target.name == wanted}
         if not chosen:
-            declared = ", ".join(names) or "none"
+            declared = ", ".join(target.name for target in calls) or "none"
             raise ToolError(f"tool_choice names {wanted!r}: the declared tools are {declared}", "tool_choice")
         return chosen
     raise ToolError(
@@ -123,7 +118,7 @@ def _choose(
 def _argument_grammar(
     vocabulary: Vocabulary, target: Target, parameters: dict[str, Any], strict_tools: bool
 ) -> str:
-    field = f"parameters of {(target.recipient or '').removeprefix('functions.')}"
+    field = f"parameters of {target.name}"
     try:
         check_schema_references(parameters, field)
         grammar = schema_grammar(parameters)
@@ -132,5 +127,6 @@ def _argument_grammar(
     except (ValueError, SchemaError) as error:
         if not strict_tools:
             return schema_grammar({"type": "object"})
-        told = error if isinstance(error, SchemaError) else schema_error(str(error), parameters, field)
-        raise told from None
+        if isinstance(error, SchemaError):
+            raise
+        raise schema_error(str(error), parameters, field) from None

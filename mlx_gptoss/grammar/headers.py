@@ -32,6 +32,11 @@ class Target:
     recipient: str | None = None
     content_types: tuple[str, ...] = ("",)
 
+    @property
+    def name(self) -> str:
+        """The tool of a call as its caller declared it, "" for other messages."""
+        return (self.recipient or "").removeprefix("functions.")
+
     def headers(self) -> Iterator[str]:
         """The header texts, up to <|message|>. A recipient stands after the channel or before it."""
         for channel in self.channels:

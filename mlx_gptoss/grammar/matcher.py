@@ -42,18 +42,17 @@ class Vocabulary:
         """Length of a mask."""
         return (self.size + 31) // 32
 
-    def text_or(self, *token_ids: int) -> np.ndarray:
-        """The mask of all ordinary tokens and the given special ones."""
+    def text_or(self, token_id: int) -> np.ndarray:
+        """The mask of all ordinary tokens and a special one. Read-only."""
         mask = self._text.copy()
-        for token_id in token_ids:
-            set_bit(mask, token_id)
+        mask[token_id >> 5] |= _bit(token_id)
         mask.flags.writeable = False
         return mask
 
     def only(self, token_id: int) -> np.ndarray:
-        """The mask that forces one token."""
+        """The mask that forces one token. Read-only."""
         mask = np.zeros(self.words, np.uint32)
-        set_bit(mask, token_id)
+        mask[token_id >> 5] = _bit(token_id)
         mask.flags.writeable = False
         return mask
 
@@ -103,8 +102,10 @@ class Matcher:
         mask = np.zeros(self._vocabulary.words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
-        if clear_bit(mask, self._vocabulary.special.endoftext):
-            set_bit(mask, end)
+        complete = self._vocabulary.special.endoftext
+        if mask[complete >> 5] & _bit(complete):
+            mask[complete >> 5] ^= _bit(complete)
+            mask[end >> 5] |= _bit(end)
         return mask
 
     def accept(self, token_id: int) -> None:
@@ -118,16 +119,9 @@ class Matcher:
             raise SchemaError(f"the grammar cannot go on ({line}): use a simpler schema or grammar")
 
 
-def set_bit(mask: np.ndarray, token_id: int) -> None:
-    mask[token_id >> 5] |= np.uint32(1 << (token_id & 31))
-
-
-def clear_bit(mask: np.ndarray, token_id: int) -> bool:
-    """Clear a bit; True if it was set."""
-    bit = np.uint32(1 << (token_id & 31))
-    was_set = bool(mask[token_id >> 5] & bit)
-    mask[token_id >> 5] &= ~bit
-    return was_set
+def _bit(token_id: int) -> np.uint32:
+    """Its bit, in its word of a mask."""
+    return np.uint32(1 << (token_id & 31))
 
 
 _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()

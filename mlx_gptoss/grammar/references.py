@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import unquote
 
 from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.harmony.schema import resolve
 
 MAX_DEPTH = 128
 
@@ -28,11 +28,9 @@ def check_schema_references(schema: dict[str, Any], field: str) -> None:
             stack += [(child, depth) for child in reversed(node)]
         elif isinstance(node, dict) and id(node) not in seen:
             seen.add(id(node))
-            stack += [
-                (v, depth) for k, v in node.items() if k not in ("$defs", "definitions", "enum", "const")
-            ]
+            stack += [(child, depth) for key, child in node.items() if key not in _NO_PLACE]
             if isinstance(ref := node.get("$ref"), str):
-                stack.append((_resolve(ref, schema), depth + 1))
+                stack.append((_target(ref, schema), depth + 1))
 
 
 def check_lark_references(grammar: str, field: str) -> None:
@@ -53,16 +51,12 @@ def check_lark_references(grammar: str, field: str) -> None:
             stack += [(used, depth + 1) for used in reversed(uses[name])]
 
 
-def _resolve(ref: str, root: dict[str, Any]) -> Any:
+def _target(ref: str, root: dict[str, Any]) -> Any:
     """What a local reference names; None where it leads nowhere, which the compiler tells better."""
-    found: Any = root
-    for part in ref.removeprefix("#").split("/")[1:]:
-        key = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and key.isdigit() and int(key) < len(found):
-            found = found[int(key)]
-        else:
-            found = found.get(key) if isinstance(found, dict) else None
-    return found
+    try:
+        return resolve(ref, root)
+    except SchemaError:
+        return None
 
 
 def _too_deep(what: str, field: str) -> SchemaError:

@@ -41,12 +41,11 @@ class ResponseFormat:
             "choices": choices,
             "json_object": json_object or None,
         }
-        given = [kind for kind, value in ways.items() if value is not None]
+        given = [cls(kind, value) for kind, value in ways.items() if value is not None]
         if len(given) > 1:
-            raise RequestError(
-                f"{' and '.join(given)} were given together: a reply has one shape, give one", given[1]
-            )
-        return cls(given[0], ways[given[0]]) if given else None
+            names = " and ".join(way.kind for way in given)
+            raise RequestError(f"{names} were given together: a reply has one shape, give one", given[1].kind)
+        return given[0] if given else None
 
     @property
     def is_json(self) -> bool:

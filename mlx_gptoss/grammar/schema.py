@@ -26,6 +26,8 @@ else:
 # JSON allows any amount of white space between its parts, and a model may well spend all its tokens there.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 FORMATS = "date-time, time, date, duration, email, hostname, ipv4, ipv6, uuid, uri"
+# What may admit arguments that `properties` does not name.
+_OPENING = {"additionalProperties", "patternProperties", "minProperties", "$ref", "allOf", "anyOf", "oneOf"}
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*)\]")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
 
@@ -76,16 +78,7 @@ def arguments_schema(parameters: Mapping[str, Any] | None, field: str) -> dict[s
         raise SchemaError(
             f"{field} has the type {schema['type']!r}: a tool's parameters are an object", field
         )
-    opening = {
-        "additionalProperties",
-        "patternProperties",
-        "$ref",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "minProperties",
-    }
-    if not opening & schema.keys():
+    if not _OPENING & schema.keys():
         schema["additionalProperties"] = False
     return schema
 

@@ -7,6 +7,7 @@ returns None without any work.
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ class TurnConstraint:
         self._target: Target | None = None
         self._matcher: Matcher | None = None
         self._header: list[int] = []
-        self._split_character = b""  # bytes of a character that the reasoning has begun and not finished
+        self._text = getincrementaldecoder("utf-8")(errors="replace")  # tells whether a character is cut
         self._open_header(after_message=False)
 
     @property
@@ -80,7 +81,7 @@ class TurnConstraint:
         if target.kind == "call":
             return self._code
         if target.kind == "analysis" and self._reasoning_left is not None:
-            spent = self._reasoning_left <= 0 and not self._split_character
+            spent = self._reasoning_left <= 0 and not self._text.getstate()[0]
             if spent or self._reasoning_left <= -3:  # a character has at most 3 more bytes
                 return self._force_end
         return self._free if self._plan.strict and target.kind != "final" else None
@@ -96,7 +97,7 @@ class TurnConstraint:
         grammar = self._plan.bodies.get(self._target)
         self._matcher = self._vocabulary.matcher(grammar) if grammar is not None else None
         self._state = "body"
-        self._split_character = b""
+        self._text.reset()
 
     def _accept_in_body(self, target: Target, token_id: int) -> None:
         special = self._special
@@ -119,7 +120,7 @@ class TurnConstraint:
             self._accept_in_header(token_id)
         elif target.kind == "analysis" and self._reasoning_left is not None:
             self._reasoning_left -= 1
-            self._split_character = _unfinished(self._split_character + self._tokenizer.token_bytes(token_id))
+            self._text.decode(self._tokenizer.token_bytes(token_id))
 
     def _open_header(self, *, after_message: bool) -> None:
         targets: Sequence[Target] = self._plan.targets
@@ -130,15 +131,3 @@ class TurnConstraint:
         self._header = []
         self._target = None
         self._state = "header"
-
-
-def _unfinished(data: bytes) -> bytes:
-    """The bytes at the end that begin a UTF-8 character and do not finish it."""
-    for size in (1, 2, 3):
-        lead = data[-size] if size <= len(data) else 0
-        if lead >= 0xC0:
-            length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return data[-size:] if length > size else b""
-        if lead < 0x80:
-            break
-    return b""
