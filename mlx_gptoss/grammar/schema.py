@@ -45,7 +45,7 @@ def json_schema_of(schema: Schema, field: str = "schema") -> dict[str, Any]:
         )
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(schema), allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SchemaError(
             f"{field} is not made of JSON values ({error}): use plain dicts, lists, text and numbers", field
         ) from None

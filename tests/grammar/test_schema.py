@@ -100,6 +100,14 @@ def test_a_schema_cannot_switch_the_checks_off(tok: Tokenizer) -> None:
         constrain(tok, schema={"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True})
 
 
+def test_a_schema_nested_beyond_measure_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(SchemaError, match="not made of JSON values"):
+        json_schema_of(schema)
+
+
 @pytest.mark.parametrize("schema", [5, "x", ["a"], {"enum": {1, 2}}, {"const": float("nan")}, {1: object()}])
 def test_what_is_not_a_schema_is_refused(tok: Tokenizer, schema: Any) -> None:
     with pytest.raises(SchemaError, match="schema"):
