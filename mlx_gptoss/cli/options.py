@@ -97,10 +97,10 @@ def _bundle(command: Command, name: str, make: Callable[..., Any], options: Sequ
     def gathered(**values: Any) -> Any:
         return command(**{name: make(**{key: values.pop(key) for key in keys})}, **values)
 
-    before = len(getattr(gathered, "__click_params__", ()))
+    before = len(vars(gathered).get("__click_params__", ()))
     for option in reversed(options):
         option(gathered)
-    keys = [param.name for param in gathered.__click_params__[before:]]
+    keys = [param.name for param in vars(gathered)["__click_params__"][before:]]
     return cast(Command, gathered)
 
 

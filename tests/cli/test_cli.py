@@ -29,8 +29,11 @@ from tests.support.sparse_checkpoint import write_sparse
 GREEDY = ["--temperature", "0"]
 
 
+Command = Callable[..., tuple[int, str, str]]
+
+
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process: exit status, stdout, stderr."""
 
     def call(*args: object) -> tuple[int, str, str]:
@@ -44,7 +47,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 # ------------------------------------------------------------------------------------------- the group
 
 
-def test_help_names_every_command_and_imports_none():
+def test_help_names_every_command_and_imports_none() -> None:
     code = (
         "import sys; from mlx_gptoss.cli import run; assert run(['--help']) == 0; "
         "print(*(m for m in sys.modules if m.startswith(('mlx_gptoss.cli.', 'mlx.', 'rich', 'numpy'))))"
@@ -57,7 +60,7 @@ def test_help_names_every_command_and_imports_none():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(command, name):
+def test_every_command_explains_itself(command: Command, name: str) -> None:
     status, out, err = command(name, "--help")
     assert (status, err) == (0, "")
     assert f"mlx-gptoss {name}" in out
@@ -65,12 +68,12 @@ def test_every_command_explains_itself(command, name):
     assert loaded is not None and loaded.help
 
 
-def test_an_unknown_command_is_a_usage_error(command):
+def test_an_unknown_command_is_a_usage_error(command: Command) -> None:
     status, _, err = command("shout")
     assert status == 2 and "No such command 'shout'" in err
 
 
-def test_sampling_options_default_to_the_librarys():
+def test_sampling_options_default_to_the_librarys() -> None:
     received: list[SamplingParams] = []
 
     @click.command()
@@ -82,7 +85,7 @@ def test_sampling_options_default_to_the_librarys():
     assert received[0] == SamplingParams()
 
 
-def test_every_sampling_option_sets_its_field():
+def test_every_sampling_option_sets_its_field() -> None:
     received: list[SamplingParams] = []
 
     @click.command()
@@ -106,7 +109,7 @@ def test_every_sampling_option_sets_its_field():
     assert received[0] == SamplingParams(**wanted, stop=("a", "b"))
 
 
-def test_every_loading_option_reaches_the_engine_by_its_name():
+def test_every_loading_option_reaches_the_engine_by_its_name() -> None:
     received: list[ModelSource] = []
 
     @click.command()
@@ -126,14 +129,14 @@ def test_every_loading_option_reaches_the_engine_by_its_name():
 @pytest.mark.parametrize(
     ("text", "count"), [("4GB", 4 * 10**9), ("1.5 gib", 3 * 2**29), ("512MiB", 2**29), ("1000", 1000)]
 )
-def test_sizes_are_read_as_people_write_them(text, count):
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
     assert size(text) == count
 
 
 # -------------------------------------------------------------------------------------------- generate
 
 
-def test_generate_streams_what_the_engine_generates(command, text_folder):
+def test_generate_streams_what_the_engine_generates(command: Command, text_folder: Path) -> None:
     status, out, err = command("generate", text_folder, "-p", "Hello", "--max-tokens", 24, *GREEDY)
     assert status == 0
     tokenizer = Tokenizer.from_folder(text_folder)
@@ -148,7 +151,7 @@ def test_generate_streams_what_the_engine_generates(command, text_folder):
     )
 
 
-def test_generate_as_json_is_one_object_with_the_same_tokens(command, text_folder):
+def test_generate_as_json_is_one_object_with_the_same_tokens(command: Command, text_folder: Path) -> None:
     args = ["generate", text_folder, "-p", "Hello", "--max-tokens", 12, "--seed", 7]
     _, text, _ = command(*args)
     status, out, err = command(*args, "--json")
@@ -160,14 +163,14 @@ def test_generate_as_json_is_one_object_with_the_same_tokens(command, text_folde
     assert report["time_to_first_token"] > 0 and report["peak_memory"] > 0
 
 
-def test_token_ids_need_no_tokenizer(command, bare_folder, text_folder):
+def test_token_ids_need_no_tokenizer(command: Command, bare_folder: Path, text_folder: Path) -> None:
     """The same weights, with ids in and out."""
     _, ids, _ = command("generate", bare_folder, "--tokens", "1, 2 3", "--max-tokens", 8, *GREEDY)
     _, report, _ = command("generate", text_folder, "--tokens", "1 2 3", "--max-tokens", 8, *GREEDY, "--json")
     assert [int(t) for t in ids.split()] == json.loads(report)["tokens"]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_does_not(command, bare_folder):
+def test_the_same_seed_gives_the_same_text_and_another_does_not(command: Command, bare_folder: Path) -> None:
     seeds = [11, 11, 12]
     outs = [
         command("generate", bare_folder, "--tokens", "5", "--max-tokens", 16, "--seed", s)[1] for s in seeds
@@ -175,14 +178,14 @@ def test_the_same_seed_gives_the_same_text_and_another_does_not(command, bare_fo
     assert outs[0] == outs[1] != outs[2]
 
 
-def test_a_stop_text_ends_the_output_before_it(command, text_folder):
+def test_a_stop_text_ends_the_output_before_it(command: Command, text_folder: Path) -> None:
     args = ["generate", text_folder, "-p", "Hello", "--max-tokens", 24, *GREEDY]
     whole = command(*args)[1].rstrip("\n")
     stop = whole[3:5]
     assert command(*args, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
-def test_the_prompt_may_come_from_standard_input(text_folder):
+def test_the_prompt_may_come_from_standard_input(text_folder: Path) -> None:
     args = [
         sys.executable,
         "-m",
@@ -211,13 +214,13 @@ def test_the_prompt_may_come_from_standard_input(text_folder):
         ("""$CLI generate {0} --chat -p "$(printf 'abc\\377')" """, "the prompt"),
     ],
 )
-def test_a_prompt_that_is_not_utf_8_is_one_line_before_the_model_is_looked_at(line, told):
+def test_a_prompt_that_is_not_utf_8_is_one_line_before_the_model_is_looked_at(line: str, told: str) -> None:
     done = shell(line.format("/no/such/folder"))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert told in done.stderr and "position 3" in done.stderr
 
 
-def test_ctrl_c_ends_cleanly(bare_folder):
+def test_ctrl_c_ends_cleanly(bare_folder: Path) -> None:
     args = [
         sys.executable,
         "-m",
@@ -240,7 +243,7 @@ def test_ctrl_c_ends_cleanly(bare_folder):
     assert err.strip() == "", out
 
 
-def test_a_closed_pipe_is_no_traceback(bare_folder):
+def test_a_closed_pipe_is_no_traceback(bare_folder: Path) -> None:
     line = f"{sys.executable} -m mlx_gptoss generate {bare_folder} --tokens 1 --max-tokens 2000 | head -c 5"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
     assert len(done.stdout) == 5 and "Traceback" not in done.stderr
@@ -256,7 +259,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "what", ["inspect {0} --json", "inspect {0}", "generate {0} --tokens 1 --max-tokens 3"]
 )
-def test_output_that_cannot_be_written_is_one_line(bare_folder, what):
+def test_output_that_cannot_be_written_is_one_line(bare_folder: Path, what: str) -> None:
     done = shell(f"$CLI {what.format(bare_folder)} > /dev/full")
     assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
 
@@ -270,18 +273,20 @@ def test_output_that_cannot_be_written_is_one_line(bare_folder, what):
         "generate {0} -p Hello --max-tokens 3 --chat",
     ],
 )
-def test_a_closed_standard_output_is_output_thrown_away(text_folder, what):
+def test_a_closed_standard_output_is_output_thrown_away(text_folder: Path, what: str) -> None:
     done = shell(f"$CLI {what.format(text_folder)} >&-")
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-def test_a_closed_standard_input_is_an_empty_prompt(text_folder):
+def test_a_closed_standard_input_is_an_empty_prompt(text_folder: Path) -> None:
     done = shell(f"$CLI generate {text_folder} <&-")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the prompt is empty") and done.stderr.count("\n") == 1
 
 
-def test_a_prefix_cache_that_cannot_be_made_is_one_line(command, bare_folder, tmp_path):
+def test_a_prefix_cache_that_cannot_be_made_is_one_line(
+    command: Command, bare_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     line = only_line(command("generate", bare_folder, "--tokens", 1, "--prefix-cache", tmp_path / "file/in"))
     assert str(tmp_path / "file/in") in line and "Not a directory" in line
@@ -290,7 +295,7 @@ def test_a_prefix_cache_that_cannot_be_made_is_one_line(command, bare_folder, tm
 # --------------------------------------------------------------------------------------------- inspect
 
 
-def test_inspect_tells_sizes_and_fit(command, tmp_path):
+def test_inspect_tells_sizes_and_fit(command: Command, tmp_path: Path) -> None:
     folder = write_sparse(tmp_path, SHAPES["20b"])
     status, out, err = command("inspect", folder, "--dtype", "bfloat16", "--json")
     report = json.loads(out)
@@ -378,7 +383,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("whole"), TINY, shards=1)
 
 
@@ -391,14 +396,16 @@ def only_line(result: tuple[int, str, str]) -> str:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line(command, whole, tmp_path, what):
+def test_a_damaged_checkpoint_is_one_line(command: Command, whole: Path, tmp_path: Path, what: str) -> None:
     damage, expected = DAMAGE[what]
     folder = shutil.copytree(whole, tmp_path / "copy")
     damage(folder)
     assert expected in only_line(command("generate", folder, "--tokens", "1"))
 
 
-def test_many_missing_tensors_are_counted_and_ten_are_named(command, whole, tmp_path):
+def test_many_missing_tensors_are_counted_and_ten_are_named(
+    command: Command, whole: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(whole, tmp_path / "copy")
     edit_config(folder, num_hidden_layers=4, layer_types=None)
     line = only_line(command("generate", folder, "--tokens", "1"))
@@ -425,7 +432,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("what", REQUESTS)
-def test_a_request_that_cannot_be_met_is_one_line(command, bare_folder, what):
+def test_a_request_that_cannot_be_met_is_one_line(command: Command, bare_folder: Path, what: str) -> None:
     options, expected = REQUESTS[what]
     assert expected in only_line(command("generate", bare_folder, *options))
 
@@ -434,8 +441,8 @@ def test_a_request_that_cannot_be_met_is_one_line(command, bare_folder, what):
     "content", ["{", "[]", "[" * 100_000, '{"eos_token_id": "2"}', '{"eos_token_id": [1, 2.5]}', "\xff"]
 )
 def test_stop_ids_that_cannot_be_read_are_one_line_before_loading(
-    command, whole, tmp_path, monkeypatch, content
-):
+    command: Command, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     folder = shutil.copytree(whole, tmp_path / "copy")
     (folder / "generation_config.json").write_text(content, encoding="latin-1")
     monkeypatch.setattr("mlx_gptoss.llm.read_model", lambda *_: pytest.fail("the weights were read"))
@@ -443,7 +450,9 @@ def test_stop_ids_that_cannot_be_read_are_one_line_before_loading(
 
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "9" * 9000])
-def test_a_schema_that_is_not_json_is_one_line(command, text_folder, tmp_path, content):
+def test_a_schema_that_is_not_json_is_one_line(
+    command: Command, text_folder: Path, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "schema.json").write_text(content)
     line = only_line(
         command("generate", text_folder, "--chat", "-p", "x", "--schema", tmp_path / "schema.json")
@@ -452,21 +461,23 @@ def test_a_schema_that_is_not_json_is_one_line(command, text_folder, tmp_path, c
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "not a model", ""])
-def test_a_model_that_is_nowhere_is_one_line(command, model):
+def test_a_model_that_is_nowhere_is_one_line(command: Command, model: str) -> None:
     assert "expected an existing folder" in only_line(command("inspect", model))
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["convert"], ["verify"], ["generate", "--tokens", "1"]])
-def test_a_name_longer_than_a_file_name_may_be_is_one_line(command, words):
+def test_a_name_longer_than_a_file_name_may_be_is_one_line(command: Command, words: list[str]) -> None:
     assert "File name too long" in only_line(command(*words, "a" * 300))
 
 
-def test_too_little_memory_is_said_before_loading(command, whole, monkeypatch):
+def test_too_little_memory_is_said_before_loading(
+    command: Command, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlx_gptoss.checkpoint.memory.available_memory", lambda: 100_000_000)
     line = only_line(command("generate", whole, "--tokens", "1"))
     assert re.search(r"needs [\d.]+ [MG]B .* and 0\.10 GB are free", line)
 
 
-def test_two_prompts_are_a_usage_error(command, bare_folder):
+def test_two_prompts_are_a_usage_error(command: Command, bare_folder: Path) -> None:
     status, out, err = command("generate", bare_folder, "-p", "a", "--tokens", "1")
     assert (status, out) == (2, "") and "not both" in err

@@ -47,7 +47,11 @@ class AnswerView:
         self._first: float | None = None
         self._pause = FRAME_SECONDS
         self._gap = False  # a blank line is due before the next part
-        self._start("")
+        self._kind = ""  # of the open part: reasoning, text, preamble, call, or "" for none
+        self._open = ""  # text of the open part, without the blocks that are settled
+        self._open_tokens = 0
+        self._open_since = self._began
+        self._drawn = -1.0
 
     def show(self, event: Event) -> None:
         """Take in an event."""
@@ -105,7 +109,7 @@ class AnswerView:
         return (self.tokens - 1) / max(1e-9, self._clock() - self._first)
 
     def _switch(self, kind: str) -> None:
-        """The open part ends and one of another kind begins: reasoning, text, preamble, call or nothing."""
+        """The open part ends and one of another kind begins."""
         if kind == self._kind:
             return
         seconds = self._clock() - self._open_since
@@ -115,12 +119,7 @@ class AnswerView:
             self._settle([self._dim(f"▸ thought for {seconds:.1f} s ({self._open_tokens} tokens)")])
         elif self._kind in ("text", "preamble"):
             self._settle_blocks(self._open)
-        self._start(kind)
-
-    def _start(self, kind: str) -> None:
-        self._kind = kind
-        self._open = ""  # text of the open part, without the blocks that are settled
-        self._open_tokens = 0
+        self._kind, self._open, self._open_tokens = kind, "", 0
         self._open_since = self._clock()
         self._drawn = -1.0  # something new: draw it at once
 

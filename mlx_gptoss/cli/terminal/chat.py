@@ -50,7 +50,7 @@ class Settings:
     params: SamplingParams | None = None
     max_steps: int = 16
 
-    def session(self, llm: LLM) -> Session:
+    def session(self, llm: LLM) -> Session[Any]:
         """A new conversation under these settings. Raises RequestError when they are wrong."""
         return llm.chat(
             instructions=self.instructions,
