@@ -88,7 +88,7 @@ def spelled(tok: Tokenizer, **request: object) -> set[str]:
     prefixes: list[list[int]] = [[]]
     while prefixes:
         prefix = prefixes.pop()
-        constraint = constrain(tok, **request)  # type: ignore[arg-type]
+        constraint = constrain(tok, **request)
         assert constraint is not None
         for token in prefix:
             constraint.accept(token)
@@ -341,7 +341,7 @@ def test_constraints_of_one_request_do_not_share_state(tok: Tokenizer) -> None:
 @pytest.mark.parametrize("kind", [{"schema": NUMBER}, {"regex": "a"}, {"choices": ["a"]}])
 def test_a_reply_has_one_shape(tok: Tokenizer, kind: dict[str, object]) -> None:
     with pytest.raises(RequestError, match="given together"):
-        constrain(tok, lark='start: "a"', **kind)  # type: ignore[arg-type]
+        constrain(tok, lark='start: "a"', **kind)
 
 
 def test_a_tool_choice_that_does_not_fit_the_tools_is_an_error(tok: Tokenizer) -> None:
@@ -350,13 +350,13 @@ def test_a_tool_choice_that_does_not_fit_the_tools_is_an_error(tok: Tokenizer) -
     with pytest.raises(ToolError, match="names 'rm': the declared tools are get_weather, get"):
         constrain(tok, tools=[WEATHER, GET], tool_choice=("named", "rm"))
     with pytest.raises(ToolError, match="expected 'auto'"):
-        constrain(tok, tools=[WEATHER], tool_choice="always")  # type: ignore[arg-type]
+        constrain(tok, tools=[WEATHER], tool_choice="always")
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True, "7"])
 def test_a_wrong_budget_is_an_error(tok: Tokenizer, budget: object) -> None:
     with pytest.raises(RequestError, match="reasoning_budget"):
-        constrain(tok, reasoning_budget=budget)  # type: ignore[arg-type]
+        constrain(tok, reasoning_budget=budget)
 
 
 def test_a_hundred_tools_are_told_apart(tok: Tokenizer) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jsonschema
 import pytest
 
 import mlx_gptoss
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.harmony import Message, Tool
+from mlx_gptoss.harmony import Message, Reply, Tool
 from mlx_gptoss.llm import LLM
 
 SCHEMA = {
@@ -60,11 +61,11 @@ def test_random_weights_call_the_tool_that_is_required(llm: LLM, seed: int) -> N
     jsonschema.validate(json.loads(reply.tool_calls[0].arguments), SCHEMA)
 
 
-@pytest.mark.parametrize("request_", [{}, {"tool_choice": "none"}])
-def test_a_history_with_calls_is_gone_on_from_without_tools(llm: LLM, request_: dict[str, str]) -> None:
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_a_history_with_calls_is_continued_without_tools(llm: LLM, choice: Literal["auto", "none"]) -> None:
     call = Message.tool_call("look", "{}", "c")
     history = [Message.user("x"), call, Message.tool_result("sun", call_id="c"), Message.user("y")]
-    reply = llm.respond(history, temperature=1.5, seed=1, max_tokens=60, **request_)
+    reply = llm.respond(history, temperature=1.5, seed=1, max_tokens=60, tool_choice=choice)
     assert not reply.tool_calls
     headers = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
     assert all(llm.tokenizer.decode(m.token_ids or ()).startswith(headers) for m in reply.messages)
@@ -85,9 +86,18 @@ def test_a_tool_whose_schema_cannot_be_enforced_is_an_error_or_takes_any_object(
     loose = Tool(
         "collect", parameters={"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
     )
-    request = {"tools": [loose], "tool_choice": "required", "reasoning_budget": 0, "max_tokens": 20}
+
+    def respond(strict: bool) -> Reply:
+        return llm.respond(
+            "x",
+            tools=[loose],
+            tool_choice="required",
+            strict_tools=strict,
+            reasoning_budget=0,
+            max_tokens=20,
+        )
+
     with pytest.raises(SchemaError, match="uniqueItems"):
-        llm.respond("x", **request)
-    assert "to=functions.collect" in llm.tokenizer.decode(
-        llm.respond("x", strict_tools=False, **request).messages[-1].token_ids or ()
-    )
+        respond(strict=True)
+    sampled = respond(strict=False).messages[-1].token_ids or ()
+    assert "to=functions.collect" in llm.tokenizer.decode(sampled)

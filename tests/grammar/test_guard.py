@@ -49,7 +49,7 @@ def rules(n: int) -> str:
     return "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(n)) + f'r{n}: "x"\n'
 
 
-HOSTILE = {
+HOSTILE: dict[str, dict[str, Any]] = {
     "plain references": {"schema": plain_chain(2500)},
     "references through objects": {"schema": object_chain(930)},
     "rules": {"lark": rules(5000)},
