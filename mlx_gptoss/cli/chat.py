@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_gptoss.cli.options import (
-    ChatOptions,
-    ModelSource,
-    chat_options,
-    model_options,
-    sampling_options,
-)
+from mlx_gptoss.cli.options import ChatOptions, ModelSource, chat_options, model_options, sampling_options
 from mlx_gptoss.tools import BUILTIN, builtin_tools
 
 if TYPE_CHECKING:

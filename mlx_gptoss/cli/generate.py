@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mlx_gptoss.cli.options import (
-    ChatOptions,
-    ModelSource,
-    chat_options,
-    model_options,
-    sampling_options,
-)
+from mlx_gptoss.cli.options import ChatOptions, ModelSource, chat_options, model_options, sampling_options
 from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:

@@ -118,11 +118,7 @@ engine_options: Sequence[Option] = (
     click.option(
         "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
     ),
-    click.option(
-        "--kv-budget",
-        type=size,
-        help="Memory for KV caches, e.g. 4GB.  [default: what is left]",
-    ),
+    click.option("--kv-budget", type=size, help="Memory for KV caches, e.g. 4GB.  [default: what is left]"),
     click.option(
         "--kv-bits",
         type=click.Choice(["8", "4"]),

@@ -129,8 +129,7 @@ def parse_reply(text: str, schema: Schema | None) -> Any:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "the whole"
         raise SchemaError(
-            f"the reply does not pass {schema.__name__}'s validation ({place}: {problem['msg']})",
-            "schema",
+            f"the reply does not pass {schema.__name__}'s validation ({place}: {problem['msg']})", "schema"
         ) from None
 
 
