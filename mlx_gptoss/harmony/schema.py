@@ -9,7 +9,7 @@ shape is meant (`not`, `if`, `dependentSchemas`, …) raises SchemaError.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import unquote
 
@@ -20,21 +20,32 @@ if TYPE_CHECKING:
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 REFUSED = (
-    "not",
-    "if",
-    "then",
-    "else",
-    "dependentSchemas",
-    "dependentRequired",
-    "dependencies",
-    "$dynamicRef",
-    "$recursiveRef",
+    *("not", "if", "then", "else", "$dynamicRef", "$recursiveRef"),
+    *("dependentSchemas", "dependentRequired", "dependencies"),
 )
 MAX_DEPTH = 64
 
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SINGLE = ("additionalProperties", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
+
+
+def _are_types(value: Any) -> bool:
+    kinds = value if isinstance(value, list) else [value]
+    return bool(kinds) and all(kind in TYPES for kind in kinds)
+
+
+# Keyword -> what its value must be, in code and in words.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "type": (_are_types, f"expected one of {', '.join(TYPES)}"),
+    "enum": (lambda v: isinstance(v, list), "expected a list of values"),
+    "required": (
+        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+        "expected a list of names",
+    ),
+    **dict.fromkeys(_LISTS, (lambda v: isinstance(v, list) and bool(v), "expected a list of schemas")),
+    **dict.fromkeys(_MAPS, (lambda v: isinstance(v, dict), "expected an object")),
+}
 
 
 def is_model(schema: object) -> TypeGuard[type[BaseModel]]:
@@ -44,16 +55,18 @@ def is_model(schema: object) -> TypeGuard[type[BaseModel]]:
 
 def check_schema(schema: object, where: str) -> None:
     """Raise SchemaError, naming keyword and place, when `schema` is invalid or cannot be shown."""
+
+    def wrong(what: str) -> SchemaError:
+        return SchemaError(f"{where}: the schema is {what}", "parameters")
+
     if not isinstance(schema, dict):
-        raise SchemaError(f"{where}: the schema is a {type(schema).__name__}: expected a dict", "parameters")
+        raise wrong(f"a {type(schema).__name__}: expected a dict")
     try:
         json.dumps(schema, allow_nan=False)
     except RecursionError:
-        raise SchemaError(f"{where}: the schema is nested too deeply: flatten it", "parameters") from None
+        raise wrong("nested too deeply: flatten it") from None
     except (TypeError, ValueError) as error:
-        raise SchemaError(
-            f"{where}: the schema is not JSON ({error}): use JSON values only", "parameters"
-        ) from None
+        raise wrong(f"not JSON ({error}): use JSON values only") from None
     _check(schema, schema, where, "#", 0)
 
 
@@ -73,23 +86,11 @@ def _check(node: Any, root: dict[str, Any], where: str, path: str, depth: int) -
                 f"the keyword {keyword!r} changes what the schema means and cannot be shown to the model: "
                 "say it with anyOf, or in a description"
             )
-    kinds = node.get("type", "object")
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in TYPES:
-            raise wrong(f"type {kind!r}: expected one of {', '.join(TYPES)}")
-    if not isinstance(node.get("enum", []), list):
-        raise wrong("enum: expected a list of values")
-    required = node.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(r, str) for r in required):
-        raise wrong("required: expected a list of names")
+    for keyword, (holds, expected) in _VALUES.items():
+        if keyword in node and not holds(node[keyword]):
+            raise wrong(f"{keyword}: {expected}, not {node[keyword]!r:.60}")
     if "$ref" in node:
         resolve(node["$ref"], root, where, path)
-    for keyword in _LISTS:
-        if keyword in node and (not isinstance(node[keyword], list) or not node[keyword]):
-            raise wrong(f"{keyword}: expected a list of at least one schema")
-    for keyword in _MAPS:
-        if not isinstance(node.get(keyword, {}), dict):
-            raise wrong(f"{keyword}: expected an object")
     for step, child in _children(node):
         _check(child, root, where, f"{path}/{step}", depth + 1)
 
@@ -142,16 +143,7 @@ def _without_refused(node: Any) -> Any:
 def _has_meaning(keyword: str, value: Any) -> bool:
     if value is None:
         return keyword in ("const", "default")
-    if keyword in _MAPS:
-        return isinstance(value, dict)
-    if keyword in _LISTS:
-        return isinstance(value, list) and bool(value)
-    if keyword == "type":
-        kinds = value if isinstance(value, list) else [value]
-        return bool(kinds) and all(kind in TYPES for kind in kinds)
-    if keyword == "required":
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return keyword not in REFUSED and (keyword != "enum" or isinstance(value, list))
+    return _VALUES[keyword][0](value) if keyword in _VALUES else keyword not in REFUSED
 
 
 def _drop_lost_refs(node: Any, root: dict[str, Any]) -> None:
@@ -196,10 +188,9 @@ def worth_a_name(root: dict[str, Any]) -> list[str]:
     for ref in uses:
         target = resolve(ref, root)
         # The root holds the definitions, but refers only to what its own shape does.
-        body = (
-            {k: v for k, v in target.items() if k not in ("$defs", "definitions")} if ref == "#" else target
-        )
-        inside[ref] = set(_refs(body))
+        if ref == "#":
+            target = {k: v for k, v in target.items() if k not in ("$defs", "definitions")}
+        inside[ref] = set(_refs(target))
     cyclic = _cyclic(inside)
     return [ref for ref in uses if ref in cyclic or (uses[ref] > 1 and _long(resolve(ref, root)))]
 
