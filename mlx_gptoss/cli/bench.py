@@ -16,6 +16,7 @@ import click
 
 from mlx_gptoss.cli.options import ModelSource, model_options
 from mlx_gptoss.errors import RequestError
+from mlx_gptoss.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
@@ -132,8 +133,6 @@ def measure_bandwidth() -> float:
 def measure_engine(llm: LLM, lengths: list[int], counts: list[int], tokens: int) -> Iterator[Row]:
     """Our figures, a row for each context length and number of requests."""
     import numpy as np
-
-    from mlx_gptoss.sampling import SamplingParams
 
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from mlx_gptoss.cli.options import ChatOptions, ModelSource, chat_options, model_options, sampling_options
+from mlx_gptoss.errors import RequestError
 from mlx_gptoss.tools import BUILTIN, builtin_tools
 
 if TYPE_CHECKING:
@@ -58,8 +60,6 @@ def chat(
 
 def run_chat(llm: LLM, settings: Settings) -> None:
     """Chat at the terminal until the user leaves."""
-    from rich.console import Console
-
     from mlx_gptoss.cli.terminal.chat import Chat
     from mlx_gptoss.cli.terminal.prompt import Prompt
 
@@ -68,8 +68,6 @@ def run_chat(llm: LLM, settings: Settings) -> None:
 
 
 def _read_message() -> str:
-    from mlx_gptoss.errors import RequestError
-
     message = sys.stdin.read()
     if not message.strip():
         raise RequestError("there is nothing to answer: type or pipe in a message", "prompt")

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mlx_gptoss.harmony import ReasoningEffort
     from mlx_gptoss.llm import LLM
 
@@ -48,8 +47,6 @@ def get_weather(city: str) -> str:
 @click.command()
 def demo() -> None:
     """Convert, inspect and talk to the built-in demo model: sums, a tool, a JSON answer. No download."""
-    from rich.console import Console
-
     from mlx_gptoss.llm import load
 
     console = Console(highlight=False, soft_wrap=True)

@@ -95,7 +95,7 @@ def _check_chat(as_chat: bool, tokens: str | None) -> None:
 
 
 def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None) -> dict[str, Any]:
-    """The arguments of LLM.stream. Raises RequestError for an unreadable schema file."""
+    """The arguments of LLM.stream. Raises RequestError for a schema file that is not JSON, or OSError."""
     request: dict[str, Any] = {
         "instructions": talk.system,
         "reasoning_effort": talk.effort,
@@ -105,10 +105,6 @@ def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None
     if schema is not None:
         try:
             request["schema"] = json.loads(schema.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RequestError(
-                f"{schema}: {error.strerror}: give a file with a JSON schema", "schema"
-            ) from None
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{schema} is not JSON ({error}): give a JSON schema", "schema") from None
     return request

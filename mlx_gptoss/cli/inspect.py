@@ -7,6 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from mlx_gptoss.cli.options import dtype_option, model_argument, offline_option, revision_option
 
@@ -38,15 +41,15 @@ def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, 
 
 def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
     """Everything `inspect` tells, as JSON-ready values; sizes in bytes."""
-    from mlx_gptoss import device as platform
+    from mlx_gptoss.device import available_memory, total_memory
 
-    config, free = made.config, platform.available_memory()
-    contexts = sorted({min(c, config.max_position) for c in CONTEXTS})
+    free = available_memory()
+    contexts = sorted({min(c, made.config.max_position) for c in CONTEXTS})
     return {
         "model": model,
         "layout": made.layout,
         "dtype": str(made.dtype).removeprefix("mlx.core."),
-        "architecture": asdict(config),
+        "architecture": asdict(made.config),
         "parts": [asdict(p) for p in made.parts],
         "bytes": {
             "stored": made.stored,
@@ -59,15 +62,11 @@ def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
             {"tokens": c, "kv": made.kv(c), "total": made.total(c), "fits": made.total(c) <= free}
             for c in contexts
         ],
-        "machine": {"memory": platform.total_memory(), "free": free},
+        "machine": {"memory": total_memory(), "free": free},
     }
 
 
 def _print_tables(report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from mlx_gptoss.checkpoint.memory import gigabytes
 
     console = Console()
@@ -88,15 +87,12 @@ def _print_tables(report: dict[str, Any]) -> None:
     for column in ("tensors", "on disk", "in memory", "read/token"):
         table.add_column(column, justify="right")
     for p in report["parts"]:
-        table.add_row(
-            p["name"], p["format"], f"{p['tensors']:,}",
-            gigabytes(p["stored"]), gigabytes(p["loaded"]), gigabytes(p["read"]),
-        )  # fmt: skip
+        measures = map(gigabytes, (p["stored"], p["loaded"], p["read"]))
+        table.add_row(p["name"], p["format"], f"{p['tensors']:,}", *measures)
     table.add_section()
-    table.add_row(
-        "all", "", f"{sum(p['tensors'] for p in report['parts']):,}",
-        gigabytes(sizes["stored"]), gigabytes(sizes["weights"]), gigabytes(sizes["read_per_token"]),
-    )  # fmt: skip
+    tensors = sum(p["tensors"] for p in report["parts"])
+    measures = map(gigabytes, (sizes["stored"], sizes["weights"], sizes["read_per_token"]))
+    table.add_row("all", "", f"{tensors:,}", *measures)
     console.print(table)
 
     table = Table(box=box.SIMPLE_HEAD)

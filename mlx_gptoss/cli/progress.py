@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, ProgressColumn, TransferSpeedColumn
 
 
 @contextmanager
 def byte_bar(label: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Yields the function to call with each number of bytes done. Nothing is drawn when `quiet`."""
-    from rich import progress as rich
-
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())
-    with _bar(*columns, rich.TransferSpeedColumn(), rich.TimeRemainingColumn(), quiet=quiet) as bar:
+    label_column, bar_column, _, remaining = Progress.get_default_columns()
+    columns = (label_column, bar_column, DownloadColumn(), TransferSpeedColumn(), remaining)
+    with _bar(*columns, quiet=quiet) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
 
@@ -42,8 +40,5 @@ def loading_bar() -> Iterator[Callable[[int, int], None]]:
 
 def _bar(*columns: ProgressColumn, quiet: bool = False) -> Progress:
     """A bar that leaves nothing behind, and is invisible unless stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

@@ -6,6 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from mlx_gptoss.cli.progress import byte_bar
 
@@ -19,9 +22,7 @@ if TYPE_CHECKING:
 @click.option("--public", is_flag=True, help="Let everyone read it.  [default: private]")
 @click.option("--dry-run", is_flag=True, help="Print exactly what would be sent; send nothing.")
 @click.option("--license", metavar="ID", help="The base model's license.  [default: apache-2.0 for openai/*]")
-@click.option(
-    "--base-model", metavar="ID", help="Hub id of the base model.  [default: the manifest's source]"
-)
+@click.option("--base-model", metavar="ID", help="The base model's id.  [default: the manifest's source]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def share(
     folder: str,
@@ -55,10 +56,6 @@ def share(
 
 
 def _print_plan(made: SharePlan) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     kind = "public" if made.public else "private"
     console.print(
