@@ -40,62 +40,53 @@ class TypeWriter:
     def __init__(self, taken: Iterable[str] = ()) -> None:
         self._taken = set(taken)
         self._declared: dict[str, str] = {}
+        self._root: dict[str, Any] = {}
+        self._names: dict[str, str] = {}  # of its references that are declared
 
     def write(self, schema: dict[str, Any]) -> tuple[list[str], str]:
         """(new declarations, the type) of one tool's arguments. `schema` has passed `check_schema`."""
-        return _Schema(schema, self._taken, self._declared).write()
-
-
-class _Schema:
-    """One root schema on its way to TypeScript."""
-
-    def __init__(self, root: dict[str, Any], taken: set[str], declared: dict[str, str]) -> None:
-        self.root = root
-        self.taken = taken
-        self.declared = declared
-        self.names = {ref: _base_name(ref) for ref in worth_a_name(root)}
-
-    def write(self) -> tuple[list[str], str]:
+        self._root = schema
+        self._names = {ref: _base_name(ref) for ref in worth_a_name(schema)}
         self._settle_names()
-        texts = {name: self._declaration(ref, name) for ref, name in self.names.items()}
-        new = [text for name, text in texts.items() if name not in self.declared]
-        self.declared.update(texts)
-        return new, self.names["#"] if "#" in self.names else self.type_of(self.root, "")
+        texts = {name: self._declaration(ref, name) for ref, name in self._names.items()}
+        new = [text for name, text in texts.items() if name not in self._declared]
+        self._declared.update(texts)
+        return new, self._names["#"] if "#" in self._names else self._type_of(schema, "")
 
     def _settle_names(self) -> None:
         """Number the names that something else bears. Tools made from the same models bring equal
         definitions along: those share one declaration."""
-        bases, count = dict(self.names), 1
+        bases, count = dict(self._names), 1
         while clashes := self._clashes():
             count += 1
-            self.names.update({ref: f"{bases[ref]}_{count}" for ref in clashes})
+            self._names.update({ref: f"{bases[ref]}_{count}" for ref in clashes})
 
     def _clashes(self) -> list[str]:
         seen: set[str] = set()
         found = []
-        for ref, name in self.names.items():
-            other = name in self.declared and self.declared[name] != self._declaration(ref, name)
-            if other or name in self.taken or name in seen:
+        for ref, name in self._names.items():
+            other = name in self._declared and self._declared[name] != self._declaration(ref, name)
+            if other or name in self._taken or name in seen:
                 found.append(ref)
             seen.add(name)
         return found
 
     def _declaration(self, ref: str, name: str) -> str:
-        target = resolve(ref, self.root)
+        target = resolve(ref, self._root)
         comment = ""
         if isinstance(target, dict) and isinstance(target.get("description"), str):
             comment = "".join(f"// {line}\n" for line in lines(target["description"]))
             target = {k: v for k, v in target.items() if k != "description"}
-        return f"{comment}type {name} = {self.type_of(target, '')};\n"
+        return f"{comment}type {name} = {self._type_of(target, '')};\n"
 
-    def expand(self, node: Any) -> Any:
+    def _expand(self, node: Any) -> Any:
         """`node` with a reference that has no name, or a wrapper of one, replaced by what it stands for.
         Notes beside a reference win over those at its target."""
         while isinstance(node, dict):
             if "$ref" in node:
-                if node["$ref"] in self.names:
+                if node["$ref"] in self._names:
                     return node
-                keyword, inner = "$ref", resolve(node["$ref"], self.root)
+                keyword, inner = "$ref", resolve(node["$ref"], self._root)
             else:
                 keyword = next((k for k in ("allOf", "anyOf") if len(node.get(k, ())) == 1), "")
                 if not keyword:
@@ -110,17 +101,17 @@ class _Schema:
             node = {**inner, **beside}
         return node
 
-    def type_of(self, node: Any, indent: str) -> str:
+    def _type_of(self, node: Any, indent: str) -> str:
         """The type of `node`, its further lines indented by `indent`."""
-        node = self.expand(node)
+        node = self._expand(node)
         if not isinstance(node, dict):
             return "any" if node else "never"
         if "oneOf" in node:
             return "".join(
-                f"\n{indent} | {self._variant(v, indent)}{_trailing(self.expand(v))}" for v in node["oneOf"]
+                f"\n{indent} | {self._variant(v, indent)}{_trailing(self._expand(v))}" for v in node["oneOf"]
             )
         if "$ref" in node:
-            return self.names[node["$ref"]]
+            return self._names[node["$ref"]]
         if "allOf" in node:
             return self._all_of(node, indent)
         if "anyOf" in node:
@@ -156,7 +147,7 @@ class _Schema:
         items = node.get("items")
         first = node.get("prefixItems") or (items if isinstance(items, list) else None)
         if first is not None:
-            parts = [self.type_of(item, indent) for item in first]
+            parts = [self._type_of(item, indent) for item in first]
             rest = items if "prefixItems" in node else node.get("additionalItems")
             if isinstance(rest, dict):
                 parts.append(f"...{self._item(rest, indent)}[]")
@@ -164,39 +155,39 @@ class _Schema:
         return "Array<any>" if items is None else f"{self._item(items, indent)}[]"
 
     def _item(self, items: Any, indent: str) -> str:
-        text = self.type_of(items, indent)
+        text = self._type_of(items, indent)
         # The library writes `"a" | "b"[]` for a list of enums, and so do we.
         return f"({text})" if self._is_union(items) and not _plain(items) else text
 
     def _is_union(self, node: Any) -> bool:
-        node = self.expand(node)
+        node = self._expand(node)
         if not isinstance(node, dict) or "$ref" in node:
             return False
         many = len(node.get("anyOf", ())) > 1 or len(node.get("enum", ())) > 1
         return many or "allOf" in node or isinstance(node.get("type"), list) and len(node["type"]) > 1
 
     def _all_of(self, node: dict[str, Any], indent: str) -> str:
-        parts = [self.expand(part) for part in node["allOf"]]
+        parts = [self._expand(part) for part in node["allOf"]]
         base = {k: v for k, v in node.items() if k != "allOf"}
         parts = [p for p in [*parts, base] if isinstance(p, dict) and _SHAPE & p.keys()]
         merged = _merge_objects(parts)
         if merged is not None:
             notes = {k: v for k, v in base.items() if k == "description"}
-            return self.type_of({**merged, **notes}, indent)
-        texts = [f"({t})" if self._is_union(p) else t for p in parts if (t := self.type_of(p, indent))]
+            return self._type_of({**merged, **notes}, indent)
+        texts = [f"({t})" if self._is_union(p) else t for p in parts if (t := self._type_of(p, indent))]
         return " & ".join(dict.fromkeys(texts)) or "any"
 
     def _any_of(self, node: dict[str, Any], indent: str) -> str:
         base = {k: v for k, v in node.items() if k != "anyOf"}
-        variants = [v for v in map(self.expand, node["anyOf"]) if isinstance(v, dict) and _SHAPE & v.keys()]
+        variants = [v for v in map(self._expand, node["anyOf"]) if isinstance(v, dict) and _SHAPE & v.keys()]
         if len(variants) < len(node["anyOf"]):
             # A variant without a shape only adds limits ("one of these is required"), or allows anything.
-            return self.type_of(base, indent) if _SHAPE & base.keys() else "any"
+            return self._type_of(base, indent) if _SHAPE & base.keys() else "any"
         text = " | ".join(dict.fromkeys(self._variant(v, indent) for v in variants))
-        return f"{self.type_of(base, indent)} & ({text})" if "properties" in base else text
+        return f"{self._type_of(base, indent)} & ({text})" if "properties" in base else text
 
     def _variant(self, variant: Any, indent: str) -> str:
-        return self._nullable(self.type_of(variant, f"{indent}   "), self.expand(variant))
+        return self._nullable(self._type_of(variant, f"{indent}   "), self._expand(variant))
 
     @staticmethod
     def _nullable(text: str, node: Any) -> str:
@@ -209,18 +200,18 @@ class _Schema:
         required = set(node.get("required", ()))
         for key, value in node.get("properties", {}).items():
             mark = "" if key in required else "?"
-            out.append(self._property(f"{indent}{key}{mark}:", self.expand(value), indent))
+            out.append(self._property(f"{indent}{key}{mark}:", self._expand(value), indent))
         for pattern, value in node.get("patternProperties", {}).items():
             out.append(f"{indent}// Keys that match {to_json(pattern)}:\n")
-            out.append(self._property(f"{indent}[key: string]:", self.expand(value), indent))
+            out.append(self._property(f"{indent}[key: string]:", self._expand(value), indent))
         rest = node.get("additionalProperties")
         if isinstance(rest, dict) and _SHAPE & rest.keys():
-            out.append(self._property(f"{indent}[key: string]:", self.expand(rest), indent))
+            out.append(self._property(f"{indent}[key: string]:", self._expand(rest), indent))
         return "".join([*out, f"{indent}}}"])
 
     def _property(self, head: str, value: Any, indent: str) -> str:
         if not isinstance(value, dict):
-            return f"{head} {self.type_of(value, indent)},\n"
+            return f"{head} {self._type_of(value, indent)},\n"
         out = []
         if isinstance(value.get("title"), str):
             out.append(f"{indent}// {value['title']}\n{indent}//\n")
@@ -234,13 +225,13 @@ class _Schema:
         default = _default(value)
         if "oneOf" in value:
             return "".join([*out, self._one_of_property(head, value, description, default, indent)])
-        text = self._nullable(self.type_of(value, f"{indent}    "), value)
+        text = self._nullable(self._type_of(value, f"{indent}    "), value)
         return "".join([*out, f"{head} {text},", f" // {default}" if default else "", "\n"])
 
     def _one_of_property(
         self, head: str, value: dict[str, Any], description: Any, default: str, indent: str
     ) -> str:
-        variants = [self.expand(v) for v in value["oneOf"]]
+        variants = [self._expand(v) for v in value["oneOf"]]
         first = variants[0].get("description") if isinstance(variants[0], dict) else None
         above = isinstance(description, str) and description != first
         out = [f"{indent}// {description}\n" if above else "", f"{indent}// {default}\n" if default else ""]
