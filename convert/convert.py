@@ -350,6 +350,7 @@ class _Run:
             return {s.name: FileEntry(s.size, digest) for s, digest in zip(shards, digests, strict=True)}
 
     def _tasks(self, writer: ShardWriter, job: Job) -> list[Callable[[], None]]:
+        tasks: list[Callable[[], None]]
         if job.extent is not None:
             tasks = [partial(self._copy, writer, job, job.extent)]
         else:
