@@ -25,7 +25,7 @@ import httpx
 import mlx_gptoss
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.run import make_server
-from tests.support.server_help import read_events
+from tests.support.server_help import read_events, values_of
 
 QUESTIONS = [f"What is {a} + {a + 3}?" for a in range(2, 10)]
 CHAT = "/v1/chat/completions"
@@ -107,8 +107,8 @@ async def soak(url: str, streams: int, seconds: float, tokens: int) -> tuple[Cou
 async def _settled(client: httpx.AsyncClient) -> int:
     """Bytes of this process once nothing runs any more."""
     for _ in range(600):
-        lines = (await client.get("/metrics")).text.splitlines()
-        if "gptoss_active_generations 0" in lines and "gptoss_engine_running 0" in lines:
+        values = values_of((await client.get("/metrics")).text)
+        if not values["gptoss_active_generations"] and not values["gptoss_engine_running"]:
             break
         await asyncio.sleep(0.1)
     else:

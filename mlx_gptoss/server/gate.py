@@ -115,7 +115,7 @@ class Gate:
         path = scope["path"]
         if path not in self._paths:
             path = max((known for known in self._paths if _matches(known, path)), key=len, default="other")
-        self._state.metrics.requests.add(1, path, str(status))
+        self._state.metrics.requests.labels(path, str(status)).inc()
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
 
 

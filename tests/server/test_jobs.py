@@ -32,7 +32,7 @@ from mlx_gptoss.server.memory.turns import AssistantTurn, Call, TurnMemory
 from mlx_gptoss.server.run import serve
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_engine import Script, ScriptedEngine
-from tests.support.server_help import live, read_events, wait_until
+from tests.support.server_help import live, read_events, values_of, wait_until
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
@@ -199,11 +199,7 @@ def test_metrics_count_what_happened(tokenizer: Tokenizer) -> None:
     client.get("/made-up")
     response = client.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    values = {}
-    for line in response.text.splitlines():
-        if not line.startswith("#"):
-            name, value = line.rsplit(" ", 1)
-            values[name] = float(value)
+    values = values_of(response.text)
     assert values['gptoss_requests_total{path="/v1/chat/completions",status="200"}'] == 1
     assert values['gptoss_requests_total{path="/v1/models/{name:path}",status="404"}'] == 1
     assert values['gptoss_requests_total{path="other",status="404"}'] == 1

@@ -52,6 +52,12 @@ def read_events(text: str) -> list[tuple[str | None, Any]]:
     return result
 
 
+def values_of(metrics: str) -> dict[str, float]:
+    """The series of a text in Prometheus' format, by name and labels."""
+    lines = (line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines}
+
+
 def wait_until(true: Any, seconds: float = 10.0) -> None:
     """Wait for something that happens on another thread; the limit only ends a test that would fail."""
     end = time.monotonic() + seconds

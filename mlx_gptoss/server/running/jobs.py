@@ -130,7 +130,7 @@ class Job:
             event = self._events.popleft()
             if isinstance(event, BaseException):
                 self.finished, self._error = True, event
-                self._jobs.metrics.generations.add(1, "error")
+                self._jobs.metrics.generations.labels("error").inc()
                 break
             batch.append(event)
             self.finished = hasattr(event, "finish_reason")
@@ -153,7 +153,7 @@ class Job:
         self._closed = True
         if self._handle is not None and not self.finished:
             self._handle.cancel()
-            self._jobs.metrics.generations.add(1, "disconnected")
+            self._jobs.metrics.generations.labels("disconnected").inc()
         self._failure = self._failure or ApiError(499, "The client closed the request.")
         self._clock.cancel()
         self._wake()
@@ -181,7 +181,7 @@ class Jobs:
         if self._draining:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
         if len(self._active) + len(starts) > self.settings.max_active:
-            self.metrics.rejected.add(len(starts))
+            self.metrics.rejected.inc(len(starts))
             raise BusyError(
                 f"{len(self._active)} generations are running or waiting, the most this server takes: "
                 "try again",
@@ -205,13 +205,13 @@ class Jobs:
             self.metrics.first_event.observe(time.monotonic() - job.started)
         done = batch[-1]
         if hasattr(done, "finish_reason"):
-            self.metrics.generations.add(1, done.finish_reason)
+            self.metrics.generations.labels(done.finish_reason).inc()
             self.metrics.duration.observe(time.monotonic() - job.started)
             usage = getattr(done, "usage", done)  # the end of raw tokens holds the counts itself
-            self.metrics.prompt_tokens.add(usage.prompt_tokens)
-            self.metrics.cached_tokens.add(usage.cached_tokens)
-            self.metrics.completion_tokens.add(usage.completion_tokens)
-            self.metrics.reasoning_tokens.add(getattr(usage, "reasoning_tokens", 0))
+            self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+            self.metrics.cached_tokens.inc(usage.cached_tokens)
+            self.metrics.completion_tokens.inc(usage.completion_tokens)
+            self.metrics.reasoning_tokens.inc(getattr(usage, "reasoning_tokens", 0))
 
     def release(self, job: Job) -> None:
         """Forget a closed job."""
