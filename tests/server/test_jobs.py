@@ -82,7 +82,7 @@ def test_a_client_that_goes_away_cancels_its_generation(
     if stream:  # http.client leaves the socket to the response
         del connection
     wait_until(lambda: ended(engine))
-    wait_until(lambda: not app.state.server.jobs._active)
+    wait_until(lambda: not app.state.server.jobs.active)
 
 
 def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, ScriptedEngine, FastAPI]) -> None:
@@ -98,7 +98,7 @@ def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, Scri
             assert client.get("/health").status_code == 200
         finally:
             response.close()
-    wait_until(lambda: ended(engine) and not app.state.server.jobs._active)
+    wait_until(lambda: ended(engine) and not app.state.server.jobs.active)
 
 
 def test_a_request_ends_when_its_time_is_up(tokenizer: Tokenizer) -> None:

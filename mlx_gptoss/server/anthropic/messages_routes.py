@@ -35,8 +35,8 @@ from mlx_gptoss.server.http.openapi import ERRORS
 from mlx_gptoss.server.memory.turns import digest
 from mlx_gptoss.server.openai.chat_request import naming
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.jobs import Job, log_failure
-from mlx_gptoss.server.running.streams import collect
+from mlx_gptoss.server.running.jobs import Job
+from mlx_gptoss.server.running.streams import collect, log_failure
 from mlx_gptoss.server.state import ServerState
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
@@ -171,7 +171,7 @@ def router(state: ServerState) -> APIRouter:
         budget = body.thinking.budget_tokens if body.thinking else None
         params = body.params()
         with naming(body.fields(conversation.tools)):
-            jobs = await state.jobs.start(
+            job = await state.jobs.start(
                 lambda sink: engine.start(
                     conversation,
                     TurnOptions(
@@ -186,8 +186,8 @@ def router(state: ServerState) -> APIRouter:
             )
         writer = MessageWriter(state.model_name, shows_thinking(body))
         if body.stream:
-            return sse.EventStream(_stream(writer, conversation, jobs[0], state), jobs)
-        await collect(jobs, request, lambda _, event: list(writer.take(event)))
+            return sse.EventStream(_stream(writer, conversation, job, state), job)
+        await collect(job, request, lambda _, event: list(writer.take(event)))
         remember(state, writer, conversation)
         return JSONResponse(writer.body)
 
@@ -210,7 +210,7 @@ async def _stream(
             if not batch:
                 yield sse.event({"type": "ping"})
                 continue
-            out = [sse.event(event) for source in batch for event in writer.take(source)]
+            out = [sse.event(event) for _, source in batch for event in writer.take(source)]
             remember(state, writer, conversation)
             if out:
                 yield b"".join(out)

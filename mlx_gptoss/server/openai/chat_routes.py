@@ -33,8 +33,8 @@ from mlx_gptoss.server.http.openapi import ERRORS
 from mlx_gptoss.server.memory.turns import AssistantTurn, Call, digest
 from mlx_gptoss.server.openai.chat_request import ChatMessage, ChatRequest, naming, text_of, tool_fields
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.jobs import Job, log_failure
-from mlx_gptoss.server.running.streams import collect, merged
+from mlx_gptoss.server.running.jobs import Job
+from mlx_gptoss.server.running.streams import collect, log_failure
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.options import (
     ConversationBuilder,
@@ -328,7 +328,7 @@ def remember(state: ServerState, choice: Choice, conversation: Conversation) -> 
         state.turns.remember(choice.done.reply.messages, "".join(choice.content), digest(conversation))
 
 
-async def start(chat: ChatPlan, state: ServerState, count: int) -> list[Job]:
+async def start(chat: ChatPlan, state: ServerState, count: int) -> Job:
     """Start the generations of a request; several answers with a seed get one seed each."""
     engine = state.ready()
 
@@ -367,13 +367,13 @@ def router(state: ServerState) -> APIRouter:
             Choice(AnswerScores(engine.tokenizer) if body.logprobs else None, chat.structured)
             for _ in range(count)
         ]
-        jobs = await start(chat, state, count)
+        job = await start(chat, state, count)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": state.model_name}
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = _stream(state, chat.conversation, jobs, choices, head, include_usage)
-            return sse.EventStream(chunks, jobs)
-        await collect(jobs, request, lambda index, event: choices[index].take(event))
+            chunks = _stream(state, chat.conversation, job, choices, head, include_usage)
+            return sse.EventStream(chunks, job)
+        await collect(job, request, lambda index, event: choices[index].take(event))
         for choice in choices:
             remember(state, choice, chat.conversation)
         return JSONResponse(
@@ -393,7 +393,7 @@ def router(state: ServerState) -> APIRouter:
 async def _stream(
     state: ServerState,
     conversation: Conversation,
-    jobs: list[Job],
+    job: Job,
     choices: list[Choice],
     head: dict[str, Any],
     include_usage: bool,
@@ -416,9 +416,9 @@ async def _stream(
         chunk(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(len(choices))
     )
     try:
-        async for index, batch in merged(jobs):
+        async for batch in job.batches():
             out = [] if batch else [sse.HEARTBEAT]
-            for event in batch:
+            for index, event in batch:
                 delta = choices[index].take(event)
                 if delta is not None:
                     out.append(chunk(index, *delta))

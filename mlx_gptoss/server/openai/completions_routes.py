@@ -21,8 +21,8 @@ from mlx_gptoss.server.http.openapi import ERRORS
 from mlx_gptoss.server.openai.chat_request import SamplingFields, naming
 from mlx_gptoss.server.openai.chat_routes import FINGERPRINT
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.jobs import Job, log_failure
-from mlx_gptoss.server.running.streams import collect, merged
+from mlx_gptoss.server.running.jobs import Job
+from mlx_gptoss.server.running.streams import collect, log_failure
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.options import logit_bias, sampling_params, stop_texts
 from mlx_gptoss.tokenizer import Tokenizer
@@ -199,7 +199,7 @@ def router(state: ServerState) -> APIRouter:
                     seeded = SamplingParams(**{**vars(params), "seed": params.seed + index})
                 choices.append(TextChoice(engine.tokenizer, echo, params.stop, body.logprobs is not None))
                 starts.append(partial(_submit, engine, tokens, seeded, where))
-        jobs = await state.jobs.start(*starts)
+        job = await state.jobs.start(*starts)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -208,8 +208,8 @@ def router(state: ServerState) -> APIRouter:
         }
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return sse.EventStream(_stream(jobs, choices, head, prompts, with_usage), jobs)
-        await collect(jobs, request, lambda index, event: choices[index].take(event))
+            return sse.EventStream(_stream(job, choices, head, prompts, with_usage), job)
+        await collect(job, request, lambda index, event: choices[index].take(event))
         return JSONResponse(
             head
             | {
@@ -231,7 +231,7 @@ def _submit(engine: Any, tokens: list[int], params: SamplingParams, where: str, 
 
 
 async def _stream(
-    jobs: list[Job],
+    job: Job,
     choices: list[TextChoice],
     head: dict[str, Any],
     prompts: list[list[int]],
@@ -245,13 +245,15 @@ async def _stream(
 
     yield b"".join(chunk(index, choice.text) for index, choice in enumerate(choices) if choice.text)
     try:
-        async for index, batch in merged(jobs):
-            choice = choices[index]
-            text = "".join(choice.take(event) for event in batch)
-            if text or choice.finish_reason:
-                yield chunk(index, text, choice.new_scores(), choice.finish_reason)
-            elif not batch:
-                yield sse.HEARTBEAT
+        async for batch in job.batches():
+            out = [] if batch else [sse.HEARTBEAT]
+            for index, event in batch:
+                choice = choices[index]
+                text = choice.take(event)
+                if text or choice.finish_reason:
+                    out.append(chunk(index, text, choice.new_scores(), choice.finish_reason))
+            if out:
+                yield b"".join(out)
         if with_usage:
             yield sse.data(head | {"choices": [], "usage": usage_body(choices, prompts)})
         yield sse.DONE

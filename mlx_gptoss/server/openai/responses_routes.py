@@ -29,8 +29,8 @@ from mlx_gptoss.server.openai.responses_request import (
 )
 from mlx_gptoss.server.openai.responses_writer import ResponseWriter
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.jobs import Job, log_failure
-from mlx_gptoss.server.running.streams import collect
+from mlx_gptoss.server.running.jobs import Job
+from mlx_gptoss.server.running.streams import collect, log_failure
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.options import (
     ConversationBuilder,
@@ -225,7 +225,7 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
     while True:
         try:
             with naming(asked.fields):
-                jobs = await state.jobs.start(
+                return await state.jobs.start(
                     lambda sink: engine.start(
                         asked.conversation,
                         TurnOptions(
@@ -237,7 +237,6 @@ async def start(asked: ResponsePlan, state: ServerState) -> Job:
                         sink=sink,
                     )
                 )
-            return jobs[0]
         except SchemaError as error:
             if asked.strict or asked.schema is None or error.field != SCHEMA_FIELD:
                 raise
@@ -283,8 +282,8 @@ def router(state: ServerState) -> APIRouter:
         )
         job = await start(asked, state)
         if body.stream:
-            return sse.EventStream(_stream(asked, writer, job, state), [job])
-        await collect([job], request, lambda _, event: list(writer.take(event)))
+            return sse.EventStream(_stream(asked, writer, job, state), job)
+        await collect(job, request, lambda _, event: list(writer.take(event)))
         finish(asked, writer, state)
         return JSONResponse(writer.body)
 
@@ -334,7 +333,7 @@ async def _stream(
             if not batch:
                 yield sse.HEARTBEAT
                 continue
-            out = [sse.event(event) for source in batch for event in writer.take(source)]
+            out = [sse.event(event) for _, source in batch for event in writer.take(source)]
             finish(asked, writer, state)
             if out:
                 yield b"".join(out)

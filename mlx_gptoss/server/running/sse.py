@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -45,7 +45,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Writes the chunks that `jobs` give rise to as they come, and closes the jobs whatever ends the stream.
+    """Writes the chunks that a job gives rise to as they come, and closes the job whatever ends the stream.
 
     Starlette's StreamingResponse would leave a generator that was never started unclosed when the client goes
     away early; here the generations behind the stream are always released.
@@ -53,20 +53,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes], jobs: Sequence[Job]) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], job: Job) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
-        self._jobs = jobs
-
-    def _close(self) -> None:
-        for job in self._jobs:
-            job.close()
+        self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(on_disconnect(receive, self._close))
-        # The jobs end themselves on time; a client that reads nothing more would still hold up `send`.
-        left = max(job.deadline for job in self._jobs) - time.monotonic()
+        watcher = asyncio.create_task(on_disconnect(receive, self._job.close))
+        # The job ends itself on time; a client that reads nothing more would still hold up `send`.
+        left = self._job.deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left, 0) + LAST_WORDS):
                 await send(
@@ -79,7 +75,7 @@ class EventStream(Response):
             return  # without a last chunk: the server closes the connection
         finally:
             watcher.cancel()
-            self._close()
+            self._job.close()
 
 
 async def on_disconnect(receive: Receive, action: Callable[[], None]) -> None:
