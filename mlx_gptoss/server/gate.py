@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from starlette.types import ASGIApp
+from starlette.datastructures import Headers
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_gptoss.server.http.errors import ApiError, error_response
+from mlx_gptoss.server.http.api import ApiRouter
+from mlx_gptoss.server.http.errors import SHAPE, ApiError, error_response, openai_error
 from mlx_gptoss.server.http.security import (
-    Headers,
-    Message,
-    Receive,
-    Scope,
-    Send,
     allowed_origin,
     check_depth,
     check_host,
@@ -40,12 +38,15 @@ CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 
 
 class Gate:
-    """ASGI middleware in front of the application."""
+    """ASGI middleware in front of the application. routes: all it has; apis: those with errors of a shape."""
 
-    def __init__(self, app: ASGIApp, state: ServerState, paths: Iterable[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, state: ServerState, routes: Sequence[Route], apis: Sequence[ApiRouter]
+    ) -> None:
         self._app = app
         self._state = state
-        self._paths = frozenset(paths)
+        self._routes = routes
+        self._apis = apis
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -53,13 +54,16 @@ class Gate:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._http(scope, receive, send)
+            path = scope["path"]
+            shapes = (api.error_shape for api in self._apis if path.startswith(api.prefix))
+            await self._http({**scope, SHAPE: next(shapes, openai_error)}, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         status = CLIENT_GONE
         unread = True  # whether some of the body may still come
         extra = list(HEADERS)
+        settings = self._state.settings
 
         async def send_checked(message: Message) -> None:
             nonlocal status
@@ -71,66 +75,46 @@ class Gate:
             await send(message)
 
         try:
-            headers = Headers(scope)
-            origin = self._admit(scope, headers)
+            headers = Headers(scope=scope)
+            check_host(headers, settings)
+            origin = allowed_origin(headers, settings)
             if origin is not None:
                 extra += cors_headers(origin)
-            asking = origin if scope["method"] == "OPTIONS" else None  # the origin of a preflight
-            if asking is None:
-                check_key(headers, self._state.settings, scope["path"])
-            body = await read_body(receive, headers, self._state.settings)
+            preflight = origin is not None and scope["method"] == "OPTIONS"
+            if not preflight:
+                check_key(headers, settings, scope["path"])
+            body = await read_body(receive, headers, settings)
             if body is None:
                 return
             unread = False
-            if asking is not None:
-                await _preflight(headers, asking, send_checked)
+            if preflight:
+                start = {"type": "http.response.start", "status": 204, "headers": preflight_headers(headers)}
+                await send_checked(start)
+                await send_checked({"type": "http.response.body", "body": b""})
                 return
             check_text(body)
-            check_depth(body, self._state.settings.max_json_depth)
-            self._log_body(body)
+            check_depth(body, settings.max_json_depth)
+            if settings.log_prompts and body:
+                logger.info("body %s", body.decode("utf-8", "replace"))
             inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(inner, _replay(body, receive), send_checked)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.error("failed to answer %s: %s", scope["method"], type(error).__name__, exc_info=error)
             if status == CLIENT_GONE:  # nothing was sent yet
-                response = error_response(error, scope["path"])
+                response = error_response(error, scope)
                 if unread:  # or a client could keep the connection by sending a byte now and then
                     response.headers["connection"] = "close"
                 await response(scope, receive, send_checked)
         finally:
             self._note(scope, status, time.monotonic() - began)
 
-    def _admit(self, scope: Scope, headers: Headers) -> str | None:
-        """Host and Origin; the origin to answer with CORS headers."""
-        check_host(headers, self._state.settings)
-        return allowed_origin(headers, self._state.settings)
-
-    def _log_body(self, body: bytes) -> None:
-        if self._state.settings.log_prompts and body:
-            logger.info("body %s", body.decode("utf-8", "replace"))
-
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         # Only known paths are named: what a caller makes up would fill the metrics and could forge log lines.
-        path = scope["path"]
-        if path not in self._paths:
-            path = max((known for known in self._paths if _matches(known, path)), key=len, default="other")
+        known = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
+        path = next(known, "other")
         self._state.metrics.requests.labels(path, str(status)).inc()
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Whether a path fits a route with a parameter, such as /v1/models/{model}."""
-    head, brace, rest = pattern.partition("{")
-    tail = rest.partition("}")[2]
-    return bool(brace) and path.startswith(head) and path[len(head) :].endswith(tail)
-
-
-async def _preflight(headers: Headers, origin: str, send: Send) -> None:
-    # The CORS headers of the origin are added to every response already.
-    own = [pair for pair in preflight_headers(headers, origin) if pair not in cors_headers(origin)]
-    await send({"type": "http.response.start", "status": 204, "headers": own})
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

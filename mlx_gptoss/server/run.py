@@ -78,7 +78,7 @@ def serve(
     load: Callable[[], LLM], settings: ServerSettings, on_listening: Callable[[str], None] = logger.info
 ) -> None:
     """Serve until a signal. The port opens at once; until `load` returns, /health says "loading" and all else
-    is answered 503. Raises what `load` raises. The engine is closed at the end.
+    is answered 503. Raises what `load` raises. The LLM is closed at the end.
 
     `on_listening` is told the server's address when the port is open.
     """
@@ -107,7 +107,7 @@ def serve(
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
-        if not loader.is_alive() and state.engine is not None:
-            state.engine.close()
+        if not loader.is_alive() and state.llm is not None:
+            state.llm.close()
     if failure:
         raise failure[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,39 +17,34 @@ if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
 
 
-@dataclass
 class ServerState:
-    """One server: its engine (None while the model is loading), its jobs, and what it remembers.
+    """One server: its LLM (None while the model is loading), its jobs, and what it remembers.
 
-    `model_name` is what clients are told: the setting, or the engine's name (a folder's without its path).
+    `model_name` is what clients are told: the setting, or the LLM's name (a folder's without its path).
     """
 
-    settings: ServerSettings
-    engine: LLM | None = field(default=None, init=False)
-    model_name: str = field(default="", init=False)
-    metrics: Metrics = field(default_factory=Metrics)
-    jobs: Jobs = field(init=False)
-    turns: TurnMemory = field(init=False)
-    responses: ResponseStore = field(init=False)
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.llm: LLM | None = None
+        self.model_name = ""
+        self.metrics = Metrics()
+        self.jobs = Jobs(settings, self.metrics)
+        self.turns = TurnMemory(settings.max_turns)
+        self.responses = ResponseStore(settings.max_stored_responses)
 
-    def __post_init__(self) -> None:
-        self.jobs = Jobs(self.settings, self.metrics)
-        self.turns = TurnMemory(self.settings.max_turns)
-        self.responses = ResponseStore(self.settings.max_stored_responses)
-
-    def attach(self, engine: LLM | None) -> None:
-        """Give the server its engine."""
-        self.engine = engine
-        if engine is not None:
-            self.model_name = self.settings.model_name or Path(engine.name).name
+    def attach(self, llm: LLM | None) -> None:
+        """Give the server its LLM."""
+        self.llm = llm
+        if llm is not None:
+            self.model_name = self.settings.model_name or Path(llm.name).name
 
     def ready(self) -> LLM:
-        """The engine, or ApiError 503 while it is loading."""
-        if self.engine is None:
+        """The LLM, or ApiError 503 while it is loading."""
+        if self.llm is None:
             raise ApiError(
                 503, "The model is still loading.", code="model_loading", headers={"Retry-After": "5"}
             )
-        return self.engine
+        return self.llm
 
     @staticmethod
     def today() -> str:

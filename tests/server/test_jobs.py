@@ -28,8 +28,9 @@ from mlx_gptoss.errors import (
 from mlx_gptoss.harmony import Message
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.http.errors import as_api_error
-from mlx_gptoss.server.memory.turns import AssistantTurn, Call, TurnMemory
+from mlx_gptoss.server.memory.turns import TurnMemory
 from mlx_gptoss.server.run import serve
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_engine import Script, ScriptedEngine
 from tests.support.server_help import live, read_events, values_of, wait_until

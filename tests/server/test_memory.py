@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from mlx_gptoss.harmony import Conversation, Message
 from mlx_gptoss.server import create_app
-from mlx_gptoss.server.memory.turns import AssistantTurn, Call, TurnMemory, after, digest, opening
+from mlx_gptoss.server.memory.turns import TurnMemory
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, after, digest, opening
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_engine import Script, ScriptedEngine
 

@@ -1,4 +1,4 @@
-"""The request of /v1/messages (Anthropic's API), and its translation to a harmony conversation."""
+"""The request of /v1/messages (Anthropic's API), and its translation to a turn."""
 
 from __future__ import annotations
 
@@ -8,36 +8,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_gptoss.errors import RequestError, SchemaError, ToolError
-from mlx_gptoss.grammar import ToolChoice
-from mlx_gptoss.harmony import Conversation, Tool
-from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.server.memory.turns import AssistantTurn, Call
-from mlx_gptoss.server.openai.chat_request import Protocol, Temperature, TopP, naming, tool_fields
+from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.grammar import ResponseFormat, ToolChoice
+from mlx_gptoss.harmony import Conversation, ReasoningEffort
+from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, ConversationBuilder
 from mlx_gptoss.server.translate.options import (
-    ConversationBuilder,
-    Effort,
-    check_schema_size,
-    check_tool_count,
-    choose_tools,
+    Declaration,
+    check_message_count,
     effort_of,
-    function_tool,
-    sampling_params,
-    stop_texts,
+    offered_tools,
+    schema_format,
 )
+from mlx_gptoss.server.translate.request import RequestModel, TurnRequest
+from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 
 SCHEMA_FIELD = "output_config.format.schema"
 
 
-class TextPart(Protocol):
+class TextPart(RequestModel):
     """A block where only text makes sense; not recursive, so that the OpenAPI document is not either."""
 
     type: str
     text: str | None = None
 
 
-class Block(Protocol):
+class Block(RequestModel):
     """A content block of any type; `type` says which of the fields count."""
 
     type: str
@@ -51,40 +49,40 @@ class Block(Protocol):
     is_error: bool | None = None
 
 
-class AnthropicMessage(Protocol):
+class AnthropicMessage(RequestModel):
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
-class AnthropicTool(Protocol):
+class AnthropicTool(RequestModel):
     name: str
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 
 
-class AnthropicToolChoice(Protocol):
+class AnthropicToolChoice(RequestModel):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
 
 
-class Thinking(Protocol):
+class Thinking(RequestModel):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     display: str | None = None
 
 
-class OutputFormat(Protocol):
+class OutputFormat(RequestModel):
     type: str
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class OutputConfig(Protocol):
+class OutputConfig(RequestModel):
     effort: str | None = None
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(Protocol):
+class CountTokensRequest(RequestModel):
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     model: str | None = None
     system: str | list[TextPart] | None = None
@@ -94,31 +92,10 @@ class CountTokensRequest(Protocol):
     output_config: OutputConfig | None = None
 
 
-class MessagesRequest(CountTokensRequest):
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)]
+class MessagesRequest(CountTokensRequest, SamplingFields):
+    max_tokens: int = bounded("max_tokens")
     stream: bool | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     stop_sequences: list[str] | None = None
-
-    def params(self) -> SamplingParams:
-        """How to sample. Raises RequestError naming the field."""
-        with naming({"stop": "stop_sequences"}):
-            return sampling_params(
-                {
-                    "max_tokens": self.max_tokens,
-                    "temperature": self.temperature,
-                    "top_p": self.top_p,
-                    "top_k": self.top_k,
-                    "stop": stop_texts(self.stop_sequences),
-                }
-            )
-
-    def fields(self, offered: Sequence[Tool]) -> dict[str, str]:
-        """This API's names of what the engine may find wrong; `offered` are the tools that it gets."""
-        declared = [tool.name if tool.type in (None, "custom") else None for tool in self.tools or ()]
-        return {"schema": SCHEMA_FIELD, **tool_fields(offered, declared, "input_schema")}
 
 
 def shows_thinking(request: CountTokensRequest) -> bool:
@@ -127,20 +104,35 @@ def shows_thinking(request: CountTokensRequest) -> bool:
     return thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
 
 
-def conversation_of(request: CountTokensRequest, state: ServerState) -> tuple[Conversation, ToolChoice]:
-    """Translate a request. Raises RequestError naming the field at fault."""
-    settings = state.settings
-    if len(request.messages) > settings.max_messages:
-        raise RequestError(
-            f"messages has {len(request.messages):,} entries and this server takes {settings.max_messages:,}",
-            "messages",
-        )
+def translate(request: MessagesRequest, state: ServerState) -> TurnRequest:
+    """The turn that is asked for. Raises RequestError naming the field at fault."""
+    conversation, choice, names = read_conversation(request, state)
+    names |= {"stop": "stop_sequences"}
+    params = sampling_params(request, names, max_tokens=request.max_tokens, stop=request.stop_sequences)
+    options = TurnOptions(
+        params,
+        ResponseFormat.of(schema=conversation.response_schema),
+        choice,
+        strict_tools=False,
+        reasoning_budget=request.thinking.budget_tokens if request.thinking else None,
+    )
+    return TurnRequest(conversation, options, names)
+
+
+def read_conversation(
+    request: CountTokensRequest, state: ServerState
+) -> tuple[Conversation, ToolChoice, dict[str, str]]:
+    """The conversation, the choice of tools, and the names of what the model may find wrong.
+
+    Raises RequestError naming the field at fault.
+    """
+    check_message_count(request.messages, state.settings)
     if request.messages[-1].role == "assistant":
         raise RequestError(
             "the last message is the assistant's: gpt-oss cannot go on from it; end with a user message",
             "messages",
         )
-    builder = ConversationBuilder(state.turns)
+    builder = ConversationBuilder(state.turns.recall)
     builder.instructions(_text(request.system or "", "system"))
     for index, message in enumerate(request.messages):
         where = f"messages[{index}].content"
@@ -150,10 +142,15 @@ def conversation_of(request: CountTokensRequest, state: ServerState) -> tuple[Co
             _add_user(builder, message.content, where)
         else:
             _add_assistant(builder, message.content, where)
-    tools, choice = _tools(request, state)
-    schema = _schema(request, state)
-    conversation = builder.build(tools=tools, effort=_effort(request), schema=schema, today=state.today())
-    return conversation, choice
+    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    tools, choice, names = offered_tools(declared, _tool_choice(request.tool_choice), state.settings)
+    conversation = builder.build(
+        today=state.today(),
+        tools=tools,
+        effort=_effort(request),
+        response_format=_response_format(request, state.settings),
+    )
+    return conversation, choice, {"schema": SCHEMA_FIELD, **names}
 
 
 def _text(content: str | Sequence[TextPart | Block], where: str) -> str:
@@ -206,33 +203,26 @@ def _add_assistant(builder: ConversationBuilder, content: str | list[Block], whe
             turn.calls.append(Call(block.id, block.name, arguments))
         elif block.type != "redacted_thinking":
             turn.text += _block_text(block, f"{where}[{index}]")
-    if turn.calls:
-        turn.preamble, turn.text = turn.text, ""
     builder.assistant(turn)
 
 
-def _tools(request: CountTokensRequest, state: ServerState) -> tuple[list[Tool], ToolChoice]:
-    """The function tools (Anthropic's own server tools are accepted and not offered), and the choice."""
-    declared = request.tools or []
-    check_tool_count(len(declared), state.settings)
-    tools = []
-    for index, tool in enumerate(declared):
-        if tool.type in (None, "custom"):
-            function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-            try:
-                tools.append(function_tool(function, state.settings, f"tools[{index}]"))
-            except SchemaError as error:
-                error.field = f"tools[{index}].input_schema"
-                raise
-    choice: str | dict[str, Any] | None = None
-    if request.tool_choice is not None:
-        wanted = request.tool_choice
-        named = {"type": "function", "name": wanted.name}
-        choice = {"auto": "auto", "any": "required", "none": "none"}.get(wanted.type, named)
-    return choose_tools(choice, tools)
+def _declaration(tool: AnthropicTool, where: str) -> Declaration | None:
+    """A function tool; Anthropic's own server tools are accepted and not offered."""
+    if tool.type not in (None, "custom"):
+        return None
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+    return Declaration(function, where, f"{where}.input_schema")
 
 
-def _schema(request: CountTokensRequest, state: ServerState) -> dict[str, Any] | None:
+def _tool_choice(wanted: AnthropicToolChoice | None) -> str | dict[str, Any] | None:
+    """The choice in OpenAI's words."""
+    if wanted is None:
+        return None
+    named = {"type": "function", "name": wanted.name}
+    return {"auto": "auto", "any": "required", "none": "none"}.get(wanted.type, named)
+
+
+def _response_format(request: CountTokensRequest, settings: ServerSettings) -> ResponseFormat | None:
     wanted = request.output_config.format if request.output_config else None
     if wanted is None:
         return None
@@ -240,11 +230,10 @@ def _schema(request: CountTokensRequest, state: ServerState) -> dict[str, Any] |
         raise RequestError(
             "output_config.format: expected type json_schema with a schema", "output_config.format"
         )
-    check_schema_size(wanted.schema_, state.settings, SCHEMA_FIELD)
-    return wanted.schema_
+    return schema_format(wanted.schema_, settings, SCHEMA_FIELD)
 
 
-def _effort(request: CountTokensRequest) -> Effort:
+def _effort(request: CountTokensRequest) -> ReasoningEffort:
     if request.output_config and request.output_config.effort:
         return effort_of(request.output_config.effort, "output_config.effort")
     if request.thinking is None or request.thinking.type == "adaptive":

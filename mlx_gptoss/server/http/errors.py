@@ -1,7 +1,7 @@
 """Errors as HTTP: each GptOssError's status, and bodies in the shape that the callers' SDKs read.
 
-The body is OpenAI's `{"error": {"message", "type", "param", "code"}}`; under /v1/messages it also carries
-Anthropic's outer `"type": "error"` and its names of error types, so that either SDK can read it.
+The body is OpenAI's `{"error": {"message", "type", "param", "code"}}` unless the API that was called has
+another shape (see api.ApiRouter): the gate finds out which, and notes it in the request's scope.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,22 +63,23 @@ STATUS_OF: tuple[tuple[type[GptOssError], int, str | None], ...] = (
     (GptOssError, 500, "engine_error"),
 )
 
+ErrorShape = Callable[[ApiError], dict[str, Any]]
+SHAPE = "gptoss.error_shape"  # the key of a scope under which the gate puts it
+
 _OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+
+
+def openai_error(error: ApiError, kind: str | None = None) -> dict[str, Any]:
+    """The JSON body of an error as OpenAI's APIs have it; kind: another name of its type."""
+    if kind is None:
+        other = "server_error" if error.status >= 500 else "invalid_request_error"
+        kind = _OPENAI_TYPES.get(error.status, other)
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -97,33 +99,11 @@ def as_api_error(error: BaseException) -> ApiError:
     )
 
 
-def error_type(status: int) -> str:
-    """OpenAI's name for the kind of error."""
-    if status >= 500:
-        return "server_error"
-    return _OPENAI_TYPES.get(status, "invalid_request_error")
-
-
-def error_body(error: ApiError, path: str = "") -> dict[str, Any]:
-    """The JSON body of an error for a request of `path`."""
-    detail: dict[str, Any] = {
-        "message": error.message,
-        "type": error_type(error.status),
-        "param": error.param,
-        "code": error.code,
-    }
-    if not path.startswith("/v1/messages"):
-        return {"error": detail}
-    detail["type"] = _ANTHROPIC_TYPES.get(
-        error.status, "api_error" if error.status >= 500 else "invalid_request_error"
-    )
-    return {"type": "error", "error": detail}
-
-
-def error_response(error: BaseException, path: str = "") -> JSONResponse:
-    """Any exception as a response."""
+def error_response(error: BaseException, scope: MutableMapping[str, Any]) -> JSONResponse:
+    """Any exception as the response to a request."""
     api = as_api_error(error)
-    return JSONResponse(error_body(api, path), api.status, headers=api.headers)
+    shape: ErrorShape = scope[SHAPE]
+    return JSONResponse(shape(api), api.status, headers=api.headers)
 
 
 _UNION_TAG = re.compile(r"^(str|int|float|bool|none|dict|list|function-.*|.*\[.*|[A-Z]\w*)$")
@@ -158,7 +138,7 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every exception of a route in the shape of its API."""
 
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(_validation_error(error), request.url.path)
+        return error_response(_validation_error(error), request.scope)
 
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         messages = {
@@ -169,10 +149,10 @@ def install_handlers(app: FastAPI) -> None:
         api = ApiError(error.status_code, message, headers=dict(error.headers or {}))
         if error.status_code == 400 and "parsing the body" in str(error.detail):
             api = ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
-        return error_response(api, request.url.path)
+        return error_response(api, request.scope)
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error, request.url.path)
+        return error_response(error, request.scope)
 
     app.add_exception_handler(RequestValidationError, validation)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]

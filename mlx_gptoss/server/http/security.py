@@ -14,40 +14,20 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
 
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.settings import ServerSettings
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})  # served without a key
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")
 
 
-class Headers:
-    """The request headers of a scope, by lower-case name; a name sent twice keeps all its values."""
-
-    def __init__(self, scope: Scope) -> None:
-        self._values: dict[str, list[str]] = {}
-        for name, value in scope.get("headers", ()):
-            self._values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-
-    def all(self, name: str) -> list[str]:
-        return self._values.get(name, [])
-
-    def get(self, name: str) -> str | None:
-        values = self.all(name)
-        return values[0] if values else None
-
-
 def _split_host(value: str) -> str | None:
-    """The name in a Host header without its port, lower case; None when it is no host."""
+    """The name in a Host header without its port, lower case; None when it is not one."""
     try:
         parts = urlsplit(f"//{value}")
         _ = parts.port
@@ -60,7 +40,7 @@ def _split_host(value: str) -> str | None:
 
 def check_host(headers: Headers, settings: ServerSettings) -> None:
     """Refuse a Host that is not the server's. An address cannot be rebound; a name must be known."""
-    values = headers.all("host")
+    values = headers.getlist("host")
     name = _split_host(values[0]) if len(values) == 1 else None
     if name is None:
         raise ApiError(400, "Send exactly one valid Host header.", code="invalid_host")
@@ -134,12 +114,11 @@ def check_key(headers: Headers, settings: ServerSettings, path: str) -> None:
         )
 
 
-def preflight_headers(headers: Headers, origin: str) -> list[tuple[bytes, bytes]]:
-    """The answer to a CORS preflight of an allowed origin."""
+def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """What the answer to a CORS preflight has beside the origin's `cors_headers`."""
     asked = headers.get("access-control-request-headers") or ""
     names = asked if _HEADER_NAMES.fullmatch(asked) else "authorization, content-type"
     result = [
-        *cors_headers(origin),
         (b"access-control-allow-methods", b"GET, POST, DELETE"),
         (b"access-control-allow-headers", names.encode("ascii")),
         (b"access-control-max-age", b"600"),

@@ -13,6 +13,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mlx_gptoss.server.http.errors import ApiError, openai_error
+
 
 def protocol_class(header_timeout: float) -> type[H11Protocol]:
     """The protocol class for uvicorn's `http` setting; seconds for the headers of each request."""
@@ -38,9 +40,8 @@ def protocol_class(header_timeout: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """What is not HTTP is answered in the shape of every other error."""
-            error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-            body = json.dumps({"error": error}).encode()
+            """Answer what is not HTTP in the shape of every other error."""
+            body = json.dumps(openai_error(ApiError(400, msg, code="invalid_http"))).encode()
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),

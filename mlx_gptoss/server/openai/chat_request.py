@@ -1,50 +1,47 @@
-"""The request of /v1/chat/completions, as OpenAI documents it, with fields that gpt-oss servers share.
-
-Fields that change nothing here (user, store, metadata, service_tier, …) may be sent and are ignored, as are
-unknown ones; what would change the answer and is not supported is refused by name.
-"""
+"""The request of /v1/chat/completions, as OpenAI documents it, with fields that gpt-oss servers share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from mlx_gptoss.errors import RequestError
-from mlx_gptoss.harmony import Tool
+from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.grammar import ResponseFormat
+from mlx_gptoss.server.openai.choices_request import ChoicesRequest
+from mlx_gptoss.server.openai.content import ContentPart, text_of
+from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, ConversationBuilder
+from mlx_gptoss.server.translate.options import (
+    Declaration,
+    check_choice_count,
+    check_message_count,
+    effort_of,
+    offered_tools,
+    schema_format,
+)
+from mlx_gptoss.server.translate.request import RequestModel, TurnRequest
+from mlx_gptoss.server.translate.sampling_fields import bounded, sampling_params
+
+SCHEMA_FIELD = "response_format.json_schema.schema"
 
 
-class Protocol(BaseModel):
-    """Base of all requests: JSON types as they are, no coercion, no NaN."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class ContentPart(Protocol):
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-Content = str | list[ContentPart]
-
-
-class FunctionCall(Protocol):
+class FunctionCall(RequestModel):
     name: str
     arguments: str
 
 
-class ChatToolCall(Protocol):
+class ChatToolCall(RequestModel):
     id: str
     type: str = "function"
     function: FunctionCall | None = None
 
 
-class ChatMessage(Protocol):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ChatToolCall] | None = None
     tool_call_id: str | None = None
@@ -53,70 +50,38 @@ class ChatMessage(Protocol):
     refusal: str | None = None
 
 
-class FunctionDeclaration(Protocol):
+class FunctionDeclaration(RequestModel):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ChatTool(Protocol):
+class ChatTool(RequestModel):
     type: str
     function: FunctionDeclaration | None = None
 
 
-class JsonSchemaFormat(Protocol):
+class JsonSchemaFormat(RequestModel):
     name: str = "response"
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(Protocol):
+class ChatFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StreamOptions(Protocol):
-    include_usage: bool | None = None
-
-
-Temperature = Annotated[float, Field(ge=0, le=2)]
-TopP = Annotated[float, Field(ge=0, le=1)]  # 0 leaves the likeliest token
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-TokenLimit = Annotated[int, Field(ge=1, le=2**31)]
-
-
-class SamplingFields(Protocol):
-    """Sampling as both completion APIs take it; top_k, min_p and repetition_penalty are common extensions."""
-
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Seed | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
-    max_tokens: TokenLimit | None = None
-    n: Annotated[int, Field(ge=1, le=1024)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    model: str | None = None
-    user: str | None = None
-
-
-class ChatRequest(SamplingFields):
+class ChatRequest(ChoicesRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: list[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
+    response_format: ChatFormat | None = None
     reasoning_effort: str | None = None
-    max_completion_tokens: TokenLimit | None = None
+    max_completion_tokens: int | None = bounded("max_tokens", None)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: list[str] | None = None
@@ -125,63 +90,92 @@ class ChatRequest(SamplingFields):
     function_call: str | dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
 
-    def refuse_unsupported(self) -> None:
-        """RequestError for what is asked and cannot be done."""
-        cures = {
-            "audio": "gpt-oss reads and writes text only",
-            "functions": "send tools instead",
-            "function_call": "send tool_choice instead",
-            "web_search_options": "this server has no web search; declare a tool of your own",
-        }
-        for name, cure in cures.items():
-            if getattr(self, name) is not None:
-                raise RequestError(f"{name} is not supported: {cure}", name)
-        if self.modalities is not None and self.modalities != ["text"]:
-            raise RequestError(
-                f"modalities is {self.modalities!r:.80}: gpt-oss writes text only", "modalities"
-            )
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-
-
-@contextmanager
-def naming(fields: Mapping[str, str]) -> Iterator[None]:
-    """Have a RequestError from beneath name what the client sent. fields: name there -> name here."""
-    try:
-        yield
-    except RequestError as error:
-        there = error.field or ""
-        if here := fields.get(there):
-            message = str(error)
-            if message.startswith(there):
-                error.args = (here + message.removeprefix(there),)
-            error.field = here
-        raise
-
-
-def tool_fields(offered: Sequence[Tool], declared: Sequence[str | None], part: str) -> dict[str, str]:
-    """`naming` for the schemas of the offered tools. declared: the names as the client listed them, None for
-    what is no function; part: where a declaration has its schema."""
-    place = {name: index for index, name in enumerate(declared)}
-    return {
-        f"tools[{index}].parameters": f"tools[{place[tool.name]}].{part}"
-        for index, tool in enumerate(offered)
+    unsupported: ClassVar = {
+        "audio": "gpt-oss reads and writes text only",
+        "functions": "send tools instead",
+        "function_call": "send tool_choice instead",
+        "web_search_options": "this server has no web search; declare a tool of your own",
     }
 
 
-def text_of(content: str | Sequence[ContentPart] | None, field: str) -> str:
-    """The text of a message's content; images, audio and files are refused by name."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for index, part in enumerate(content):
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in ("text", "input_text", "output_text", "refusal"):
-            raise RequestError(
-                f"{field}[{index}] is of type {part.type[:40]!r}: gpt-oss reads text only",
-                f"{field}[{index}].type",
-            )
-        if text is None:
-            raise RequestError(f"{field}[{index}] has no text", f"{field}[{index}].text")
-        texts.append(text)
-    return "\n".join(texts)
+def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
+    """The turn that is asked for. Raises RequestError naming the field at fault."""
+    request.refuse_unsupported()
+    if request.modalities not in (None, ["text"]):
+        raise RequestError(
+            f"modalities is {request.modalities!r:.80}: gpt-oss writes text only", "modalities"
+        )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    settings = state.settings
+    check_choice_count(request.n or 1, settings)
+    check_message_count(request.messages, settings)
+    builder = ConversationBuilder(state.turns.recall)
+    for index, message in enumerate(request.messages):
+        _add_message(builder, message, f"messages[{index}]")
+    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    tools, choice, tool_names = offered_tools(declared, request.tool_choice, settings)
+    limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    names = {"schema": SCHEMA_FIELD, "max_tokens": limit, "logprobs": "top_logprobs", **tool_names}
+    params = sampling_params(
+        request,
+        names,
+        max_tokens=getattr(request, limit),
+        stop=request.stop,
+        logit_bias=request.logit_bias,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+    response_format = _response_format(request, settings)
+    wanted = request.response_format.json_schema if request.response_format else None
+    conversation = builder.build(
+        today=state.today(),
+        tools=tools,
+        effort=effort_of(request.reasoning_effort, "reasoning_effort"),
+        response_format=response_format,
+        response_name=wanted.name if wanted else None,
+    )
+    options = TurnOptions(params, response_format, choice, strict_tools=False)
+    return TurnRequest(conversation, options, names, strict=wanted is not None and wanted.strict is True)
+
+
+def _add_message(builder: ConversationBuilder, message: ChatMessage, where: str) -> None:
+    text = text_of(message.content, f"{where}.content")
+    if message.role in ("system", "developer"):
+        builder.instructions(text)
+    elif message.role == "user":
+        builder.user(text)
+    elif message.role == "tool":
+        builder.tool_result(message.tool_call_id, text, f"{where}.tool_call_id")
+    else:
+        calls = []
+        for index, call in enumerate(message.tool_calls or ()):
+            if call.type != "function" or call.function is None:
+                raise ToolError(
+                    f"{where}.tool_calls[{index}] is of type {call.type[:40]!r}: expected a function call",
+                    f"{where}.tool_calls[{index}].type",
+                )
+            calls.append(Call(call.id, call.function.name, call.function.arguments))
+        reasoning = message.reasoning or message.reasoning_content or ""
+        builder.assistant(AssistantTurn(reasoning, text=text or message.refusal or "", calls=calls))
+
+
+def _declaration(tool: ChatTool, where: str) -> Declaration:
+    if tool.type != "function" or tool.function is None:
+        raise ToolError(
+            f"{where} is of type {tool.type[:40]!r}: only function tools are supported here", f"{where}.type"
+        )
+    return Declaration(tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters")
+
+
+def _response_format(request: ChatRequest, settings: ServerSettings) -> ResponseFormat | None:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ResponseFormat.of(json_object=True)
+    if wanted.json_schema is None:
+        raise RequestError(
+            "response_format.json_schema is missing: give {'name': …, 'schema': …}",
+            "response_format.json_schema",
+        )
+    return schema_format(wanted.json_schema.schema_, settings, SCHEMA_FIELD)

@@ -1,27 +1,35 @@
-"""The request of /v1/responses, and the items of its input."""
+"""The request of /v1/responses, the items of its input, and its translation to a turn."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import uuid
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Message
-from mlx_gptoss.server.memory.turns import AssistantTurn, Call
-from mlx_gptoss.server.openai.chat_request import (
-    ContentPart,
-    Protocol,
-    Temperature,
-    TokenLimit,
-    TopP,
-    text_of,
+from mlx_gptoss.server.openai.content import ContentPart, text_of
+from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, ConversationBuilder
+from mlx_gptoss.server.translate.options import (
+    Declaration,
+    check_message_count,
+    effort_of,
+    offered_tools,
+    schema_format,
 )
-from mlx_gptoss.server.translate.options import ConversationBuilder
+from mlx_gptoss.server.translate.request import RequestModel, TurnRequest
+from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 
+LOGPROBS = "message.output_text.logprobs"
+SCHEMA_FIELD = "text.format.schema"
 SEALED = "gptoss-reasoning:"
 
 
@@ -34,7 +42,7 @@ class InputPart(ContentPart):
 InputContent = str | list[InputPart]
 
 
-class InputItem(Protocol):
+class InputItem(RequestModel):
     """One item of any type; `type` says which of the fields count. The others are only listed again."""
 
     model_config = ConfigDict(extra="allow")
@@ -53,7 +61,7 @@ class InputItem(Protocol):
     status: str | None = None
 
 
-class TextFormat(Protocol):
+class TextFormat(RequestModel):
     type: str = "text"
     name: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
@@ -61,17 +69,17 @@ class TextFormat(Protocol):
     description: str | None = None
 
 
-class TextConfig(Protocol):
+class TextConfig(RequestModel):
     format: TextFormat | None = None
     verbosity: str | None = None
 
 
-class Reasoning(Protocol):
+class Reasoning(RequestModel):
     effort: str | None = None
     summary: str | None = None
 
 
-class ResponsesRequest(Protocol):
+class ResponsesRequest(SamplingFields):
     input: str | list[InputItem] = Field(default_factory=list)
     model: str | None = None
     instructions: str | None = None
@@ -84,10 +92,8 @@ class ResponsesRequest(Protocol):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     include: list[str] | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_output_tokens: TokenLimit | None = None
+    max_output_tokens: int | None = bounded("max_tokens", None)
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     truncation: str | None = None
     background: bool | None = None
@@ -99,31 +105,130 @@ class ResponsesRequest(Protocol):
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
 
-    def refuse_unsupported(self) -> None:
-        """RequestError for what is asked and cannot be done."""
-        cures = {
-            "conversation": "send previous_response_id or the whole input",
-            "prompt": "there are no stored prompt templates here; send instructions and input",
-        }
-        for name, cure in cures.items():
-            if getattr(self, name) is not None:
-                raise RequestError(f"{name} is not supported: {cure}", name)
-        if self.background:
-            raise RequestError("background is not supported: stream the response instead", "background")
-        if self.truncation not in (None, "auto", "disabled"):
-            raise RequestError(
-                f"truncation is {self.truncation[:40]!r}: expected auto or disabled", "truncation"
-            )
+    unsupported: ClassVar = {
+        "conversation": "send previous_response_id or the whole input",
+        "prompt": "there are no stored prompt templates here; send instructions and input",
+    }
+
+    @property
+    def effort(self) -> str | None:
+        """The reasoning effort as it was asked for."""
+        return self.reasoning.effort if self.reasoning else None
+
+    @property
+    def format(self) -> TextFormat | None:
+        """What the answer's text has to be."""
+        return self.text.format if self.text else None
+
+    def includes(self, what: str) -> bool:
+        """Whether more of the answer was asked for by this name."""
+        return what in (self.include or ())
 
 
-def add_items(builder: ConversationBuilder, items: list[InputItem]) -> None:
+@dataclass(frozen=True)
+class ResponseTurn(TurnRequest):
+    """The turn that a request asks for, and what is stored of the request: the items of its input, without
+    references, and its messages before the first turn."""
+
+    items: tuple[InputItem, ...] = ()
+    preface: tuple[str, ...] = ()
+
+
+def translate(request: ResponsesRequest, state: ServerState) -> ResponseTurn:
+    """The turn that is asked for. Raises RequestError naming the field at fault, ApiError for what is not
+    stored."""
+    request.refuse_unsupported()
+    if request.background:
+        raise RequestError("background is not supported: stream the response instead", "background")
+    if request.truncation not in (None, "auto", "disabled"):
+        raise RequestError(
+            f"truncation is {request.truncation[:40]!r}: expected auto or disabled", "truncation"
+        )
+    settings = state.settings
+    builder = ConversationBuilder(state.turns.recall)
+    if request.previous_response_id:
+        before = state.responses.get(request.previous_response_id, "previous_response_id")
+        builder = ConversationBuilder(state.turns.recall, before.history, before.preface)
+    items = request.input
+    if isinstance(items, str):
+        items = [InputItem(role="user", content=items)]
+    check_message_count(items, settings, "input")
+    items = [
+        InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
+        if item.type == "item_reference"
+        else item
+        for index, item in enumerate(items)
+    ]
+    _add_items(builder, items)
+    if not builder.messages and not builder.preface and not request.instructions:
+        raise RequestError("input is empty: send a text or a list of items", "input")
+    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
+    tools, choice, tool_names = offered_tools(declared, request.tool_choice, settings)
+    names = {
+        "schema": SCHEMA_FIELD,
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+        **tool_names,
+    }
+    scored = request.top_logprobs is not None or request.includes(LOGPROBS)
+    params = sampling_params(
+        request,
+        names,
+        max_tokens=request.max_output_tokens,
+        logprobs=(request.top_logprobs or 0) if scored else None,
+    )
+    wanted = request.format
+    response_format = _response_format(wanted, settings)
+    conversation = builder.build(
+        today=state.today(),
+        tools=tools,
+        effort=effort_of(request.effort, "reasoning.effort"),
+        response_format=response_format,
+        response_name=wanted.name if wanted else None,
+        instructions=request.instructions,
+    )
+    options = TurnOptions(params, response_format, choice, strict_tools=False)
+    strict = wanted is not None and wanted.strict is True
+    return ResponseTurn(conversation, options, names, strict, tuple(items), tuple(builder.preface))
+
+
+def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
+    """A function tool; other types (web_search, namespace, custom, …) are accepted and not offered."""
+    if not isinstance(tool.get("type"), str):
+        raise ToolError(f"{where} has no type: expected 'function'", f"{where}.type")
+    if tool["type"] != "function":
+        return None
+    if not isinstance(tool.get("name"), str):
+        raise ToolError(f"{where} has no name: give it one, such as 'get_weather'", f"{where}.name")
+    if not isinstance(tool.get("parameters"), dict | None):
+        raise ToolError(f"{where}.parameters is not an object: expected a JSON schema", f"{where}.parameters")
+    if not isinstance(tool.get("description") or "", str):
+        raise ToolError(f"{where}.description is not a text", f"{where}.description")
+    return Declaration(tool, where, f"{where}.parameters")
+
+
+def _response_format(wanted: TextFormat | None, settings: ServerSettings) -> ResponseFormat | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ResponseFormat.of(json_object=True)
+    if wanted.type != "json_schema":
+        raise RequestError(
+            f"text.format.type is {wanted.type[:40]!r}: expected text, json_object or json_schema",
+            "text.format.type",
+        )
+    if wanted.schema_ is None:
+        raise RequestError("text.format.schema is missing: give a JSON schema", SCHEMA_FIELD)
+    return schema_format(wanted.schema_, settings, SCHEMA_FIELD)
+
+
+def _add_items(builder: ConversationBuilder, items: list[InputItem]) -> None:
     """Add the input's items to a conversation; neighbouring items of the assistant make up one turn."""
     turn = AssistantTurn()
 
     def flush() -> None:
         nonlocal turn
-        if turn.calls and turn.text:  # what was said before a call was not the answer
-            turn.preamble, turn.text = turn.preamble + turn.text, ""
         builder.assistant(turn)
         turn = AssistantTurn()
 

@@ -1,15 +1,11 @@
-"""From harmony events to the output items and stream events of the Responses API.
-
-The same writer serves both ways of answering: a stream sends the events as they come, and an answer in one
-piece takes the response body when they have ended. So both always tell the same.
-"""
+"""From harmony events to the output items and stream events of the Responses API."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_gptoss.harmony import (
     Done,
@@ -21,49 +17,92 @@ from mlx_gptoss.harmony import (
     ToolCallDelta,
 )
 from mlx_gptoss.server.http.errors import ApiError
-from mlx_gptoss.server.openai.chat_routes import AnswerScores
-from mlx_gptoss.server.openai.responses_request import seal
+from mlx_gptoss.server.openai.logprobs import AnswerScores
+from mlx_gptoss.server.openai.responses_request import ResponsesRequest, seal
+from mlx_gptoss.server.running.answer import Json, Writer
+from mlx_gptoss.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from mlx_gptoss.tokenizer import Tokenizer
-
-Event = dict[str, Any]
+SEALED_REASONING = "reasoning.encrypted_content"
 
 
-class ResponseWriter:
-    """Builds one response. `body` is the response object; it grows with every event taken.
+def new_body(request: ResponsesRequest, model: str) -> Json:
+    """The response object before anything was generated, with the request's settings repeated."""
+    wanted = request.format
+    text: Json = {
+        "format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}
+    }
+    if request.text and request.text.verbosity:
+        text["verbosity"] = request.text.verbosity
+    functions = {"description": None, "parameters": None, "strict": None}
+    sampling = request.model_dump(include={"temperature", "top_p"}, exclude_none=True)
+    return (
+        {
+            "id": _new_id("resp"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "max_tool_calls": request.max_tool_calls,
+            "metadata": request.metadata or {},
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "previous_response_id": request.previous_response_id,
+            "prompt_cache_key": request.prompt_cache_key,
+            "reasoning": {"effort": request.effort or "medium", "summary": None},
+            "safety_identifier": request.safety_identifier,
+            "service_tier": "default",
+            "store": request.store is not False,
+            "text": text,
+            "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
+            "tools": [
+                functions | tool if tool.get("type") == "function" else tool for tool in request.tools or ()
+            ],
+            "top_logprobs": request.top_logprobs or 0,
+            "truncation": request.truncation or "disabled",
+            "usage": None,
+            "user": request.user,
+        }
+        | {"temperature": 1.0, "top_p": 1.0}
+        | sampling
+    )
 
-    Events refer to the body and its items, so each has to be encoded before the next is taken.
+
+class ResponseWriter(Writer):
+    """One response. structured: a format was asked for, so a preamble counts as reasoning.
+
+    `response` is the response object; it grows with every event taken. `answer` is its text.
     """
 
     def __init__(
-        self,
-        body: dict[str, Any],
-        *,
-        tokenizer: Tokenizer | None = None,
-        structured: bool = False,
-        sealed: bool = False,
+        self, request: ResponsesRequest, model: str, tokenizer: Tokenizer, *, structured: bool, scored: bool
     ) -> None:
-        """tokenizer: to spell log-probabilities, when asked for. structured: a format was asked for, so a
-        preamble counts as reasoning. sealed: reasoning items carry `encrypted_content`."""
-        self.body = body
+        self.response = new_body(request, model)
         self.answer = ""
-        self.done: Done | None = None
-        self._scores = AnswerScores(tokenizer) if tokenizer is not None else None
+        self._scores = AnswerScores(tokenizer) if scored else None
         self._structured = structured
-        self._sealed = sealed
+        self._sealed = request.includes(SEALED_REASONING)
         self._sequence = 0
-        self._item: dict[str, Any] | None = None
+        self._item: Json | None = None
         self._kind = ""
         self._pieces: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[Json] = []
 
-    def opening(self) -> Iterator[Event]:
-        """The first events, before anything was generated."""
-        yield self._event("response.created", response=self.body)
-        yield self._event("response.in_progress", response=self.body)
+    def body(self) -> Json:
+        """The response object."""
+        return self.response
 
-    def take(self, event: Any) -> Iterator[Event]:
+    def opening(self) -> Iterator[Json]:
+        """The response has begun."""
+        yield self._event("response.created", response=self.response)
+        yield self._event("response.in_progress", response=self.response)
+
+    def take(self, index: int, event: Any) -> Iterator[Json]:
         """The stream events that a harmony event gives rise to."""
         match event:
             case ReasoningDelta():
@@ -77,13 +116,11 @@ class ResponseWriter:
                 if event.text or entries:
                     yield from self._text("final_answer", event.text, entries)
             case ToolCallDelta(arguments=""):
-                yield from self._close()
-                yield from self._open_call(event)
+                call = {"call_id": event.call_id, "name": event.name, "arguments": ""}
+                yield from self._open("call", {"id": _new_id("fc"), "type": "function_call", **call})
             case ToolCallDelta():
                 self._pieces.append(event.arguments)
-                yield self._part_event(
-                    "response.function_call_arguments.delta", in_part=False, delta=event.arguments
-                )
+                yield self._item_event("response.function_call_arguments.delta", delta=event.arguments)
             case MessageDone(ended=False):
                 yield from self._close("incomplete")
             case ToolCall() | MessageDone():
@@ -91,78 +128,57 @@ class ResponseWriter:
             case Done():
                 yield from self._finish(event)
 
-    def fail(self, error: ApiError) -> Iterator[Event]:
-        """The end of a response that cannot be finished."""
+    def failure(self, error: ApiError) -> Iterator[Json]:
+        """The error, and the response as far as it came."""
         yield from self._close("incomplete")
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
         yield self._event("error", code=error.code, message=error.message, param=error.param)
-        yield self._event("response.failed", response=self.body)
+        yield self._event("response.failed", response=self.response)
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> Json:
         event = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return event
 
-    def _part_event(self, kind: str, *, in_part: bool = True, **fields: Any) -> Event:
+    def _item_event(self, kind: str, **fields: Any) -> Json:
+        """An event about the open item."""
         assert self._item is not None
-        place: dict[str, Any] = {"item_id": self._item["id"], "output_index": len(self.body["output"]) - 1}
-        if in_part:
-            place["content_index"] = 0
+        place = {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
         return self._event(kind, **place, **fields)
 
-    def _item_event(self, kind: str) -> Event:
-        return self._event(kind, output_index=len(self.body["output"]) - 1, item=self._item)
+    def _part_event(self, kind: str, **fields: Any) -> Json:
+        """An event about the only part of the open item's content."""
+        return self._item_event(kind, content_index=0, **fields)
 
-    def _open(self, kind: str, item: dict[str, Any]) -> Iterator[Event]:
+    def _whole_item(self, kind: str) -> Json:
+        return self._event(kind, output_index=len(self.response["output"]) - 1, item=self._item)
+
+    def _open(self, kind: str, item: Json) -> Iterator[Json]:
+        yield from self._close()
         self._kind, self._item, self._pieces, self._logprobs = kind, item, [], []
-        self.body["output"].append(item)
-        yield self._item_event("response.output_item.added")
+        item["status"] = "in_progress"
+        self.response["output"].append(item)
+        yield self._whole_item("response.output_item.added")
 
-    def _open_call(self, event: ToolCallDelta) -> Iterator[Event]:
-        item = {
-            "id": _new_id("fc"),
-            "type": "function_call",
-            "status": "in_progress",
-            "call_id": event.call_id,
-            "name": event.name,
-            "arguments": "",
-        }
-        yield from self._open("call", item)
-
-    def _reasoning(self, text: str) -> Iterator[Event]:
+    def _reasoning(self, text: str) -> Iterator[Json]:
         if self._kind != "reasoning":
-            yield from self._close()
-            item = {
-                "id": _new_id("rs"),
-                "type": "reasoning",
-                "summary": [],
-                "content": [],
-                "status": "in_progress",
-            }
+            item = {"id": _new_id("rs"), "type": "reasoning", "summary": [], "content": []}
             yield from self._open("reasoning", item)
             yield self._part_event("response.content_part.added", part=_reasoning_part(""))
         self._pieces.append(text)
         yield self._part_event("response.reasoning_text.delta", delta=text)
 
-    def _text(self, phase: str, text: str, entries: list[dict[str, Any]]) -> Iterator[Event]:
+    def _text(self, phase: str, text: str, entries: list[Json]) -> Iterator[Json]:
         if self._kind != phase:
-            yield from self._close()
-            item = {
-                "id": _new_id("msg"),
-                "type": "message",
-                "status": "in_progress",
-                "role": "assistant",
-                "phase": phase,
-                "content": [],
-            }
-            yield from self._open(phase, item)
+            item = {"id": _new_id("msg"), "type": "message", "role": "assistant", "phase": phase}
+            yield from self._open(phase, item | {"content": []})
             yield self._part_event("response.content_part.added", part=_text_part("", []))
         self._logprobs += entries
         self._pieces.append(text)
         yield self._part_event("response.output_text.delta", delta=text, logprobs=entries)
 
-    def _close(self, status: str = "completed") -> Iterator[Event]:
+    def _close(self, status: str = "completed") -> Iterator[Json]:
         """End the open item, if there is one."""
         if self._item is None:
             return
@@ -170,33 +186,30 @@ class ResponseWriter:
         self._item["status"] = status
         if self._kind == "call":
             self._item["arguments"] = text
-            yield self._part_event(
-                "response.function_call_arguments.done",
-                in_part=False,
-                name=self._item["name"],
-                arguments=text,
-            )
+            done = {"name": self._item["name"], "arguments": text}
+            yield self._item_event("response.function_call_arguments.done", **done)
         elif self._kind == "reasoning":
-            self._item["content"] = [_reasoning_part(text)]
+            part = _reasoning_part(text)
+            self._item["content"] = [part]
             if self._sealed:
                 self._item["encrypted_content"] = seal(text)
             yield self._part_event("response.reasoning_text.done", text=text)
-            yield self._part_event("response.content_part.done", part=_reasoning_part(text))
+            yield self._part_event("response.content_part.done", part=part)
         else:
             if self._kind == "final_answer":
                 self.answer += text
-            self._item["content"] = [_text_part(text, self._logprobs)]
+            part = _text_part(text, self._logprobs)
+            self._item["content"] = [part]
             yield self._part_event("response.output_text.done", text=text, logprobs=self._logprobs)
-            yield self._part_event("response.content_part.done", part=_text_part(text, self._logprobs))
-        yield self._item_event("response.output_item.done")
+            yield self._part_event("response.content_part.done", part=part)
+        yield self._whole_item("response.output_item.done")
         self._item, self._kind = None, ""
 
-    def _finish(self, done: Done) -> Iterator[Event]:
-        self.done = done
+    def _finish(self, done: Done) -> Iterator[Json]:
         incomplete = done.finish_reason in ("length", "cancelled")
         yield from self._close("incomplete" if incomplete else "completed")
         usage = done.usage
-        self.body["usage"] = {
+        self.response["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
                 "cached_tokens": usage.cached_tokens,
@@ -207,20 +220,20 @@ class ResponseWriter:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
         if incomplete:
-            self.body |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
-            yield self._event("response.incomplete", response=self.body)
+            self.response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+            yield self._event("response.incomplete", response=self.response)
         else:
-            self.body |= {"status": "completed", "completed_at": int(time.time())}
-            yield self._event("response.completed", response=self.body)
+            self.response |= {"status": "completed", "completed_at": int(time.time())}
+            yield self._event("response.completed", response=self.response)
 
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def _reasoning_part(text: str) -> dict[str, Any]:
+def _reasoning_part(text: str) -> Json:
     return {"type": "reasoning_text", "text": text}
 
 
-def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+def _text_part(text: str, logprobs: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

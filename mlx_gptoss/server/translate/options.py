@@ -1,26 +1,19 @@
-"""What all APIs share between a request and the engine: messages, tools, schemas, effort, sampling.
-
-Each API reads its own protocol into these; ConversationBuilder makes the harmony Conversation of them.
-"""
+"""What all APIs read of a request beside its turns and its sampling: sizes, effort, schemas, tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from mlx_gptoss.errors import RequestError, SchemaError, ToolError
-from mlx_gptoss.grammar import ToolChoice
-from mlx_gptoss.harmony import Conversation, Message, Tool
+from mlx_gptoss.grammar import ResponseFormat, ToolChoice
+from mlx_gptoss.harmony import ReasoningEffort, Tool
 from mlx_gptoss.harmony.schema import without_refused
-from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.server.memory.turns import AssistantTurn, TurnMemory, after, opening
 from mlx_gptoss.server.settings import ServerSettings
 
-Effort = Literal["low", "medium", "high"]
-
 # Names that other models' clients send, onto the three that gpt-oss knows.
-EFFORTS: dict[str, Effort] = {
+EFFORTS: dict[str, ReasoningEffort] = {
     "none": "low",
     "minimal": "low",
     "low": "low",
@@ -31,83 +24,7 @@ EFFORTS: dict[str, Effort] = {
 }
 
 
-class ConversationBuilder:
-    """Collects the turns of a request in order. Errors name the field that they are given."""
-
-    def __init__(
-        self, memory: TurnMemory, history: Sequence[Message] = (), preface: Sequence[str] = ()
-    ) -> None:
-        """history, preface: messages and leading instructions of an earlier request, to go on from."""
-        self._memory = memory
-        self._calls = {m.call_id for m in history if m.role == "assistant"}
-        self.preface = list(preface)
-        self.messages: list[Message | AssistantTurn] = list(history)
-
-    def instructions(self, text: str) -> None:
-        """A system or developer message: before the first turn part of the instructions, else a turn."""
-        if not text:
-            return
-        if self.messages:
-            self.messages.append(Message("developer", text))
-        else:
-            self.preface.append(text)
-
-    def user(self, text: str) -> None:
-        self.messages.append(Message.user(text))
-
-    def assistant(self, turn: AssistantTurn) -> None:
-        """A turn as the client sends it back."""
-        if turn:
-            self.messages.append(turn)
-            self._calls.update(call.call_id for call in turn.calls)
-
-    def tool_result(self, call_id: str | None, output: str, field: str) -> None:
-        """The result of an earlier call."""
-        if not call_id or call_id not in self._calls:
-            raise ToolError(
-                f"{field}: the call id {call_id!r} belongs to no earlier call in this conversation: "
-                "send the assistant message with the call before its result",
-                field,
-            )
-        self.messages.append(Message.tool_result(output, call_id=call_id))
-
-    def build(
-        self,
-        *,
-        instructions: str | None = None,
-        tools: Iterable[Tool] = (),
-        effort: Effort = "medium",
-        schema: dict[str, Any] | None = None,
-        schema_name: str | None = None,
-        today: str | None = None,
-    ) -> Conversation:
-        """The harmony conversation of all that was collected. `instructions` go before the collected ones.
-
-        The assistant's turns have their sampled tokens where they are remembered unchanged.
-        """
-        parts = [instructions, *self.preface] if instructions else self.preface
-        conversation = Conversation(
-            messages=[],
-            instructions="\n\n".join(parts) or None,
-            tools=list(tools),
-            reasoning_effort=effort,
-            response_schema=schema,
-            response_name=schema_name or "response",
-            current_date=today,
-        )
-        history = opening(conversation)
-        for entry in self.messages:
-            added = [entry] if isinstance(entry, Message) else self._sampled(entry, history)
-            conversation.messages += added
-            history = after(history, added)
-        return conversation
-
-    def _sampled(self, turn: AssistantTurn, history: bytes) -> list[Message]:
-        recalled = self._memory.recall(turn, history)
-        return turn.messages() if recalled is None else recalled
-
-
-def effort_of(value: str | None, field: str) -> Effort:
+def effort_of(value: str | None, field: str) -> ReasoningEffort:
     """A reasoning effort by any of its names; medium when none is given."""
     if value is None:
         return "medium"
@@ -116,8 +33,25 @@ def effort_of(value: str | None, field: str) -> Effort:
     return EFFORTS[value]
 
 
+def check_message_count(
+    messages: Sequence[object], settings: ServerSettings, field: str = "messages"
+) -> None:
+    """Refuse more messages than the server takes."""
+    if len(messages) > settings.max_messages:
+        raise RequestError(
+            f"{field} has {len(messages):,} entries and this server takes {settings.max_messages:,}", field
+        )
+
+
+def check_choice_count(count: int, settings: ServerSettings, prompts: int = 1) -> None:
+    """Refuse more answers to one request than the server gives."""
+    if count * prompts > settings.max_choices:
+        asked = f"{prompts} prompts with n={count}" if prompts > 1 else f"n is {count}"
+        raise RequestError(f"{asked}: this server gives at most {settings.max_choices} choices", "n")
+
+
 def check_schema_size(schema: object, settings: ServerSettings, field: str) -> None:
-    """Refuse a schema that is no JSON or larger than the server takes."""
+    """Refuse a schema that is not JSON or larger than the server takes."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except ValueError as error:
@@ -129,33 +63,62 @@ def check_schema_size(schema: object, settings: ServerSettings, field: str) -> N
         )
 
 
-def function_tool(function: Mapping[str, Any], settings: ServerSettings, field: str) -> Tool:
+def schema_format(schema: dict[str, Any], settings: ServerSettings, field: str) -> ResponseFormat:
+    """The form of an answer that follows a schema. Raises SchemaError for one that is too large."""
+    check_schema_size(schema, settings, field)
+    return ResponseFormat("schema", schema)
+
+
+class Declaration(NamedTuple):
+    """A function that a request declares, {"name", "description", "parameters"}: where, and its schema."""
+
+    function: Mapping[str, Any]
+    field: str
+    schema_field: str
+
+
+def offered_tools(
+    declared: Sequence[Declaration | None], choice: object, settings: ServerSettings
+) -> tuple[list[Tool], ToolChoice, dict[str, str]]:
+    """The tools to offer, the LLM's tool choice, and the names for `naming` of what it may find wrong.
+
+    None is a declared tool that is not a function: it counts, and is not offered.
+    """
+    if len(declared) > settings.max_tools:
+        raise ToolError(
+            f"tools: {len(declared)} tools are declared and this server takes {settings.max_tools}", "tools"
+        )
+    known = [one for one in declared if one is not None]
+    tools = [function_tool(one.function, settings, one.field, one.schema_field) for one in known]
+    schema_field = {tool.name: one.schema_field for tool, one in zip(tools, known, strict=True)}
+    tools, tool_choice = choose_tools(choice, tools)
+    names = {f"tools[{index}].parameters": schema_field[tool.name] for index, tool in enumerate(tools)}
+    return tools, tool_choice, names
+
+
+def function_tool(
+    function: Mapping[str, Any], settings: ServerSettings, field: str, schema_field: str | None = None
+) -> Tool:
     """A harmony tool of a declared function; errors carry the field of the declaration.
 
     Clients send what their own tools declare, so what the model cannot be shown of a schema is left out.
     """
+    schema_field = schema_field or f"{field}.parameters"
     parameters = function.get("parameters")
     if parameters is not None:
-        check_schema_size(parameters, settings, f"{field}.parameters")
+        check_schema_size(parameters, settings, schema_field)
     try:
         shown = without_refused(parameters) if parameters else None
         return Tool(function["name"], function.get("description") or "", shown)
     except RequestError as error:
-        raise type(error)(f"{field}: {error}", field) from None
-
-
-def check_tool_count(count: int, settings: ServerSettings) -> None:
-    """Refuse more tools than the server takes."""
-    if count > settings.max_tools:
-        raise ToolError(
-            f"tools: {count} tools are declared and this server takes {settings.max_tools}", "tools"
-        )
+        where = schema_field if isinstance(error, SchemaError) else field
+        raise type(error)(f"{where}: {error}", where) from None
 
 
 def choose_tools(
     choice: object, tools: list[Tool], field: str = "tool_choice"
 ) -> tuple[list[Tool], ToolChoice]:
-    """The tools to offer and the engine's tool choice, from either OpenAI API's `tool_choice`.
+    """The tools to offer and the tool choice, from either OpenAI API's `tool_choice`.
 
     Known: "auto", "none", "required", a function by name in both APIs' spellings, and allowed_tools.
     """
@@ -212,36 +175,3 @@ def _allowed(allowed: object, tools: list[Tool], field: str) -> tuple[list[Tool]
     if mode == "required" and not kept:
         raise RequestError(f"{field}: a call is required, and no function is allowed", field)
     return kept, cast(ToolChoice, mode)
-
-
-def sampling_params(values: Mapping[str, Any], renamed: Mapping[str, str] | None = None) -> SamplingParams:
-    """SamplingParams of the values that are not None; an error names the protocol's field."""
-    if values.get("top_p") == 0:
-        values = {**values, "top_p": None, "temperature": 0.0}
-    try:
-        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
-    except RequestError as error:
-        field = (renamed or {}).get(error.field or "", error.field)
-        raise RequestError(str(error), field) from None
-
-
-def logit_bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
-    """OpenAI's mapping of token ids, written as JSON's text keys, to biases from -100 to 100."""
-    if bias is None:
-        return None
-    result = {}
-    for key, value in bias.items():
-        if not key.isascii() or not key.isdigit() or len(key) > 9 or not -100 <= value <= 100:
-            raise RequestError(
-                f"logit_bias: {key[:40]!r}: {value} is no token id with a bias from -100 to 100", "logit_bias"
-            )
-        result[int(key)] = value
-    return result
-
-
-def stop_texts(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """One or several stop texts; empty ones say nothing and are left out."""
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(texts) > 16:
-        raise RequestError(f"stop has {len(texts)} texts: expected at most 16", "stop")
-    return tuple(text for text in texts if text)

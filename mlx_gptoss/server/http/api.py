@@ -1,10 +1,13 @@
-"""What the OpenAPI document says about every route's errors."""
+"""One API of the server: its routes, all under a prefix, and the shape of its errors."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fastapi import APIRouter
 from pydantic import BaseModel
+
+from mlx_gptoss.server.http.errors import ErrorShape, openai_error
 
 
 class ErrorDetail(BaseModel):
@@ -31,6 +34,14 @@ _MEANINGS = {
     503: "The model is loading, memory is short, or the server is stopping.",
     504: "The answer took too long.",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
+_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _MEANINGS.items()
 }
+
+
+class ApiRouter(APIRouter):
+    """The routes of one API. Every error of a path under its prefix, wherever it arises, has its shape."""
+
+    def __init__(self, prefix: str, tag: str, error_shape: ErrorShape = openai_error) -> None:
+        super().__init__(prefix=prefix, tags=[tag], responses=_RESPONSES)
+        self.error_shape = error_shape

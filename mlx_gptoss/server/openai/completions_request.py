@@ -1,0 +1,64 @@
+"""The request of /v1/completions: raw text or token ids, without the chat format."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from mlx_gptoss.errors import RequestError
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.server.openai.choices_request import ChoicesRequest
+from mlx_gptoss.server.translate.sampling_fields import sampling_params
+from mlx_gptoss.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # as OpenAI documents it
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class CompletionRequest(ChoicesRequest):
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    unsupported: ClassVar = {"suffix": "gpt-oss does not fill in the middle"}
+
+
+def sampling_of(request: CompletionRequest) -> SamplingParams:
+    """How to sample. Raises RequestError for what is asked and cannot be done."""
+    request.refuse_unsupported()
+    if request.best_of not in (None, request.n or 1):
+        raise RequestError("best_of is not supported: ask for n answers and choose yourself", "best_of")
+    if request.echo and request.logprobs is not None:
+        raise RequestError("echo with logprobs is not supported: the prompt is not scored", "echo")
+    return sampling_params(
+        request,
+        {},
+        max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+        stop=request.stop,
+        logit_bias=request.logit_bias,
+        logprobs=request.logprobs,
+    )
+
+
+def read_prompts(prompt: Any, tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """One or several prompts as token ids, under the names that the request has for them.
+
+    Texts that spell special tokens are ordinary text.
+    """
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    listed = prompt if several else [prompt]
+    prompts = {}
+    for index, one in enumerate(listed):
+        where = f"prompt[{index}]" if len(listed) > 1 else "prompt"
+        tokens = tokenizer.encode(one) if isinstance(one, str) else one
+        if not tokens:
+            raise RequestError(f"{where} is empty: send a text or token ids", where)
+        wrong = next((token for token in tokens if token >= tokenizer.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"{where} holds token {wrong}: ids go to {tokenizer.vocab_size - 1}", where)
+        prompts[where] = tokens
+    return prompts

@@ -1,0 +1,141 @@
+"""From a translated request to its answer, streamed or in one piece: the skeleton that all APIs share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from mlx_gptoss.chat.generation import Cancellable
+from mlx_gptoss.engine.request import Sink
+from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.grammar import ResponseFormat
+from mlx_gptoss.harmony import Done, Reply
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.server.http.errors import ApiError, as_api_error
+from mlx_gptoss.server.running import sse
+from mlx_gptoss.server.running.jobs import Job, Jobs
+from mlx_gptoss.server.translate.request import TurnRequest, naming
+from mlx_gptoss.server.translate.sampling_fields import of_choices
+
+if TYPE_CHECKING:
+    from mlx_gptoss.llm import LLM
+
+logger = logging.getLogger("mlx_gptoss.server")
+
+Json = dict[str, Any]
+OnReply = Callable[[int, Reply], object]  # the index of a generation, and what it came to
+
+
+class Writer(ABC):
+    """An answer in the words of one API: the events of its stream as it comes, and its body when it is whole.
+
+    One writer serves both ways of answering, so both tell the same. An event may refer to the body, which
+    grows: it has to be encoded before the next is asked for. end: what closes the stream after all events.
+    """
+
+    heartbeat = sse.HEARTBEAT
+    end = b""
+
+    @staticmethod
+    def frame(event: Json) -> bytes:
+        """An event on the wire."""
+        return sse.event(event)
+
+    def opening(self) -> Iterable[Json]:
+        """The events before anything was generated."""
+        return ()
+
+    @abstractmethod
+    def take(self, index: int, event: Any) -> Iterable[Json]:
+        """The events that an event of a generation gives rise to."""
+
+    def closing(self) -> Iterable[Json]:
+        """The events after the last generation has ended."""
+        return ()
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> Iterable[Json]:
+        """The events that end a stream which cannot be finished."""
+
+    @abstractmethod
+    def body(self) -> Json:
+        """The answer in one piece."""
+
+
+async def start_turns(llm: LLM, jobs: Jobs, asked: TurnRequest, count: int = 1) -> Job:
+    """Start the turn that is asked for, once for each choice.
+
+    A schema that cannot be enforced is refused where the request is strict; else the answer is some JSON
+    object, and the prompt shows the schema. Raises RequestError naming the client's field, or BusyError.
+    """
+
+    def begin(params: SamplingParams, sink: Sink) -> Cancellable:
+        return llm.start(asked.conversation, replace(asked.options, params=params), sink=sink)
+
+    try:
+        with naming(asked.names):
+            return await jobs.start(*(partial(begin, p) for p in of_choices(asked.options.params, count)))
+    except SchemaError as error:
+        if asked.strict or error.field != asked.names["schema"]:
+            raise
+    loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
+    return await start_turns(llm, jobs, replace(asked, options=loose, strict=True), count)
+
+
+async def answer(
+    job: Job, writer: Writer, request: Request, *, stream: bool | None, on_reply: OnReply | None = None
+) -> Response:
+    """Answer with what a job generates. A client that goes away cancels it.
+
+    on_reply is told each reply before the client hears of its end.
+    """
+    if stream:
+        return sse.EventStream(_chunks(job, writer, on_reply), job)
+    watcher = asyncio.create_task(sse.on_disconnect(request.receive, job.close))
+    try:
+        async for batch in job.batches():
+            for index, event in batch:
+                deque(_taken(writer, index, event, on_reply), maxlen=0)
+    finally:
+        watcher.cancel()
+        job.close()
+    return JSONResponse(writer.body())
+
+
+async def _chunks(job: Job, writer: Writer, on_reply: OnReply | None) -> AsyncIterator[bytes]:
+    if opening := b"".join(map(writer.frame, writer.opening())):
+        yield opening
+    try:
+        async for batch in job.batches():
+            if not batch:
+                yield writer.heartbeat
+                continue
+            out = [
+                writer.frame(made)
+                for index, event in batch
+                for made in _taken(writer, index, event, on_reply)
+            ]
+            if out:
+                yield b"".join(out)
+        if closing := b"".join(map(writer.frame, writer.closing())) + writer.end:
+            yield closing
+    except Exception as error:
+        api = as_api_error(error)
+        if api.code == "internal_error":
+            logger.error("a stream failed: %s", type(error).__name__, exc_info=error)
+        yield b"".join(map(writer.frame, writer.failure(api)))
+
+
+def _taken(writer: Writer, index: int, event: Any, on_reply: OnReply | None) -> Iterable[Json]:
+    yield from writer.take(index, event)
+    if isinstance(event, Done) and on_reply is not None:
+        on_reply(index, event.reply)
