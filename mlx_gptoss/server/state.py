@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_gptoss.harmony import Message
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore
 from mlx_gptoss.server.memory.turns import TurnMemory
 from mlx_gptoss.server.running.jobs import Jobs
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.translate.turn import TurnBuilder
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
@@ -45,6 +48,10 @@ class ServerState:
                 503, "The model is still loading.", code="model_loading", headers={"Retry-After": "5"}
             )
         return self.llm
+
+    def new_turn(self, history: Sequence[Message] = (), preface: Sequence[str] = ()) -> TurnBuilder:
+        """A builder for the turn that a request asks for, or for one that goes on from an earlier request."""
+        return TurnBuilder(self.settings, self.turns.recall, self.today(), history, preface)
 
     @staticmethod
     def today() -> str:

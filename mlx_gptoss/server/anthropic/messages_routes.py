@@ -11,7 +11,7 @@ from mlx_gptoss.harmony import Reply, render
 from mlx_gptoss.server.anthropic.messages_request import (
     CountTokensRequest,
     MessagesRequest,
-    read_conversation,
+    read,
     shows_thinking,
     translate,
 )
@@ -42,7 +42,7 @@ def router(state: ServerState) -> ApiRouter:
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
         """How many tokens a conversation has when it is rendered."""
         tokenizer = state.ready().tokenizer
-        conversation, *_ = read_conversation(body, state)
+        conversation = read(body, state).conversation()
         return {"input_tokens": len(await asyncio.to_thread(render, conversation, tokenizer))}
 
     return routes

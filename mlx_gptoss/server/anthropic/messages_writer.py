@@ -8,14 +8,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_gptoss.harmony import (
-    Done,
-    PreambleDelta,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-    ToolCallDelta,
-)
+from mlx_gptoss.harmony import events
 from mlx_gptoss.server.http.errors import ApiError, openai_error
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.answer import Json, Writer
@@ -77,24 +70,22 @@ class MessageWriter(Writer):
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The stream events that a harmony event gives rise to."""
         match event:
-            case ReasoningDelta() if self._show_thinking:
+            case events.ReasoningDelta(text) if self._show_thinking:
                 yield from self._open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-                yield self._delta({"type": "thinking_delta", "thinking": event.text}, event.text)
-            case TextDelta() | PreambleDelta():
-                kind = "text" if isinstance(event, TextDelta) else "preamble"
-                yield from self._open(kind, {"type": "text", "text": ""})
-                yield self._delta({"type": "text_delta", "text": event.text}, event.text)
-            case ToolCallDelta(arguments=""):
+                yield self._delta(text, type="thinking_delta", thinking=text)
+            case events.TextDelta(text) | events.PreambleDelta(text):
+                yield from self._open(type(event).__name__, {"type": "text", "text": ""})
+                yield self._delta(text, type="text_delta", text=text)
+            case events.ToolCallDelta(_, call_id, name, ""):
                 yield from self._close()
-                block = {"type": "tool_use", "id": event.call_id, "name": event.name, "input": {}}
+                block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
                 yield from self._open("tool_use", block)
-            case ToolCallDelta():
-                yield self._delta(
-                    {"type": "input_json_delta", "partial_json": event.arguments}, event.arguments
-                )
-            case ToolCall():
+            case events.ToolCallDelta(arguments=more):
+                yield self._delta(more, type="input_json_delta", partial_json=more)
+            case events.ToolCall():
                 yield from self._close()
-            case Done():
+            case events.Done():
+                yield from self._close()
                 yield from self._finish(event)
 
     def _open(self, kind: str, block: Json) -> Iterator[Json]:
@@ -105,8 +96,8 @@ class MessageWriter(Writer):
         self.message["content"].append(block)
         yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
-    def _delta(self, delta: Json, text: str) -> Json:
-        self._pieces.append(text)
+    def _delta(self, piece: str, **delta: str) -> Json:
+        self._pieces.append(piece)
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
     @property
@@ -131,21 +122,18 @@ class MessageWriter(Writer):
         self._kind = ""
         yield {"type": "content_block_stop", "index": self._index}
 
-    def _finish(self, done: Done) -> Iterator[Json]:
-        yield from self._close()
-        usage = done.usage
-        self.message["stop_reason"] = STOP_REASONS[done.finish_reason]
-        if done.reply.stop_text is not None:
-            self.message["stop_reason"] = "stop_sequence"
-            self.message["stop_sequence"] = done.reply.stop_text
-        self.message["usage"] = {
+    def _finish(self, done: events.Done) -> Iterator[Json]:
+        usage, stopped = done.usage, done.reply.stop_text
+        reason = STOP_REASONS[done.finish_reason] if stopped is None else "stop_sequence"
+        delta = {"stop_reason": reason, "stop_sequence": stopped}
+        counts = {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": usage.cached_tokens,
             "output_tokens": usage.completion_tokens,
         }
-        delta = {"stop_reason": self.message["stop_reason"], "stop_sequence": self.message["stop_sequence"]}
-        yield {"type": "message_delta", "delta": delta, "usage": self.message["usage"]}
+        self.message |= {**delta, "usage": counts}
+        yield {"type": "message_delta", "delta": delta, "usage": counts}
         yield {"type": "message_stop"}
 
 

@@ -6,26 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
-from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.server.openai.choices_request import ChoicesRequest
-from mlx_gptoss.server.openai.content import ContentPart, text_of
-from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
-from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, ConversationBuilder
-from mlx_gptoss.server.translate.options import (
-    Declaration,
-    check_choice_count,
-    check_message_count,
-    effort_of,
-    offered_tools,
-    schema_format,
-)
-from mlx_gptoss.server.translate.request import RequestModel, TurnRequest
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
+from mlx_gptoss.server.translate.options import at_most, effort_of
+from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
 from mlx_gptoss.server.translate.sampling_fields import bounded, sampling_params
-
-SCHEMA_FIELD = "response_format.json_schema.schema"
+from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
 
 class FunctionCall(RequestModel):
@@ -107,16 +95,17 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    settings = state.settings
-    check_choice_count(request.n or 1, settings)
-    check_message_count(request.messages, settings)
-    builder = ConversationBuilder(state.turns.recall)
+    at_most(state.settings.max_choices, request.n or 1, "choices", "n")
+    builder = state.new_turn()
+    builder.expect(request.messages)
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")
+    builder.effort = effort_of(request.reasoning_effort, "reasoning_effort")
     declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
-    tools, choice, tool_names = offered_tools(declared, request.tool_choice, settings)
+    builder.tools(declared, request.tool_choice)
+    _read_format(builder, request.response_format)
     limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    names = {"schema": SCHEMA_FIELD, "max_tokens": limit, "logprobs": "top_logprobs", **tool_names}
+    names = {"max_tokens": limit, "logprobs": "top_logprobs"}
     params = sampling_params(
         request,
         names,
@@ -125,20 +114,10 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
         logit_bias=request.logit_bias,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    response_format = _response_format(request, settings)
-    wanted = request.response_format.json_schema if request.response_format else None
-    conversation = builder.build(
-        today=state.today(),
-        tools=tools,
-        effort=effort_of(request.reasoning_effort, "reasoning_effort"),
-        response_format=response_format,
-        response_name=wanted.name if wanted else None,
-    )
-    options = TurnOptions(params, response_format, choice, strict_tools=False)
-    return TurnRequest(conversation, options, names, strict=wanted is not None and wanted.strict is True)
+    return builder.build(builder.conversation(), params, names)
 
 
-def _add_message(builder: ConversationBuilder, message: ChatMessage, where: str) -> None:
+def _add_message(builder: TurnBuilder, message: ChatMessage, where: str) -> None:
     text = text_of(message.content, f"{where}.content")
     if message.role in ("system", "developer"):
         builder.instructions(text)
@@ -164,18 +143,15 @@ def _declaration(tool: ChatTool, where: str) -> Declaration:
         raise ToolError(
             f"{where} is of type {tool.type[:40]!r}: only function tools are supported here", f"{where}.type"
         )
-    return Declaration(tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters")
+    return tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters"
 
 
-def _response_format(request: ChatRequest, settings: ServerSettings) -> ResponseFormat | None:
-    wanted = request.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return ResponseFormat.of(json_object=True)
-    if wanted.json_schema is None:
-        raise RequestError(
-            "response_format.json_schema is missing: give {'name': …, 'schema': …}",
-            "response_format.json_schema",
-        )
-    return schema_format(wanted.json_schema.schema_, settings, SCHEMA_FIELD)
+def _read_format(builder: TurnBuilder, wanted: ChatFormat | None) -> None:
+    where = "response_format.json_schema"
+    if wanted is not None and wanted.json_schema is not None:
+        shape = wanted.json_schema
+        builder.answer_format(wanted.type, where, shape.schema_, shape.name, shape.strict)
+    elif wanted is not None and wanted.type == "json_schema":
+        raise RequestError(f"{where} is missing: give {{'name': …, 'schema': …}}", where)
+    elif wanted is not None:
+        builder.answer_format(wanted.type, where)

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_gptoss.harmony import (
-    Done,
-    PreambleDelta,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-    ToolCallDelta,
-    Usage,
-)
+from mlx_gptoss.harmony import events
 from mlx_gptoss.server.openai.chat_request import ChatRequest
 from mlx_gptoss.server.openai.choices_writer import ChoicesWriter, usage_body
 from mlx_gptoss.server.openai.logprobs import AnswerScores
@@ -22,7 +13,6 @@ from mlx_gptoss.server.running.answer import Json
 from mlx_gptoss.tokenizer import Tokenizer
 
 
-@dataclass
 class Choice:
     """One answer as it comes: takes harmony events, gives OpenAI's deltas, and adds up to a message.
 
@@ -30,84 +20,65 @@ class Choice:
     the reasoning, because the content must be nothing but that format.
     """
 
-    scores: AnswerScores | None
-    structured: bool
-    content: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[Json] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    finish_reason: str | None = None
-    _after_preamble: bool = False
+    def __init__(self, scores: AnswerScores | None, structured: bool) -> None:
+        self.usage = events.Usage()
+        self.finish_reason: str | None = None
+        self.logprobs: list[Json] = []
+        self._scores = scores
+        self._structured = structured
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[Json] = []
+        self._gap = ""  # what parts the preamble from the answer
 
     def take(self, event: Any) -> tuple[Json, list[Json] | None] | None:
         """The delta of an event with its log-probabilities, or None when it has no delta."""
+        entries = None
         match event:
-            case ReasoningDelta():
-                return self._reason(event.text), None
-            case PreambleDelta() if self.structured:
-                return self._reason(event.text), None
-            case PreambleDelta():
-                self._after_preamble = True
-                return self._say(event.text), None
-            case TextDelta():
-                entries = self.scores.take(event) if self.scores is not None else None
-                if not event.text and not entries:
+            case events.PreambleDelta(text) if not self._structured:
+                self._gap = "\n\n"
+                delta = self._say(text)
+            case events.ReasoningDelta(text) | events.PreambleDelta(text):
+                self._reasoning.append(text)
+                delta = {"reasoning": text, "reasoning_content": text}
+            case events.TextDelta(text, scored):
+                entries = self._scores.entries(text, scored) if self._scores is not None else None
+                if not text and not entries:
                     return None
-                text = "\n\n" + event.text if self._after_preamble else event.text
-                self._after_preamble = False
                 self.logprobs += entries or ()
-                return self._say(text), entries
-            case ToolCallDelta(arguments=""):
-                self.calls.append(ToolCall(event.index, event.call_id, event.name, ""))
-                function = {"name": event.name, "arguments": ""}
-                call = {"index": event.index, "id": event.call_id, "type": "function", "function": function}
-                return {"tool_calls": [call]}, None
-            case ToolCallDelta():
-                begun = self.calls[-1]
-                self.calls[-1] = replace(begun, arguments=begun.arguments + event.arguments)
-                call = {"index": event.index, "function": {"arguments": event.arguments}}
-                return {"tool_calls": [call]}, None
-            case Done():
-                self.usage = event.usage
+                delta = self._say(self._gap + text)
+                self._gap = ""
+            case events.ToolCallDelta(index, call_id, name, ""):
+                call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+                self._calls.append(call)
+                delta = {"tool_calls": [{"index": index, **call}]}
+            case events.ToolCallDelta(index, _, _, more):
+                self._calls[-1]["function"]["arguments"] += more
+                delta = {"tool_calls": [{"index": index, "function": {"arguments": more}}]}
+            case events.Done(reason, usage):
                 # What was cancelled from outside has, for its client, just stopped.
-                self.finish_reason = "stop" if event.finish_reason == "cancelled" else event.finish_reason
-                return {}, None
-        return None
+                self.finish_reason, self.usage = "stop" if reason == "cancelled" else reason, usage
+                delta = {}
+            case _:
+                return None
+        return delta, entries
 
     def _say(self, text: str) -> Json:
-        self.content.append(text)
+        self._content.append(text)
         return {"content": text}
-
-    def _reason(self, text: str) -> Json:
-        self.reasoning.append(text)
-        return {"reasoning": text, "reasoning_content": text}
 
     @property
     def text(self) -> str:
         """The answer so far."""
-        return "".join(self.content)
+        return "".join(self._content)
 
     def message(self) -> Json:
         """The message of a response that is not streamed."""
-        message: Json = {
-            "role": "assistant",
-            "content": self.text or (None if self.calls else ""),
-            "refusal": None,
-            "annotations": [],
-        }
-        if self.reasoning:
-            message |= dict.fromkeys(("reasoning", "reasoning_content"), "".join(self.reasoning))
-        if self.calls:
-            message["tool_calls"] = [
-                {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                for c in self.calls
-            ]
-        return message
-
-
-def _scores(entries: list[Json] | None) -> Json | None:
-    return None if entries is None else {"content": entries, "refusal": None}
+        content = self.text or (None if self._calls else "")
+        message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+        if self._reasoning:
+            message |= dict.fromkeys(("reasoning", "reasoning_content"), "".join(self._reasoning))
+        return message | {"tool_calls": self._calls} if self._calls else message
 
 
 class ChatWriter(ChoicesWriter):
@@ -124,37 +95,32 @@ class ChatWriter(ChoicesWriter):
     def opening(self) -> Iterable[Json]:
         """A chunk with the role for each choice."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._delta(index, delta, None) for index in range(len(self.choices))]
+        return [self.chunk(self._choice(index, None, delta=delta)) for index in range(len(self.choices))]
 
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The chunk of an event, if it has a delta."""
-        if (delta := self.choices[index].take(event)) is not None:
-            yield self._delta(index, *delta)
+        if taken := self.choices[index].take(event):
+            delta, entries = taken
+            yield self.chunk(self._choice(index, entries, delta=delta))
 
-    def _delta(self, index: int, delta: Json, entries: list[Json] | None) -> Json:
+    def _choice(self, index: int, entries: list[Json] | None, **said: Json) -> Json:
+        """A choice in OpenAI's shape. said: its message or delta."""
+        logprobs = None if entries is None else {"content": entries, "refusal": None}
         reason = self.choices[index].finish_reason
-        return self.chunk(
-            {"index": index, "delta": delta, "logprobs": _scores(entries), "finish_reason": reason}
-        )
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     def usage(self) -> Json:
         """Counts of tokens; the prompt is counted once."""
         usages = [choice.usage for choice in self.choices]
-        body = usage_body(
-            usages[0].prompt_tokens, usages[0].cached_tokens, sum(u.completion_tokens for u in usages)
-        )
+        completion = sum(usage.completion_tokens for usage in usages)
         reasoning = sum(usage.reasoning_tokens for usage in usages)
+        body = usage_body(usages[0].prompt_tokens, usages[0].cached_tokens, completion)
         return body | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def body(self) -> Json:
         """The completion in one piece."""
         choices = [
-            {
-                "index": index,
-                "message": choice.message(),
-                "logprobs": _scores(choice.logprobs or None),
-                "finish_reason": choice.finish_reason,
-            }
+            self._choice(index, choice.logprobs or None, message=choice.message())
             for index, choice in enumerate(self.choices)
         ]
         return self._head | {"choices": choices, "usage": self.usage(), "service_tier": "default"}

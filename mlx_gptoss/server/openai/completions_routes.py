@@ -16,7 +16,7 @@ from mlx_gptoss.server.openai.completions_request import CompletionRequest, read
 from mlx_gptoss.server.openai.completions_writer import CompletionWriter
 from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
-from mlx_gptoss.server.translate.options import check_choice_count
+from mlx_gptoss.server.translate.options import at_most
 from mlx_gptoss.server.translate.request import naming
 from mlx_gptoss.server.translate.sampling_fields import of_choices
 
@@ -35,7 +35,7 @@ def router(state: ServerState) -> ApiRouter:
         params = sampling_of(body)
         prompts = read_prompts(body.prompt, llm.tokenizer)
         count = body.n or 1
-        check_choice_count(count, state.settings, len(prompts))
+        at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)
         starts = [
             partial(_submit, llm, where, tokens, seeded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from mlx_gptoss.chat.stops import UntilStop
 from mlx_gptoss.engine.request import TokenOutput, TokensDone
 from mlx_gptoss.server.openai.choices_writer import ChoicesWriter, usage_body
 from mlx_gptoss.server.openai.completions_request import CompletionRequest
-from mlx_gptoss.server.openai.logprobs import finite
+from mlx_gptoss.server.openai.logprobs import AnswerScores, Scored, finite
 from mlx_gptoss.server.running.answer import Json
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -22,67 +21,49 @@ class TextChoice:
         self.text = echo
         self.finish_reason: str | None = None
         self.done: TokensDone | None = None
-        self.logprobs: dict[str, list[Any]] | None = None
-        if scored:
-            self.logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self.scored: list[tuple[int, Scored]] | None = [] if scored else None
         self._tokenizer = tokenizer
         self._letters = tokenizer.detokenizer()
         self._stop = UntilStop(stop)
-        self._decoded = 0
-        self._told = 0
+        self._scores = AnswerScores(tokenizer)
 
     def take(self, event: TokenOutput | TokensDone) -> str:
         """The text that an event adds."""
+        scored: list[Scored] = []
         if isinstance(event, TokensDone):
-            piece = self._finish(event)
+            self.done = event
+            piece = self._stop.push(self._letters.finish()) + self._stop.finish()
+            cut = self._stop.over or event.finish_reason == "cancelled"
+            self.finish_reason = "stop" if cut else event.finish_reason
         elif self._stop.over or event.token_id in self._tokenizer.stop_ids:
             piece = ""
         else:
-            decoded = self._letters.push(event.token_id)
-            self._score(event)
-            self._decoded += len(decoded)
-            piece = self._stop.push(decoded)
+            piece = self._stop.push(self._letters.push(event.token_id))
+            scored = [(event.token_id, event.logprobs)] if event.logprobs is not None else []
         self.text += piece
+        if self.scored is not None:
+            self.scored += self._scores.take(piece, scored)
+            if self.finish_reason and not self._stop.over:  # a stop text's tokens go with it
+                self.scored += self._scores.rest()
         return piece
 
-    def _finish(self, done: TokensDone) -> str:
-        self.done = done
-        piece = self._stop.push(self._letters.finish()) + self._stop.finish()
-        cut = self._stop.over or done.finish_reason == "cancelled"
-        self.finish_reason = "stop" if cut else done.finish_reason
-        if self.logprobs and self._stop.over:  # the stop text's tokens go with it
-            count = self._scores_of(self.text + piece)
-            self.logprobs = {name: values[:count] for name, values in self.logprobs.items()}
-        return piece
-
-    def _score(self, event: TokenOutput) -> None:
-        if self.logprobs is None or event.logprobs is None:
-            return
+    def logprobs(self, first: int = 0) -> Json | None:
+        """The log-probabilities of the text, from those of a token on."""
+        if self.scored is None:
+            return None
 
         def spell(token: int) -> str:
             return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
 
-        self.logprobs["tokens"].append(spell(event.token_id))
-        self.logprobs["token_logprobs"].append(finite(event.logprobs.logprob))
-        self.logprobs["top_logprobs"].append({spell(t): finite(p) for t, p in event.logprobs.top})
-        self.logprobs["text_offset"].append(self._decoded)
+        told = self.scored[first:]
+        return {
+            "tokens": [spell(token) for _, (token, _) in told],
+            "token_logprobs": [finite(scores.logprob) for _, (_, scores) in told],
+            "top_logprobs": [{spell(t): finite(p) for t, p in scores.top} for _, (_, scores) in told],
+            "text_offset": [start for start, _ in told],
+        }
 
-    def _scores_of(self, text: str) -> int:
-        """How many of the scored tokens begin within a text."""
-        return bisect_left(self.logprobs["text_offset"], len(text)) if self.logprobs else 0
-
-    def new_scores(self) -> dict[str, list[Any]] | None:
-        """The log-probabilities that no call gave before, as far as their text is there.
-
-        Those of text that is held back, because a stop text may begin with it, wait with it.
-        """
-        if self.logprobs is None:
-            return None
-        first = self._told
-        self._told = len(self.logprobs["tokens"]) if self.finish_reason else self._scores_of(self.text)
-        return {name: values[first : self._told] for name, values in self.logprobs.items()}
-
-    def body(self, index: int, text: str, logprobs: dict[str, list[Any]] | None) -> Json:
+    def body(self, index: int, text: str, logprobs: Json | None) -> Json:
         """The choice, or the piece of it that is `text`, in OpenAI's shape."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
@@ -101,9 +82,10 @@ class CompletionWriter(ChoicesWriter):
         super().__init__("cmpl", "text_completion", model, request)
         self._prompt_tokens = sum(map(len, prompts))
         self._share = request.n or 1
+        echoes = [tokenizer.decode(tokens) if request.echo else "" for tokens in prompts]
         self._choices = [
             TextChoice(tokenizer, echo, stop, request.logprobs is not None)
-            for echo in (tokenizer.decode(tokens) if request.echo else "" for tokens in prompts)
+            for echo in echoes
             for _ in range(self._share)
         ]
 
@@ -115,9 +97,10 @@ class CompletionWriter(ChoicesWriter):
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The chunk of an event, if it adds text or the end."""
         choice = self._choices[index]
+        told = len(choice.scored or ())
         text = choice.take(event)
         if text or choice.finish_reason:
-            yield self.chunk(choice.body(index, text, choice.new_scores()))
+            yield self.chunk(choice.body(index, text, choice.logprobs(told)))
 
     def usage(self) -> Json:
         """Counts of tokens; each prompt is counted once."""
@@ -127,7 +110,5 @@ class CompletionWriter(ChoicesWriter):
 
     def body(self) -> Json:
         """The completion in one piece."""
-        choices = [
-            choice.body(index, choice.text, choice.logprobs) for index, choice in enumerate(self._choices)
-        ]
+        choices = [c.body(index, c.text, c.logprobs()) for index, c in enumerate(self._choices)]
         return self._head | {"choices": choices, "usage": self.usage()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-from mlx_gptoss.harmony import TextDelta
 from mlx_gptoss.sampling import TokenLogprobs
+from mlx_gptoss.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from mlx_gptoss.tokenizer import Tokenizer
+Scored = tuple[int, TokenLogprobs]  # a token id with its log-probabilities
 
 
 def finite(logprob: float) -> float:
@@ -17,7 +17,7 @@ def finite(logprob: float) -> float:
 
 
 def logprob_entry(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """A token with its log-probability and its alternatives."""
+    """A token with its log-probability and its alternatives, as chats and responses show it."""
 
     def entry(one: int, logprob: float) -> dict[str, Any]:
         spelled = tokenizer.token_bytes(one)
@@ -38,15 +38,24 @@ class AnswerScores:
         self._letters = tokenizer.detokenizer()
         self._shown = 0
         self._scored = 0
-        self._held: list[tuple[int, dict[str, Any]]] = []
+        self._held: list[tuple[int, Scored]] = []
 
-    def take(self, delta: TextDelta) -> list[dict[str, Any]]:
-        """The entries whose text has begun, this delta's included."""
-        self._shown += len(delta.text)
-        for token_id, logprobs in delta.logprobs or ():
-            self._held.append((self._scored, logprob_entry(self._tokenizer, token_id, logprobs)))
-            self._scored += len(self._letters.push(token_id))
+    def take(self, text: str, scored: Iterable[Scored] | None) -> list[tuple[int, Scored]]:
+        """More text and more tokens; the tokens whose text has begun, each with where it begins."""
+        self._shown += len(text)
+        for token in scored or ():
+            self._held.append((self._scored, token))
+            self._scored += len(self._letters.push(token[0]))
         count = sum(start < self._shown for start, _ in self._held)
-        ready = [entry for _, entry in self._held[:count]]
+        ready = self._held[:count]
         del self._held[:count]
         return ready
+
+    def rest(self) -> list[tuple[int, Scored]]:
+        """The tokens that are still held back."""
+        ready, self._held = self._held, []
+        return ready
+
+    def entries(self, text: str, scored: Iterable[Scored] | None) -> list[dict[str, Any]]:
+        """The same as OpenAI's entries."""
+        return [logprob_entry(self._tokenizer, *token) for _, token in self.take(text, scored)]

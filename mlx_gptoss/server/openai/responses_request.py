@@ -5,31 +5,20 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
-from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Message
-from mlx_gptoss.server.openai.content import ContentPart, text_of
-from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
-from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, ConversationBuilder
-from mlx_gptoss.server.translate.options import (
-    Declaration,
-    check_message_count,
-    effort_of,
-    offered_tools,
-    schema_format,
-)
-from mlx_gptoss.server.translate.request import RequestModel, TurnRequest
+from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
+from mlx_gptoss.server.translate.options import at_most, effort_of
+from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
+from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
 LOGPROBS = "message.output_text.logprobs"
-SCHEMA_FIELD = "text.format.schema"
 SEALED = "gptoss-reasoning:"
 
 
@@ -125,16 +114,20 @@ class ResponsesRequest(SamplingFields):
         return what in (self.include or ())
 
 
-@dataclass(frozen=True)
-class ResponseTurn(TurnRequest):
-    """The turn that a request asks for, and what is stored of the request: the items of its input, without
-    references, and its messages before the first turn."""
+def input_items(request: ResponsesRequest, state: ServerState) -> list[InputItem]:
+    """The items of the input, with what references stand for. Raises ApiError for what is not stored."""
+    if isinstance(request.input, str):
+        return [InputItem(role="user", content=request.input)]
+    at_most(state.settings.max_messages, len(request.input), "items", "input")
+    return [
+        InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
+        if item.type == "item_reference"
+        else item
+        for index, item in enumerate(request.input)
+    ]
 
-    items: tuple[InputItem, ...] = ()
-    preface: tuple[str, ...] = ()
 
-
-def translate(request: ResponsesRequest, state: ServerState) -> ResponseTurn:
+def translate(request: ResponsesRequest, items: list[InputItem], state: ServerState) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault, ApiError for what is not
     stored."""
     request.refuse_unsupported()
@@ -144,33 +137,19 @@ def translate(request: ResponsesRequest, state: ServerState) -> ResponseTurn:
         raise RequestError(
             f"truncation is {request.truncation[:40]!r}: expected auto or disabled", "truncation"
         )
-    settings = state.settings
-    builder = ConversationBuilder(state.turns.recall)
+    builder = state.new_turn()
     if request.previous_response_id:
         before = state.responses.get(request.previous_response_id, "previous_response_id")
-        builder = ConversationBuilder(state.turns.recall, before.history, before.preface)
-    items = request.input
-    if isinstance(items, str):
-        items = [InputItem(role="user", content=items)]
-    check_message_count(items, settings, "input")
-    items = [
-        InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
-        if item.type == "item_reference"
-        else item
-        for index, item in enumerate(items)
-    ]
+        builder = state.new_turn(before.history, before.preface)
     _add_items(builder, items)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
+    builder.effort = effort_of(request.effort, "reasoning.effort")
     declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
-    tools, choice, tool_names = offered_tools(declared, request.tool_choice, settings)
-    names = {
-        "schema": SCHEMA_FIELD,
-        "messages": "input",
-        "max_tokens": "max_output_tokens",
-        "logprobs": "top_logprobs",
-        **tool_names,
-    }
+    builder.tools(declared, request.tool_choice)
+    if wanted := request.format:
+        builder.answer_format(wanted.type, "text.format", wanted.schema_, wanted.name, wanted.strict)
+    names = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
     scored = request.top_logprobs is not None or request.includes(LOGPROBS)
     params = sampling_params(
         request,
@@ -178,19 +157,7 @@ def translate(request: ResponsesRequest, state: ServerState) -> ResponseTurn:
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if scored else None,
     )
-    wanted = request.format
-    response_format = _response_format(wanted, settings)
-    conversation = builder.build(
-        today=state.today(),
-        tools=tools,
-        effort=effort_of(request.effort, "reasoning.effort"),
-        response_format=response_format,
-        response_name=wanted.name if wanted else None,
-        instructions=request.instructions,
-    )
-    options = TurnOptions(params, response_format, choice, strict_tools=False)
-    strict = wanted is not None and wanted.strict is True
-    return ResponseTurn(conversation, options, names, strict, tuple(items), tuple(builder.preface))
+    return builder.build(builder.conversation(request.instructions), params, names)
 
 
 def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
@@ -205,25 +172,10 @@ def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
         raise ToolError(f"{where}.parameters is not an object: expected a JSON schema", f"{where}.parameters")
     if not isinstance(tool.get("description") or "", str):
         raise ToolError(f"{where}.description is not a text", f"{where}.description")
-    return Declaration(tool, where, f"{where}.parameters")
+    return tool, where, f"{where}.parameters"
 
 
-def _response_format(wanted: TextFormat | None, settings: ServerSettings) -> ResponseFormat | None:
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return ResponseFormat.of(json_object=True)
-    if wanted.type != "json_schema":
-        raise RequestError(
-            f"text.format.type is {wanted.type[:40]!r}: expected text, json_object or json_schema",
-            "text.format.type",
-        )
-    if wanted.schema_ is None:
-        raise RequestError("text.format.schema is missing: give a JSON schema", SCHEMA_FIELD)
-    return schema_format(wanted.schema_, settings, SCHEMA_FIELD)
-
-
-def _add_items(builder: ConversationBuilder, items: list[InputItem]) -> None:
+def _add_items(builder: TurnBuilder, items: list[InputItem]) -> None:
     """Add the input's items to a conversation; neighbouring items of the assistant make up one turn."""
     turn = AssistantTurn()
 
@@ -275,7 +227,7 @@ def _listed_part(part: dict[str, Any], said: bool) -> dict[str, Any]:
     return {"annotations": []} | part | {"type": "output_text"} if said else part | {"type": "input_text"}
 
 
-def _add_other(builder: ConversationBuilder, item: InputItem, where: str) -> None:
+def _add_other(builder: TurnBuilder, item: InputItem, where: str) -> None:
     if item.type in ("function_call_output", "custom_tool_call_output"):
         builder.tool_result(item.call_id, text_of(item.output, f"{where}.output"), f"{where}.call_id")
     elif item.type != "message":

@@ -14,8 +14,8 @@ from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.memory.responses import StoredResponse
 from mlx_gptoss.server.openai.responses_request import (
     ResponsesRequest,
-    ResponseTurn,
     drop_oldest,
+    input_items,
     listed,
     translate,
 )
@@ -23,6 +23,7 @@ from mlx_gptoss.server.openai.responses_writer import ResponseWriter
 from mlx_gptoss.server.running.answer import answer, start_turns
 from mlx_gptoss.server.running.jobs import Job
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.translate.turn import TurnRequest
 
 
 def router(state: ServerState) -> ApiRouter:
@@ -33,7 +34,8 @@ def router(state: ServerState) -> ApiRouter:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input; the answer can be gone on from by its id."""
         llm = state.ready()
-        asked = translate(body, state)
+        items = input_items(body, state)
+        asked = translate(body, items, state)
         writer = ResponseWriter(
             body,
             state.model_name,
@@ -47,8 +49,8 @@ def router(state: ServerState) -> ApiRouter:
             state.turns.remember_reply(reply, writer.answer, asked.conversation)
             if writer.response["store"]:
                 history = (*asked.conversation.messages, *reply.messages)
-                items = [listed(item) for item in asked.items]
-                state.responses.put(StoredResponse(writer.response, items, history, asked.preface))
+                shown = [listed(item) for item in items]
+                state.responses.put(StoredResponse(writer.response, shown, history, asked.preface))
 
         return await answer(job, writer, request, stream=body.stream, on_reply=keep)
 
@@ -89,7 +91,7 @@ def router(state: ServerState) -> ApiRouter:
     return routes
 
 
-async def _start(asked: ResponseTurn, state: ServerState, *, truncate: bool) -> tuple[ResponseTurn, Job]:
+async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> tuple[TurnRequest, Job]:
     """Start the turn; to truncate is to leave out as many of the oldest turns as do not fit."""
     while True:
         try:

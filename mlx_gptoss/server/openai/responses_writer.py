@@ -7,15 +7,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_gptoss.harmony import (
-    Done,
-    MessageDone,
-    PreambleDelta,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-    ToolCallDelta,
-)
+from mlx_gptoss.harmony import events
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.openai.logprobs import AnswerScores
 from mlx_gptoss.server.openai.responses_request import ResponsesRequest, seal
@@ -25,52 +17,51 @@ from mlx_gptoss.tokenizer import Tokenizer
 SEALED_REASONING = "reasoning.encrypted_content"
 
 
+# What a response repeats of its request as it was sent.
+REPEATED = {
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "previous_response_id",
+    "prompt_cache_key",
+    "safety_identifier",
+    "user",
+}
+
+
 def new_body(request: ResponsesRequest, model: str) -> Json:
     """The response object before anything was generated, with the request's settings repeated."""
-    wanted = request.format
-    text: Json = {
-        "format": wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}
-    }
-    if request.text and request.text.verbosity:
-        text["verbosity"] = request.text.verbosity
     functions = {"description": None, "parameters": None, "strict": None}
+    tools = [functions | tool if tool.get("type") == "function" else tool for tool in request.tools or ()]
+    text = request.text.model_dump(by_alias=True, exclude_none=True) if request.text else {}
     sampling = request.model_dump(include={"temperature", "top_p"}, exclude_none=True)
-    return (
-        {
-            "id": _new_id("resp"),
-            "object": "response",
-            "created_at": int(time.time()),
-            "status": "in_progress",
-            "background": False,
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "max_tool_calls": request.max_tool_calls,
-            "metadata": request.metadata or {},
-            "model": model,
-            "output": [],
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": request.previous_response_id,
-            "prompt_cache_key": request.prompt_cache_key,
-            "reasoning": {"effort": request.effort or "medium", "summary": None},
-            "safety_identifier": request.safety_identifier,
-            "service_tier": "default",
-            "store": request.store is not False,
-            "text": text,
-            "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
-            "tools": [
-                functions | tool if tool.get("type") == "function" else tool for tool in request.tools or ()
-            ],
-            "top_logprobs": request.top_logprobs or 0,
-            "truncation": request.truncation or "disabled",
-            "usage": None,
-            "user": request.user,
-        }
-        | {"temperature": 1.0, "top_p": 1.0}
-        | sampling
-    )
+    return {
+        "id": _new_id("resp"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "metadata": request.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "reasoning": {"effort": request.effort or "medium", "summary": None},
+        "service_tier": "default",
+        "store": request.store is not False,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}} | text,
+        "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
+        "tools": tools,
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": 1.0,
+        "truncation": request.truncation or "disabled",
+        "usage": None,
+        **request.model_dump(include=REPEATED),
+        **sampling,
+    }
 
 
 class ResponseWriter(Writer):
@@ -105,27 +96,25 @@ class ResponseWriter(Writer):
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The stream events that a harmony event gives rise to."""
         match event:
-            case ReasoningDelta():
-                yield from self._reasoning(event.text)
-            case PreambleDelta() if self._structured:
-                yield from self._reasoning(event.text)
-            case PreambleDelta():
-                yield from self._text("commentary", event.text, [])
-            case TextDelta():
-                entries = self._scores.take(event) if self._scores is not None else []
-                if event.text or entries:
-                    yield from self._text("final_answer", event.text, entries)
-            case ToolCallDelta(arguments=""):
-                call = {"call_id": event.call_id, "name": event.name, "arguments": ""}
-                yield from self._open("call", {"id": _new_id("fc"), "type": "function_call", **call})
-            case ToolCallDelta():
-                self._pieces.append(event.arguments)
-                yield self._item_event("response.function_call_arguments.delta", delta=event.arguments)
-            case MessageDone(ended=False):
+            case events.PreambleDelta(text) if not self._structured:
+                yield from self._text("commentary", text, [])
+            case events.ReasoningDelta(text) | events.PreambleDelta(text):
+                yield from self._reasoning(text)
+            case events.TextDelta(text, scored):
+                entries = self._scores.entries(text, scored) if self._scores is not None else []
+                if text or entries:
+                    yield from self._text("final_answer", text, entries)
+            case events.ToolCallDelta(_, call_id, name, ""):
+                call = {"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
+                yield from self._open("call", {"id": _new_id("fc"), **call})
+            case events.ToolCallDelta(arguments=more):
+                self._pieces.append(more)
+                yield self._item_event("response.function_call_arguments.delta", delta=more)
+            case events.MessageDone(ended=False):
                 yield from self._close("incomplete")
-            case ToolCall() | MessageDone():
+            case events.ToolCall() | events.MessageDone():
                 yield from self._close()
-            case Done():
+            case events.Done():
                 yield from self._finish(event)
 
     def failure(self, error: ApiError) -> Iterator[Json]:
@@ -205,7 +194,7 @@ class ResponseWriter(Writer):
         yield self._whole_item("response.output_item.done")
         self._item, self._kind = None, ""
 
-    def _finish(self, done: Done) -> Iterator[Json]:
+    def _finish(self, done: events.Done) -> Iterator[Json]:
         incomplete = done.finish_reason in ("length", "cancelled")
         yield from self._close("incomplete" if incomplete else "completed")
         usage = done.usage

@@ -23,8 +23,9 @@ from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.errors import ApiError, as_api_error
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.jobs import Job, Jobs
-from mlx_gptoss.server.translate.request import TurnRequest, naming
+from mlx_gptoss.server.translate.request import naming
 from mlx_gptoss.server.translate.sampling_fields import of_choices
+from mlx_gptoss.server.translate.turn import TurnRequest
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
@@ -85,7 +86,7 @@ async def start_turns(llm: LLM, jobs: Jobs, asked: TurnRequest, count: int = 1) 
         with naming(asked.names):
             return await jobs.start(*(partial(begin, p) for p in of_choices(asked.options.params, count)))
     except SchemaError as error:
-        if asked.strict or error.field != asked.names["schema"]:
+        if asked.strict or error.field != asked.names.get("schema"):
             raise
     loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
     return await start_turns(llm, jobs, replace(asked, options=loose, strict=True), count)

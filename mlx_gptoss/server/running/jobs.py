@@ -29,7 +29,7 @@ MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from 
 class Job:
     """The generations of one request. `batches()` yields what they produced since the last look, then ends.
 
-    This is done for every token, so the reader waits on a bare future; one timer a job watches the clock.
+    All of it belongs to the event loop's thread, but for `_handles` and what the engine hands over.
     """
 
     def __init__(self, jobs: Jobs, count: int) -> None:
@@ -38,62 +38,42 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Any]] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._waking = False
-        self._quiet = False
         self._handles: list[Cancellable] = []
         self._running = set(range(count))
         self._silent = set(range(count))  # those that have produced nothing yet
-        self._failure: ApiError | None = None
-        self._error: BaseException | None = None
+        self._failure: BaseException | None = None
         self._closed = False
-        self.started = self._heard = time.monotonic()
-        self.deadline = self.started + jobs.settings.request_timeout
-        self._clock = self._loop.call_later(self._until_next_look(), self._look_at_clock)
+        self._started = time.monotonic()
+        limit = jobs.settings.request_timeout
+        too_long = ApiError(504, f"The answer took longer than {limit:g} s.", code="timeout")
+        self.deadline = self._started + limit
+        self._alarm = self._loop.call_later(limit, self.stop, too_long)
 
     async def begin(self, starts: Sequence[Start]) -> None:
         """Start the generations off the event loop: rendering a long conversation takes time."""
 
         def begin_one(index: int, start: Start) -> None:
-            self._handles.append(start(lambda event: self._put(index, event)))
+            self._handles.append(start(lambda event: self._hand_over(index, event)))
             if self._closed:  # nobody waited for it
                 self._handles[-1].cancel()
 
         for index, start in enumerate(starts):
             await asyncio.to_thread(begin_one, index, start)
 
-    def _put(self, index: int, event: Any) -> None:
+    def _hand_over(self, index: int, event: Any) -> None:
         """Take an event of a generation; called on the engine's thread."""
-        self._events.append((index, event))
-        if not self._waking:
-            self._waking = True
-            try:
-                self._loop.call_soon_threadsafe(self._notify)
-            except RuntimeError:  # the loop was closed under us: nobody is left to read
-                self._cancel()
+        try:
+            self._loop.call_soon_threadsafe(self._arrive, index, event)
+        except RuntimeError:  # the loop was closed under us: nobody is left to read
+            self._cancel()
 
-    def _notify(self) -> None:
-        # The flag falls before the queue is read, so an event appended in between wakes the reader again.
-        self._waking = False
+    def _arrive(self, index: int, event: Any) -> None:
+        self._events.append((index, event))
         self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def _until_next_look(self) -> float:
-        now = time.monotonic()
-        return max(0.0, min(self._heard + self._jobs.settings.heartbeat, self.deadline) - now)
-
-    def _look_at_clock(self) -> None:
-        now = time.monotonic()
-        if now >= self.deadline:
-            limit = self._jobs.settings.request_timeout
-            self.stop(ApiError(504, f"The answer took longer than {limit:g} s.", code="timeout"))
-            return
-        if now - self._heard >= self._jobs.settings.heartbeat:
-            self._heard, self._quiet = now, True
-            self._wake()
-        self._clock = self._loop.call_later(self._until_next_look(), self._look_at_clock)
 
     @property
     def prompt_tokens(self) -> int:
@@ -105,29 +85,27 @@ class Job:
 
         Raises what the engine delivered as an exception, or ApiError when time ran out or the server stops.
         """
-        while self._running:
+        while self._running or self._failure is not None:
             if self._failure is not None:
                 raise self._failure
-            if not self._events:
-                self._waiter = self._loop.create_future()
-                await self._waiter
-                if self._quiet and not self._events and self._failure is None:
-                    self._quiet = False
-                    yield []
+            if self._events:
+                if batch := self._take():
+                    yield batch
                 continue
-            if batch := self._take():
-                self._heard, self._quiet = time.monotonic(), False
-                yield batch
-            if self._error is not None:
-                raise self._error
+            self._waiter = self._loop.create_future()
+            heartbeat = self._loop.call_later(self._jobs.settings.heartbeat, self._wake)
+            await self._waiter
+            heartbeat.cancel()
+            if not self._events and self._failure is None:
+                yield []
 
     def _take(self) -> Batch:
-        """The next events, up to the end or an exception."""
+        """The next events, up to the end or an exception, which becomes the failure."""
         batch: Batch = []
         while self._events and len(batch) < MAX_BATCH:
             index, event = self._events.popleft()
             if isinstance(event, BaseException):
-                self._error = event
+                self._failure = event
                 self._running.remove(index)
                 self._jobs.metrics.generations.labels("error").inc()
                 break
@@ -137,7 +115,7 @@ class Job:
 
     def _observe(self, index: int, event: Any) -> None:
         """Count what an event tells, and note the end of its generation."""
-        metrics, elapsed = self._jobs.metrics, time.monotonic() - self.started
+        metrics, elapsed = self._jobs.metrics, time.monotonic() - self._started
         if index in self._silent:
             self._silent.remove(index)
             metrics.first_event.observe(elapsed)
@@ -153,10 +131,11 @@ class Job:
                 metrics.reasoning_tokens.inc(event.usage.reasoning_tokens)
 
     def stop(self, failure: ApiError) -> None:
-        """Cancel the generations and give their reader this failure."""
-        self._failure = failure
-        self._wake()
-        self._cancel()
+        """Cancel what still runs and give its reader this failure."""
+        if self._running:
+            self._failure = self._failure or failure
+            self._cancel()
+            self._wake()
 
     def _cancel(self) -> None:
         for handle in self._handles:
@@ -164,16 +143,13 @@ class Job:
 
     def close(self) -> None:
         """Cancel what still runs, and free the job's place. Safe to call again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._cancel()
-        left = sum(index < len(self._handles) for index in self._running)
-        self._jobs.metrics.generations.labels("disconnected").inc(left)
-        self._failure = self._failure or ApiError(499, "The client closed the request.")
-        self._clock.cancel()
-        self._wake()
-        self._jobs.release(self)
+        if not self._closed:
+            self._closed = True
+            left = sum(index < len(self._handles) for index in self._running)
+            self._jobs.metrics.generations.labels("disconnected").inc(left)
+            self._alarm.cancel()
+            self.stop(ApiError(499, "The client closed the request."))
+            self._jobs.release(self)
 
 
 class Jobs:

@@ -1,17 +1,14 @@
-"""What the requests of all APIs have in common, and what a request for a turn is translated to."""
+"""What the requests of all APIs are made of, and how an error from beneath gets the client's names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError
-from mlx_gptoss.harmony import Conversation
 
 
 class RequestModel(BaseModel):
@@ -31,18 +28,29 @@ class RequestModel(BaseModel):
                 raise RequestError(f"{name} is not supported: {cure}", name)
 
 
-@dataclass(frozen=True)
-class TurnRequest:
-    """A request, translated: the turn that is asked for.
+class ContentPart(RequestModel):
+    """A part of a message's content. Parts other than text are refused, but where an API knows more types."""
 
-    names: what the model may find wrong, by its own name -> the field that the client sent. strict: False
-    lets the answer be any JSON object where its schema cannot be enforced.
-    """
+    type: str
+    text: str | None = None
+    refusal: str | None = None
 
-    conversation: Conversation
-    options: TurnOptions
-    names: Mapping[str, str]
-    strict: bool = True
+
+def text_of(content: str | Sequence[ContentPart] | None, where: str) -> str:
+    """The text of a message's content; images, audio and files are refused by name."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part_text(part, f"{where}[{index}]") for index, part in enumerate(content))
+
+
+def part_text(part: ContentPart, where: str) -> str:
+    """The text of one part of a content."""
+    text = part.refusal if part.type == "refusal" else part.text
+    if part.type not in ("text", "input_text", "output_text", "refusal"):
+        raise RequestError(f"{where} is of type {part.type[:40]!r}: gpt-oss reads text only", f"{where}.type")
+    if text is None:
+        raise RequestError(f"{where} has no text", f"{where}.text")
+    return text
 
 
 @contextmanager

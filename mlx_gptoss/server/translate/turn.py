@@ -1,0 +1,166 @@
+"""The turn that a request asks for: what each API reads in its own way, collected to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.grammar import ResponseFormat, ToolChoice
+from mlx_gptoss.harmony import Conversation, Message, ReasoningEffort, Tool
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.translate.conversation import AssistantTurn, after, opening
+from mlx_gptoss.server.translate.options import at_most, check_schema_size, choose_tools, function_tool
+
+# Finds the sampled messages of a turn that follows a history (its digest), if they are known.
+Recall = Callable[[AssistantTurn, bytes], list[Message] | None]
+# A declared function, {"name", "description", "parameters"}; where it is declared, and where its schema is.
+Declaration = tuple[Mapping[str, Any], str, str]
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """A request, translated.
+
+    names: what the model may find wrong, by its own name -> the field that the client sent. strict: False
+    lets the answer be any JSON object where its schema cannot be enforced. preface: the instructions that
+    came as messages before the first turn.
+    """
+
+    conversation: Conversation
+    options: TurnOptions
+    names: Mapping[str, str]
+    strict: bool
+    preface: tuple[str, ...]
+
+
+class TurnBuilder:
+    """Collects what a request says, its turns in their order. Errors name the field that they are given."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        recall: Recall,
+        today: str,
+        history: Sequence[Message] = (),
+        preface: Sequence[str] = (),
+    ) -> None:
+        """history, preface: messages and leading instructions of an earlier request, to go on from."""
+        self.effort: ReasoningEffort = "medium"
+        self.preface = list(preface)
+        self.messages: list[Message | AssistantTurn] = list(history)
+        self._settings = settings
+        self._recall = recall
+        self._today = today
+        self._calls = {m.call_id for m in history if m.role == "assistant"}
+        self._tools: list[Tool] = []
+        self._choice: ToolChoice = "auto"
+        self._format: ResponseFormat | None = None
+        self._format_name = "response"
+        self._strict = True
+        self._names: dict[str, str] = {}
+
+    def expect(self, messages: Sequence[object], field: str = "messages") -> None:
+        """Refuse more messages than the server takes."""
+        at_most(self._settings.max_messages, len(messages), "entries", field)
+
+    def instructions(self, text: str) -> None:
+        """A system or developer message: before the first turn part of the instructions, else a turn."""
+        if text and self.messages:
+            self.messages.append(Message("developer", text))
+        elif text:
+            self.preface.append(text)
+
+    def user(self, text: str) -> None:
+        """What the user says."""
+        self.messages.append(Message.user(text))
+
+    def assistant(self, turn: AssistantTurn) -> None:
+        """A turn as the client sends it back. Text beside calls came before them and is not the answer."""
+        if turn.calls and turn.text:
+            turn = replace(turn, preamble=turn.preamble + turn.text, text="")
+        if turn:
+            self.messages.append(turn)
+            self._calls.update(call.call_id for call in turn.calls)
+
+    def tool_result(self, call_id: str | None, output: str, field: str) -> None:
+        """The result of an earlier call."""
+        if not call_id or call_id not in self._calls:
+            raise ToolError(
+                f"{field}: the call id {call_id!r} belongs to no earlier call in this conversation: "
+                "send the assistant message with the call before its result",
+                field,
+            )
+        self.messages.append(Message.tool_result(output, call_id=call_id))
+
+    def tools(self, declared: Sequence[Declaration | None], choice: str | dict[str, Any] | None) -> None:
+        """The declared tools and the choice among them. None: one that is no function; it is not offered."""
+        at_most(self._settings.max_tools, len(declared), "tools", "tools", ToolError)
+        tools, schema_fields = [], {}
+        for function, field, schema_field in filter(None, declared):
+            tools.append(function_tool(function, self._settings, field, schema_field))
+            schema_fields[tools[-1].name] = schema_field
+        self._tools, self._choice = choose_tools(choice, tools)
+        for index, tool in enumerate(self._tools):
+            self._names[f"tools[{index}].parameters"] = schema_fields[tool.name]
+
+    def answer_format(
+        self,
+        kind: str,
+        where: str,
+        schema: object = None,
+        name: str | None = None,
+        strict: bool | None = True,
+    ) -> None:
+        """What the answer has to be: OpenAI's name for it, and where the request says so."""
+        if kind == "json_object":
+            self._format = ResponseFormat("json_object", True)
+        elif kind == "json_schema":
+            field = f"{where}.schema"
+            if schema is None:
+                raise RequestError(f"{field} is missing: give a JSON schema", field)
+            check_schema_size(schema, self._settings, field)
+            self._format, self._format_name = ResponseFormat("schema", schema), name or "response"
+            self._names["schema"], self._strict = field, strict is True
+        elif kind != "text":
+            raise RequestError(
+                f"{where}.type is {kind[:40]!r}: expected text, json_object or json_schema", f"{where}.type"
+            )
+
+    def conversation(self, instructions: str | None = None) -> Conversation:
+        """The conversation of all that was collected. `instructions` go before the collected ones.
+
+        The assistant's turns have their sampled tokens where they are remembered unchanged.
+        """
+        shape = self._format
+        conversation = Conversation(
+            messages=[],
+            instructions="\n\n".join([instructions, *self.preface] if instructions else self.preface) or None,
+            tools=self._tools,
+            reasoning_effort=self.effort,
+            response_schema=shape.value if shape is not None and shape.kind == "schema" else None,
+            response_name=self._format_name,
+            current_date=self._today,
+        )
+        history = opening(conversation)
+        for entry in self.messages:
+            added = (
+                [entry] if isinstance(entry, Message) else self._recall(entry, history) or entry.messages()
+            )
+            conversation.messages += added
+            history = after(history, added)
+        return conversation
+
+    def build(
+        self,
+        conversation: Conversation,
+        params: SamplingParams,
+        names: Mapping[str, str],
+        reasoning_budget: int | None = None,
+    ) -> TurnRequest:
+        """The turn that follows a conversation of this builder's; names: see TurnRequest."""
+        options = TurnOptions(params, self._format, self._choice, False, reasoning_budget)
+        return TurnRequest(conversation, options, {**self._names, **names}, self._strict, tuple(self.preface))
