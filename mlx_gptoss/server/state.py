@@ -51,7 +51,7 @@ class ServerState:
 
     def new_turn(self, history: Sequence[Message] = (), preface: Sequence[str] = ()) -> TurnBuilder:
         """A builder for the turn that a request asks for, or for one that goes on from an earlier request."""
-        return TurnBuilder(self.settings, self.turns.recall, self.today(), history, preface)
+        return TurnBuilder(self.settings, self.turns.recall, self.today(), list(history), list(preface))
 
     @staticmethod
     def today() -> str:

@@ -11,7 +11,7 @@ from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import ReasoningEffort
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
-from mlx_gptoss.server.translate.options import effort_of
+from mlx_gptoss.server.translate.options import at_most, effort_of
 from mlx_gptoss.server.translate.request import ContentPart, RequestModel, part_text, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
@@ -90,7 +90,7 @@ def translate(request: MessagesRequest, state: ServerState) -> TurnRequest:
     names = {"stop": "stop_sequences"}
     params = sampling_params(request, names, max_tokens=request.max_tokens, stop=request.stop_sequences)
     budget = request.thinking.budget_tokens if request.thinking else None
-    return builder.build(builder.conversation(), params, names, budget)
+    return builder.build(params, names, reasoning_budget=budget)
 
 
 def read(request: CountTokensRequest, state: ServerState) -> TurnBuilder:
@@ -101,12 +101,11 @@ def read(request: CountTokensRequest, state: ServerState) -> TurnBuilder:
             "messages",
         )
     builder = state.new_turn()
-    builder.expect(request.messages)
+    at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     builder.instructions(text_of(request.system, "system"))
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}].content")
-    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
-    builder.tools(declared, _tool_choice(request.tool_choice))
+    builder.tools(request.tools, _declaration, _tool_choice(request.tool_choice))
     if request.output_config and (wanted := request.output_config.format):
         builder.answer_format(wanted.type, "output_config.format", wanted.schema_)
     builder.effort = _effort(request)

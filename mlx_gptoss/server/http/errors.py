@@ -6,10 +6,10 @@ another shape (see api.ApiRouter): the gate finds out which, and notes it in the
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, MutableMapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,27 +28,20 @@ from mlx_gptoss.errors import (
     ToolError,
 )
 
-logger = logging.getLogger("mlx_gptoss.server")
 
-
+@dataclass(eq=False)
 class ApiError(Exception):
     """A request that is answered with an HTTP error. `param` names the field at fault."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.headers = headers or {}
+    status: int
+    message: str
+    _: KW_ONLY
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 # The first class that matches decides: (error class, status, code).
@@ -88,12 +81,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     for cls, status, code in STATUS_OF:
         if isinstance(error, cls):
-            headers = {}
+            api = ApiError(status, str(error), code=code, param=getattr(error, "field", None))
             if isinstance(error, BusyError):
-                headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
-            return ApiError(
-                status, str(error), code=code, param=getattr(error, "field", None), headers=headers
-            )
+                api.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
+            return api
     return ApiError(
         500, "The server failed to answer this request; its log has the cause.", code="internal_error"
     )
@@ -122,8 +113,7 @@ def field_path(loc: tuple[int | str, ...]) -> str | None:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     """The problem found deepest in the body: of a union's members, the one that fits best."""
-    problems = error.errors()
-    worst = max(problems, key=lambda p: len(p["loc"]))
+    worst = max(error.errors(), key=lambda problem: len(problem["loc"]))
     if worst["type"] == "json_invalid":
         reason = worst.get("ctx", {}).get("error", "not JSON")
         return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
@@ -134,27 +124,27 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param}: {worst['msg']}.", code=code, param=param)
 
 
+def _http_error(error: HTTPException, request: Request) -> ApiError:
+    """What FastAPI itself finds wrong."""
+    if error.status_code == 400 and "parsing the body" in str(error.detail):
+        return ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
+    known = {
+        404: f"There is no {request.url.path} here.",
+        405: f"{request.method} is not allowed here.",
+    }
+    message = known.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+
+
 def install_handlers(app: FastAPI) -> None:
     """Answer every exception of a route in the shape of its API."""
 
-    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(_validation_error(error), request.scope)
-
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        messages = {
-            404: f"There is no {request.url.path} here.",
-            405: f"{request.method} is not allowed here.",
-        }
-        message = messages.get(error.status_code, str(error.detail))
-        api = ApiError(error.status_code, message, headers=dict(error.headers or {}))
-        if error.status_code == 400 and "parsing the body" in str(error.detail):
-            api = ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
-        return error_response(api, request.scope)
-
-    async def ours(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            error = _validation_error(error)
+        elif isinstance(error, HTTPException):
+            error = _http_error(error, request)
         return error_response(error, request.scope)
 
-    app.add_exception_handler(RequestValidationError, validation)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
-    app.add_exception_handler(ApiError, ours)
-    app.add_exception_handler(GptOssError, ours)
+    for kind in (RequestValidationError, HTTPException, ApiError, GptOssError):
+        app.add_exception_handler(kind, handle)

@@ -97,12 +97,11 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     at_most(state.settings.max_choices, request.n or 1, "choices", "n")
     builder = state.new_turn()
-    builder.expect(request.messages)
+    at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")
     builder.effort = effort_of(request.reasoning_effort, "reasoning_effort")
-    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
-    builder.tools(declared, request.tool_choice)
+    builder.tools(request.tools, _declaration, request.tool_choice)
     _read_format(builder, request.response_format)
     limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     names = {"max_tokens": limit, "logprobs": "top_logprobs"}
@@ -114,7 +113,7 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
         logit_bias=request.logit_bias,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    return builder.build(builder.conversation(), params, names)
+    return builder.build(params, names)
 
 
 def _add_message(builder: TurnBuilder, message: ChatMessage, where: str) -> None:

@@ -65,7 +65,6 @@ class TextConfig(RequestModel):
 
 class Reasoning(RequestModel):
     effort: str | None = None
-    summary: str | None = None
 
 
 class ResponsesRequest(SamplingFields):
@@ -88,7 +87,6 @@ class ResponsesRequest(SamplingFields):
     background: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
-    service_tier: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     conversation: str | dict[str, Any] | None = None
@@ -145,8 +143,7 @@ def translate(request: ResponsesRequest, items: list[InputItem], state: ServerSt
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
     builder.effort = effort_of(request.effort, "reasoning.effort")
-    declared = [_declaration(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ())]
-    builder.tools(declared, request.tool_choice)
+    builder.tools(request.tools, _declaration, request.tool_choice)
     if wanted := request.format:
         builder.answer_format(wanted.type, "text.format", wanted.schema_, wanted.name, wanted.strict)
     names = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
@@ -157,7 +154,7 @@ def translate(request: ResponsesRequest, items: list[InputItem], state: ServerSt
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if scored else None,
     )
-    return builder.build(builder.conversation(request.instructions), params, names)
+    return builder.build(params, names, instructions=request.instructions)
 
 
 def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
@@ -186,23 +183,41 @@ def _add_items(builder: TurnBuilder, items: list[InputItem]) -> None:
 
     for index, item in enumerate(items):
         where = f"input[{index}]"
-        if item.type == "reasoning":
-            if turn.text or turn.calls:
+        match item.type, item.role:
+            case "reasoning", _:
+                if turn.text or turn.calls:
+                    flush()
+                turn.reasoning += _reasoning_text(item, where)
+            case "message", "assistant":
+                if turn.text or turn.calls:
+                    flush()
+                text = text_of(item.content, f"{where}.content")
+                if item.phase == "commentary":
+                    turn.preamble += text
+                else:
+                    turn.text += text
+            case (("function_call" | "custom_tool_call"), _):
+                turn.calls.append(_call(item, where))
+            case (("function_call_output" | "custom_tool_call_output"), _):
                 flush()
-            turn.reasoning += _reasoning_text(item, where)
-        elif item.type == "message" and item.role == "assistant":
-            if turn.calls or turn.text:
+                builder.tool_result(item.call_id, text_of(item.output, f"{where}.output"), f"{where}.call_id")
+            case "message", ("user" | "system" | "developer") as role:
                 flush()
-            text = text_of(item.content, f"{where}.content")
-            if item.phase == "commentary":
-                turn.preamble += text
-            else:
-                turn.text += text
-        elif item.type in ("function_call", "custom_tool_call"):
-            turn.calls.append(_call(item, where))
-        else:
-            flush()
-            _add_other(builder, item, where)
+                if item.content is None:
+                    raise RequestError(f"{where}.content is missing", f"{where}.content")
+                add = builder.user if role == "user" else builder.instructions
+                add(text_of(item.content, f"{where}.content"))
+            case "message", role:
+                raise RequestError(
+                    f"{where}.role is {str(role)[:40]!r}: expected user, assistant, system or developer",
+                    f"{where}.role",
+                )
+            case kind, _:
+                raise RequestError(
+                    f"{where} is of type {kind[:40]!r}: expected message, reasoning, function_call or "
+                    "function_call_output (a hosted tool's item has no meaning to this server)",
+                    f"{where}.type",
+                )
     flush()
 
 
@@ -225,28 +240,6 @@ def _listed_part(part: dict[str, Any], said: bool) -> dict[str, Any]:
     if part["type"] == "refusal":
         return part
     return {"annotations": []} | part | {"type": "output_text"} if said else part | {"type": "input_text"}
-
-
-def _add_other(builder: TurnBuilder, item: InputItem, where: str) -> None:
-    if item.type in ("function_call_output", "custom_tool_call_output"):
-        builder.tool_result(item.call_id, text_of(item.output, f"{where}.output"), f"{where}.call_id")
-    elif item.type != "message":
-        raise RequestError(
-            f"{where} is of type {item.type[:40]!r}: expected message, reasoning, function_call or "
-            "function_call_output (a hosted tool's item has no meaning to this server)",
-            f"{where}.type",
-        )
-    elif item.content is None:
-        raise RequestError(f"{where}.content is missing", f"{where}.content")
-    elif item.role in ("system", "developer"):
-        builder.instructions(text_of(item.content, f"{where}.content"))
-    elif item.role == "user":
-        builder.user(text_of(item.content, f"{where}.content"))
-    else:
-        raise RequestError(
-            f"{where}.role is {str(item.role)[:40]!r}: expected user, assistant, system or developer",
-            f"{where}.role",
-        )
 
 
 def _call(item: InputItem, where: str) -> Call:

@@ -97,19 +97,19 @@ class ResponseWriter(Writer):
         """The stream events that a harmony event gives rise to."""
         match event:
             case events.PreambleDelta(text) if not self._structured:
-                yield from self._text("commentary", text, [])
+                yield from self._more("commentary", text, logprobs=[])
             case events.ReasoningDelta(text) | events.PreambleDelta(text):
-                yield from self._reasoning(text)
+                yield from self._more("reasoning", text)
             case events.TextDelta(text, scored):
                 entries = self._scores.entries(text, scored) if self._scores is not None else []
                 if text or entries:
-                    yield from self._text("final_answer", text, entries)
+                    yield from self._more("final_answer", text, logprobs=entries)
             case events.ToolCallDelta(_, call_id, name, ""):
                 call = {"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
                 yield from self._open("call", {"id": _new_id("fc"), **call})
             case events.ToolCallDelta(arguments=more):
                 self._pieces.append(more)
-                yield self._item_event("response.function_call_arguments.delta", delta=more)
+                yield self._item_event("function_call_arguments.delta", delta=more)
             case events.MessageDone(ended=False):
                 yield from self._close("incomplete")
             case events.ToolCall() | events.MessageDone():
@@ -134,38 +134,43 @@ class ResponseWriter(Writer):
         """An event about the open item."""
         assert self._item is not None
         place = {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
-        return self._event(kind, **place, **fields)
+        return self._event(f"response.{kind}", **place, **fields)
 
     def _part_event(self, kind: str, **fields: Any) -> Json:
         """An event about the only part of the open item's content."""
         return self._item_event(kind, content_index=0, **fields)
 
     def _whole_item(self, kind: str) -> Json:
-        return self._event(kind, output_index=len(self.response["output"]) - 1, item=self._item)
+        return self._event(f"response.{kind}", output_index=len(self.response["output"]) - 1, item=self._item)
 
     def _open(self, kind: str, item: Json) -> Iterator[Json]:
         yield from self._close()
         self._kind, self._item, self._pieces, self._logprobs = kind, item, [], []
         item["status"] = "in_progress"
         self.response["output"].append(item)
-        yield self._whole_item("response.output_item.added")
+        yield self._whole_item("output_item.added")
 
-    def _reasoning(self, text: str) -> Iterator[Json]:
-        if self._kind != "reasoning":
-            item = {"id": _new_id("rs"), "type": "reasoning", "summary": [], "content": []}
-            yield from self._open("reasoning", item)
-            yield self._part_event("response.content_part.added", part=_reasoning_part(""))
+    def _more(self, kind: str, text: str, **scores: list[Json]) -> Iterator[Json]:
+        """More of an item that is text: reasoning, or a message of a phase."""
+        if self._kind != kind:
+            if kind == "reasoning":
+                item = {"id": _new_id("rs"), "type": "reasoning", "summary": [], "content": []}
+            else:
+                item = {"id": _new_id("msg"), "type": "message", "role": "assistant", "phase": kind}
+            yield from self._open(kind, item | {"content": []})
+            yield self._part_event("content_part.added", part=self._part(""))
         self._pieces.append(text)
-        yield self._part_event("response.reasoning_text.delta", delta=text)
+        self._logprobs += scores.get("logprobs", ())
+        yield self._part_event(f"{self._text_kind}.delta", delta=text, **scores)
 
-    def _text(self, phase: str, text: str, entries: list[Json]) -> Iterator[Json]:
-        if self._kind != phase:
-            item = {"id": _new_id("msg"), "type": "message", "role": "assistant", "phase": phase}
-            yield from self._open(phase, item | {"content": []})
-            yield self._part_event("response.content_part.added", part=_text_part("", []))
-        self._logprobs += entries
-        self._pieces.append(text)
-        yield self._part_event("response.output_text.delta", delta=text, logprobs=entries)
+    @property
+    def _text_kind(self) -> str:
+        return "reasoning_text" if self._kind == "reasoning" else "output_text"
+
+    def _part(self, text: str) -> Json:
+        """The only part of the open item's content."""
+        scores = {} if self._kind == "reasoning" else {"annotations": [], "logprobs": self._logprobs}
+        return {"type": self._text_kind, "text": text, **scores}
 
     def _close(self, status: str = "completed") -> Iterator[Json]:
         """End the open item, if there is one."""
@@ -176,22 +181,17 @@ class ResponseWriter(Writer):
         if self._kind == "call":
             self._item["arguments"] = text
             done = {"name": self._item["name"], "arguments": text}
-            yield self._item_event("response.function_call_arguments.done", **done)
-        elif self._kind == "reasoning":
-            part = _reasoning_part(text)
-            self._item["content"] = [part]
-            if self._sealed:
-                self._item["encrypted_content"] = seal(text)
-            yield self._part_event("response.reasoning_text.done", text=text)
-            yield self._part_event("response.content_part.done", part=part)
+            yield self._item_event("function_call_arguments.done", **done)
         else:
+            scores = {} if self._kind == "reasoning" else {"logprobs": self._logprobs}
+            self._item["content"] = [self._part(text)]
+            if self._kind == "reasoning" and self._sealed:
+                self._item["encrypted_content"] = seal(text)
             if self._kind == "final_answer":
                 self.answer += text
-            part = _text_part(text, self._logprobs)
-            self._item["content"] = [part]
-            yield self._part_event("response.output_text.done", text=text, logprobs=self._logprobs)
-            yield self._part_event("response.content_part.done", part=part)
-        yield self._whole_item("response.output_item.done")
+            yield self._part_event(f"{self._text_kind}.done", text=text, **scores)
+            yield self._part_event("content_part.done", part=self._part(text))
+        yield self._whole_item("output_item.done")
         self._item, self._kind = None, ""
 
     def _finish(self, done: events.Done) -> Iterator[Json]:
@@ -218,11 +218,3 @@ class ResponseWriter(Writer):
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
-
-
-def _reasoning_part(text: str) -> Json:
-    return {"type": "reasoning_text", "text": text}
-
-
-def _text_part(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

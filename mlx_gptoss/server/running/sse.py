@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 if TYPE_CHECKING:
@@ -44,19 +44,16 @@ def event(value: dict[str, Any]) -> bytes:
     return f"event: {value['type']}\ndata: {dumps(value)}\n\n".encode()
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Writes the chunks that a job gives rise to as they come, and closes the job whatever ends the stream.
 
-    Starlette's StreamingResponse would leave a generator that was never started unclosed when the client goes
-    away early; here the generations behind the stream are always released.
+    StreamingResponse alone would leave a generator that was never started unclosed when the client goes away
+    early; here the generations behind the stream are always released.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(self, chunks: AsyncIterator[bytes], job: Job) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._chunks = chunks
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, headers=headers, media_type="text/event-stream")
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,12 +62,7 @@ class EventStream(Response):
         left = self._job.deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left, 0) + LAST_WORDS):
-                await send(
-                    {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-                )
-                async for chunk in self._chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self.stream_response(send)
         except TimeoutError:
             return  # without a last chunk: the server closes the connection
         finally:

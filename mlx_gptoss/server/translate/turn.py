@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
@@ -19,6 +19,7 @@ from mlx_gptoss.server.translate.options import at_most, check_schema_size, choo
 Recall = Callable[[AssistantTurn, bytes], list[Message] | None]
 # A declared function, {"name", "description", "parameters"}; where it is declared, and where its schema is.
 Declaration = tuple[Mapping[str, Any], str, str]
+Declared = TypeVar("Declared")
 
 
 @dataclass(frozen=True)
@@ -37,35 +38,29 @@ class TurnRequest:
     preface: tuple[str, ...]
 
 
+@dataclass
 class TurnBuilder:
-    """Collects what a request says, its turns in their order. Errors name the field that they are given."""
+    """Collects what a request says, its turns in their order. Errors name the field that they are given.
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        recall: Recall,
-        today: str,
-        history: Sequence[Message] = (),
-        preface: Sequence[str] = (),
-    ) -> None:
-        """history, preface: messages and leading instructions of an earlier request, to go on from."""
-        self.effort: ReasoningEffort = "medium"
-        self.preface = list(preface)
-        self.messages: list[Message | AssistantTurn] = list(history)
-        self._settings = settings
-        self._recall = recall
-        self._today = today
-        self._calls = {m.call_id for m in history if m.role == "assistant"}
-        self._tools: list[Tool] = []
-        self._choice: ToolChoice = "auto"
-        self._format: ResponseFormat | None = None
-        self._format_name = "response"
-        self._strict = True
-        self._names: dict[str, str] = {}
+    messages, preface: at first those of an earlier request, to go on from; preface are the instructions that
+    came as messages before the first turn. today: the date for the system message.
+    """
 
-    def expect(self, messages: Sequence[object], field: str = "messages") -> None:
-        """Refuse more messages than the server takes."""
-        at_most(self._settings.max_messages, len(messages), "entries", field)
+    settings: ServerSettings
+    recall: Recall
+    today: str
+    messages: list[Message | AssistantTurn]
+    preface: list[str]
+    effort: ReasoningEffort = "medium"
+    _tools: list[Tool] = field(default_factory=list)
+    _choice: ToolChoice = "auto"
+    _format: ResponseFormat | None = None
+    _format_name: str | None = None
+    _strict: bool = True
+    _names: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._calls = {m.call_id for m in self.messages if isinstance(m, Message) and m.role == "assistant"}
 
     def instructions(self, text: str) -> None:
         """A system or developer message: before the first turn part of the instructions, else a turn."""
@@ -96,13 +91,20 @@ class TurnBuilder:
             )
         self.messages.append(Message.tool_result(output, call_id=call_id))
 
-    def tools(self, declared: Sequence[Declaration | None], choice: str | dict[str, Any] | None) -> None:
-        """The declared tools and the choice among them. None: one that is no function; it is not offered."""
-        at_most(self._settings.max_tools, len(declared), "tools", "tools", ToolError)
+    def tools(
+        self,
+        declared: Sequence[Declared] | None,
+        read: Callable[[Declared, str], Declaration | None],
+        choice: str | dict[str, Any] | None,
+    ) -> None:
+        """The declared tools and the choice among them. Where `read` gives None, the tool is not offered."""
+        at_most(self.settings.max_tools, len(declared or ()), "tools", "tools", ToolError)
         tools, schema_fields = [], {}
-        for function, field, schema_field in filter(None, declared):
-            tools.append(function_tool(function, self._settings, field, schema_field))
-            schema_fields[tools[-1].name] = schema_field
+        for index, one in enumerate(declared or ()):
+            if (found := read(one, f"tools[{index}]")) is not None:
+                function, where, schema_field = found
+                tools.append(function_tool(function, self.settings, where, schema_field))
+                schema_fields[tools[-1].name] = schema_field
         self._tools, self._choice = choose_tools(choice, tools)
         for index, tool in enumerate(self._tools):
             self._names[f"tools[{index}].parameters"] = schema_fields[tool.name]
@@ -122,8 +124,8 @@ class TurnBuilder:
             field = f"{where}.schema"
             if schema is None:
                 raise RequestError(f"{field} is missing: give a JSON schema", field)
-            check_schema_size(schema, self._settings, field)
-            self._format, self._format_name = ResponseFormat("schema", schema), name or "response"
+            check_schema_size(schema, self.settings, field)
+            self._format, self._format_name = ResponseFormat("schema", schema), name
             self._names["schema"], self._strict = field, strict is True
         elif kind != "text":
             raise RequestError(
@@ -142,25 +144,28 @@ class TurnBuilder:
             tools=self._tools,
             reasoning_effort=self.effort,
             response_schema=shape.value if shape is not None and shape.kind == "schema" else None,
-            response_name=self._format_name,
-            current_date=self._today,
+            response_name=self._format_name or "response",
+            current_date=self.today,
         )
         history = opening(conversation)
         for entry in self.messages:
-            added = (
-                [entry] if isinstance(entry, Message) else self._recall(entry, history) or entry.messages()
-            )
+            if isinstance(entry, AssistantTurn):
+                added = self.recall(entry, history) or entry.messages()
+            else:
+                added = [entry]
             conversation.messages += added
             history = after(history, added)
         return conversation
 
     def build(
         self,
-        conversation: Conversation,
         params: SamplingParams,
         names: Mapping[str, str],
+        *,
+        instructions: str | None = None,
         reasoning_budget: int | None = None,
     ) -> TurnRequest:
-        """The turn that follows a conversation of this builder's; names: see TurnRequest."""
+        """The turn that follows the conversation; names: see TurnRequest."""
+        conversation = self.conversation(instructions)
         options = TurnOptions(params, self._format, self._choice, False, reasoning_budget)
         return TurnRequest(conversation, options, {**self._names, **names}, self._strict, tuple(self.preface))
