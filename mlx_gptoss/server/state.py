@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_gptoss.chat.generation import Cancellable
+from mlx_gptoss.engine.request import Sink
+from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Message
+from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore
 from mlx_gptoss.server.memory.turns import TurnMemory
-from mlx_gptoss.server.running.jobs import Jobs
+from mlx_gptoss.server.running.jobs import Job, Jobs
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
-from mlx_gptoss.server.translate.turn import TurnBuilder
+from mlx_gptoss.server.translate.request import naming
+from mlx_gptoss.server.translate.sampling_fields import of_choices
+from mlx_gptoss.server.translate.turn import TurnBuilder, TurnRequest
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
@@ -52,6 +61,28 @@ class ServerState:
     def new_turn(self, history: Sequence[Message] = (), preface: Sequence[str] = ()) -> TurnBuilder:
         """A builder for the turn that a request asks for, or for one that goes on from an earlier request."""
         return TurnBuilder(self.settings, self.turns.recall, self.today(), list(history), list(preface))
+
+    async def start(self, asked: TurnRequest, count: int = 1) -> Job:
+        """Start the turn that is asked for, once for each choice.
+
+        A schema that cannot be enforced is refused where the request is strict; else the answer is some JSON
+        object, and the prompt shows the schema. Raises RequestError naming the client's field, BusyError, or
+        ApiError while the model is loading.
+        """
+        llm = self.ready()
+
+        def begin(params: SamplingParams, sink: Sink) -> Cancellable:
+            return llm.start(asked.conversation, replace(asked.options, params=params), sink=sink)
+
+        try:
+            with naming(asked.names):
+                seeded = of_choices(asked.options.params, count)
+                return await self.jobs.start(*(partial(begin, params) for params in seeded))
+        except SchemaError as error:
+            if asked.strict or error.field != asked.names.get("schema"):
+                raise
+        loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
+        return await self.start(replace(asked, options=loose, strict=True), count)
 
     @staticmethod
     def today() -> str:

@@ -11,7 +11,7 @@ from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import ReasoningEffort
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
-from mlx_gptoss.server.translate.options import at_most, effort_of
+from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
 from mlx_gptoss.server.translate.request import ContentPart, RequestModel, part_text, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
@@ -53,12 +53,12 @@ class Thinking(RequestModel):
 
 
 class OutputFormat(RequestModel):
-    type: str
+    type: Literal["json_schema"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
 class OutputConfig(RequestModel):
-    effort: str | None = None
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
@@ -160,7 +160,7 @@ def _tool_choice(wanted: AnthropicToolChoice | None) -> str | dict[str, Any] | N
 
 def _effort(request: CountTokensRequest) -> ReasoningEffort:
     if request.output_config and request.output_config.effort:
-        return effort_of(request.output_config.effort, "output_config.effort")
+        return EFFORTS[request.output_config.effort]
     if request.thinking is None or request.thinking.type == "adaptive":
         return "medium"
     budget = request.thinking.budget_tokens or 0

@@ -17,7 +17,7 @@ from mlx_gptoss.server.anthropic.messages_request import (
 )
 from mlx_gptoss.server.anthropic.messages_writer import MessageWriter, anthropic_error
 from mlx_gptoss.server.http.api import ApiRouter
-from mlx_gptoss.server.running.answer import answer, start_turns
+from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
 
 
@@ -28,9 +28,9 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("", response_model=None)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation."""
-        llm = state.ready()
+        state.ready()
         asked = translate(body, state)
-        job = await start_turns(llm, state.jobs, asked)
+        job = await state.start(asked)
         writer = MessageWriter(state.model_name, job.prompt_tokens, show_thinking=shows_thinking(body))
 
         def remember(_: int, reply: Reply) -> None:

@@ -121,7 +121,9 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if param is None:
         return ApiError(400, "The body must be a JSON object, sent as application/json.", code="invalid_type")
     code = "missing_required_parameter" if worst["type"] == "missing" else "invalid_value"
-    return ApiError(400, f"{param}: {worst['msg']}.", code=code, param=param)
+    given = worst["input"]
+    value = f", not {given!r:.60}" if isinstance(given, str | int | float) else ""
+    return ApiError(400, f"{param}: {worst['msg']}{value}.", code=code, param=param)
 
 
 def _http_error(error: HTTPException, request: Request) -> ApiError:

@@ -27,10 +27,10 @@ class StoredResponse:
     history: tuple[Message, ...]
     preface: tuple[str, ...] = ()
 
-    @property
-    def items(self) -> list[dict[str, Any]]:
-        """What it answered, and what it holds itself."""
-        return [*self.input_items, *self.body.get("output", ())]
+    @cached_property
+    def items(self) -> dict[str, dict[str, Any]]:
+        """What it answered, and what it holds itself, by their ids."""
+        return {item["id"]: item for item in (*self.input_items, *self.body.get("output", ()))}
 
     @cached_property
     def characters(self) -> int:
@@ -46,19 +46,15 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_characters = max_characters
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-        # Item's id -> response's id -> item, for references: clients send items of one back in the next.
-        self._items: dict[str, dict[str, dict[str, Any]]] = {}
         self._characters = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def put(self, response: StoredResponse) -> None:
-        response_id = response.body["id"]
-        self._kept[response_id] = response
+        """Keep a response, and forget as many others as need be."""
+        self._kept[response.body["id"]] = response
         self._characters += response.characters
-        for item in response.items:
-            self._items.setdefault(item["id"], {})[response_id] = item
         while len(self._kept) > self._max_responses or (
             self._characters > self._max_characters and len(self._kept) > 1
         ):
@@ -80,25 +76,18 @@ class ResponseStore:
 
     def delete(self, response_id: str) -> None:
         """Forget a response; ApiError 404 when there is none."""
-        response = self.get(response_id)
-        self._characters -= response.characters
+        self._characters -= self.get(response_id).characters
         del self._kept[response_id]
-        for item in response.items:
-            holders = self._items.get(item["id"], {})
-            holders.pop(response_id, None)
-            if not holders:
-                self._items.pop(item["id"], None)
 
     def item(self, item_id: str | None, param: str) -> dict[str, Any]:
         """An item that a stored response answered or holds, or ApiError 404."""
-        holders = self._items.get(item_id or "")
-        if holders is None:
-            raise ApiError(
-                404,
-                f"Item {str(item_id)[:80]!r} is not stored: send the item itself instead of a reference.",
-                code="not_found",
-                param=param,
-            )
-        response_id, found = next(reversed(holders.items()))
-        self._kept.move_to_end(response_id)
-        return found
+        for response_id, response in reversed(self._kept.items()):
+            if item_id in response.items:
+                self._kept.move_to_end(response_id)
+                return response.items[item_id]
+        raise ApiError(
+            404,
+            f"Item {str(item_id)[:80]!r} is not stored: send the item itself instead of a reference.",
+            code="not_found",
+            param=param,
+        )

@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_gptoss.errors import RequestError, ToolError
+from mlx_gptoss.errors import RequestError
 from mlx_gptoss.server.openai.choices_request import ChoicesRequest
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
-from mlx_gptoss.server.translate.options import at_most, effort_of
+from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
 from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
 from mlx_gptoss.server.translate.sampling_fields import bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
@@ -23,14 +23,13 @@ class FunctionCall(RequestModel):
 
 class ChatToolCall(RequestModel):
     id: str
-    type: str = "function"
-    function: FunctionCall | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
-    name: str | None = None
     tool_calls: list[ChatToolCall] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
@@ -42,17 +41,15 @@ class FunctionDeclaration(RequestModel):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class ChatTool(RequestModel):
-    type: str
-    function: FunctionDeclaration | None = None
+    type: Literal["function"]
+    function: FunctionDeclaration
 
 
 class JsonSchemaFormat(RequestModel):
     name: str = "response"
-    description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -66,9 +63,8 @@ class ChatRequest(ChoicesRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: list[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     response_format: ChatFormat | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     max_completion_tokens: int | None = bounded("max_tokens", None)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -100,7 +96,7 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")
-    builder.effort = effort_of(request.reasoning_effort, "reasoning_effort")
+    builder.effort = EFFORTS[request.reasoning_effort or "medium"]
     builder.tools(request.tools, _declaration, request.tool_choice)
     _read_format(builder, request.response_format)
     limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
@@ -125,23 +121,14 @@ def _add_message(builder: TurnBuilder, message: ChatMessage, where: str) -> None
     elif message.role == "tool":
         builder.tool_result(message.tool_call_id, text, f"{where}.tool_call_id")
     else:
-        calls = []
-        for index, call in enumerate(message.tool_calls or ()):
-            if call.type != "function" or call.function is None:
-                raise ToolError(
-                    f"{where}.tool_calls[{index}] is of type {call.type[:40]!r}: expected a function call",
-                    f"{where}.tool_calls[{index}].type",
-                )
-            calls.append(Call(call.id, call.function.name, call.function.arguments))
+        calls = [
+            Call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+        ]
         reasoning = message.reasoning or message.reasoning_content or ""
         builder.assistant(AssistantTurn(reasoning, text=text or message.refusal or "", calls=calls))
 
 
 def _declaration(tool: ChatTool, where: str) -> Declaration:
-    if tool.type != "function" or tool.function is None:
-        raise ToolError(
-            f"{where} is of type {tool.type[:40]!r}: only function tools are supported here", f"{where}.type"
-        )
     return tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters"
 
 

@@ -9,7 +9,7 @@ from mlx_gptoss.harmony import Reply
 from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.openai.chat_request import ChatRequest, translate
 from mlx_gptoss.server.openai.chat_writer import ChatWriter
-from mlx_gptoss.server.running.answer import answer, start_turns
+from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
 
 
@@ -28,7 +28,7 @@ def router(state: ServerState) -> ApiRouter:
         def remember(index: int, reply: Reply) -> None:
             state.turns.remember_reply(reply, writer.choices[index].text, asked.conversation)
 
-        job = await start_turns(llm, state.jobs, asked, body.n or 1)
+        job = await state.start(asked, body.n or 1)
         return await answer(job, writer, request, stream=body.stream, on_reply=remember)
 
     return routes

@@ -22,7 +22,6 @@ class ChoicesRequest(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     model: str | None = None
-    user: str | None = None
 
     @property
     def include_usage(self) -> bool:

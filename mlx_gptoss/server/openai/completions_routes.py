@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -20,9 +19,6 @@ from mlx_gptoss.server.translate.options import at_most
 from mlx_gptoss.server.translate.request import naming
 from mlx_gptoss.server.translate.sampling_fields import of_choices
 
-if TYPE_CHECKING:
-    from mlx_gptoss.llm import LLM
-
 
 def router(state: ServerState) -> ApiRouter:
     """The route, bound to a server."""
@@ -37,16 +33,16 @@ def router(state: ServerState) -> ApiRouter:
         count = body.n or 1
         at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)
+
+        def submit(where: str, tokens: list[int], seeded: SamplingParams, sink: Sink) -> Cancellable:
+            with naming({"messages": where, "token_ids": where}):
+                return llm.submit(tokens, seeded, sink=sink)
+
         starts = [
-            partial(_submit, llm, where, tokens, seeded)
+            partial(submit, where, tokens, seeded)
             for where, tokens in prompts.items()
             for seeded in of_choices(params, count)
         ]
         return await answer(await state.jobs.start(*starts), writer, request, stream=body.stream)
 
     return routes
-
-
-def _submit(llm: LLM, where: str, tokens: list[int], params: SamplingParams, sink: Sink) -> Cancellable:
-    with naming({"messages": where, "token_ids": where}):
-        return llm.submit(tokens, params, sink=sink)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -13,7 +13,7 @@ from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import Message
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
-from mlx_gptoss.server.translate.options import at_most, effort_of
+from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
 from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
@@ -51,7 +51,7 @@ class InputItem(RequestModel):
 
 
 class TextFormat(RequestModel):
-    type: str = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
@@ -64,7 +64,7 @@ class TextConfig(RequestModel):
 
 
 class Reasoning(RequestModel):
-    effort: str | None = None
+    effort: Effort | None = None
 
 
 class ResponsesRequest(SamplingFields):
@@ -83,7 +83,7 @@ class ResponsesRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_output_tokens: int | None = bounded("max_tokens", None)
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
-    truncation: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     background: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
@@ -98,9 +98,9 @@ class ResponsesRequest(SamplingFields):
     }
 
     @property
-    def effort(self) -> str | None:
+    def effort(self) -> Effort:
         """The reasoning effort as it was asked for."""
-        return self.reasoning.effort if self.reasoning else None
+        return (self.reasoning.effort if self.reasoning else None) or "medium"
 
     @property
     def format(self) -> TextFormat | None:
@@ -131,10 +131,6 @@ def translate(request: ResponsesRequest, items: list[InputItem], state: ServerSt
     request.refuse_unsupported()
     if request.background:
         raise RequestError("background is not supported: stream the response instead", "background")
-    if request.truncation not in (None, "auto", "disabled"):
-        raise RequestError(
-            f"truncation is {request.truncation[:40]!r}: expected auto or disabled", "truncation"
-        )
     builder = state.new_turn()
     if request.previous_response_id:
         before = state.responses.get(request.previous_response_id, "previous_response_id")
@@ -142,7 +138,7 @@ def translate(request: ResponsesRequest, items: list[InputItem], state: ServerSt
     _add_items(builder, items)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
-    builder.effort = effort_of(request.effort, "reasoning.effort")
+    builder.effort = EFFORTS[request.effort]
     builder.tools(request.tools, _declaration, request.tool_choice)
     if wanted := request.format:
         builder.answer_format(wanted.type, "text.format", wanted.schema_, wanted.name, wanted.strict)

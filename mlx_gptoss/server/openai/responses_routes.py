@@ -20,7 +20,7 @@ from mlx_gptoss.server.openai.responses_request import (
     translate,
 )
 from mlx_gptoss.server.openai.responses_writer import ResponseWriter
-from mlx_gptoss.server.running.answer import answer, start_turns
+from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.running.jobs import Job
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.turn import TurnRequest
@@ -95,7 +95,7 @@ async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> t
     """Start the turn; to truncate is to leave out as many of the oldest turns as do not fit."""
     while True:
         try:
-            return asked, await start_turns(state.ready(), state.jobs, asked)
+            return asked, await state.start(asked)
         except ContextLengthError as error:
             excess, conversation = error.prompt_tokens - error.max_context, asked.conversation
             # One token too many counts as well: room for the answer's first is needed.

@@ -48,7 +48,7 @@ def new_body(request: ResponsesRequest, model: str) -> Json:
         "model": model,
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "reasoning": {"effort": request.effort or "medium", "summary": None},
+        "reasoning": {"effort": request.effort, "summary": None},
         "service_tier": "default",
         "store": request.store is not False,
         "temperature": 1.0,

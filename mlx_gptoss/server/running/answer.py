@@ -1,4 +1,4 @@
-"""From a translated request to its answer, streamed or in one piece: the skeleton that all APIs share."""
+"""From what a job generates to its answer, streamed or in one piece: the skeleton that all APIs share."""
 
 from __future__ import annotations
 
@@ -7,28 +7,15 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import Sink
-from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Done, Reply
-from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.errors import ApiError, as_api_error
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.jobs import Job, Jobs
-from mlx_gptoss.server.translate.request import naming
-from mlx_gptoss.server.translate.sampling_fields import of_choices
-from mlx_gptoss.server.translate.turn import TurnRequest
-
-if TYPE_CHECKING:
-    from mlx_gptoss.llm import LLM
+from mlx_gptoss.server.running.jobs import Job
 
 logger = logging.getLogger("mlx_gptoss.server")
 
@@ -70,26 +57,6 @@ class Writer(ABC):
     @abstractmethod
     def body(self) -> Json:
         """The answer in one piece."""
-
-
-async def start_turns(llm: LLM, jobs: Jobs, asked: TurnRequest, count: int = 1) -> Job:
-    """Start the turn that is asked for, once for each choice.
-
-    A schema that cannot be enforced is refused where the request is strict; else the answer is some JSON
-    object, and the prompt shows the schema. Raises RequestError naming the client's field, or BusyError.
-    """
-
-    def begin(params: SamplingParams, sink: Sink) -> Cancellable:
-        return llm.start(asked.conversation, replace(asked.options, params=params), sink=sink)
-
-    try:
-        with naming(asked.names):
-            return await jobs.start(*(partial(begin, p) for p in of_choices(asked.options.params, count)))
-    except SchemaError as error:
-        if asked.strict or error.field != asked.names.get("schema"):
-            raise
-    loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
-    return await start_turns(llm, jobs, replace(asked, options=loose, strict=True), count)
 
 
 async def answer(

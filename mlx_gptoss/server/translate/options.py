@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mlx_gptoss.errors import RequestError, SchemaError
 from mlx_gptoss.grammar import ToolChoice
@@ -13,7 +13,8 @@ from mlx_gptoss.harmony.schema import without_refused
 from mlx_gptoss.server.settings import ServerSettings
 
 # Names that other models' clients send, onto the three that gpt-oss knows.
-EFFORTS: dict[str, ReasoningEffort] = {
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: dict[Effort, ReasoningEffort] = {
     "none": "low",
     "minimal": "low",
     "low": "low",
@@ -22,15 +23,6 @@ EFFORTS: dict[str, ReasoningEffort] = {
     "xhigh": "high",
     "max": "high",
 }
-
-
-def effort_of(value: str | None, field: str) -> ReasoningEffort:
-    """A reasoning effort by any of its names; medium when none is given."""
-    if value is None:
-        return "medium"
-    if value not in EFFORTS:
-        raise RequestError(f"{field} is {value[:40]!r}: expected one of {', '.join(EFFORTS)}", field)
-    return EFFORTS[value]
 
 
 def at_most(limit: int, count: int, what: str, field: str, kind: type[RequestError] = RequestError) -> None:

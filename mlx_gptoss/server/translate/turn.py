@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
@@ -111,7 +111,7 @@ class TurnBuilder:
 
     def answer_format(
         self,
-        kind: str,
+        kind: Literal["text", "json_object", "json_schema"],
         where: str,
         schema: object = None,
         name: str | None = None,
@@ -127,10 +127,6 @@ class TurnBuilder:
             check_schema_size(schema, self.settings, field)
             self._format, self._format_name = ResponseFormat("schema", schema), name
             self._names["schema"], self._strict = field, strict is True
-        elif kind != "text":
-            raise RequestError(
-                f"{where}.type is {kind[:40]!r}: expected text, json_object or json_schema", f"{where}.type"
-            )
 
     def conversation(self, instructions: str | None = None) -> Conversation:
         """The conversation of all that was collected. `instructions` go before the collected ones.
