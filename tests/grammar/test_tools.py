@@ -19,7 +19,7 @@ from mlx_gptoss.server import ServerSettings
 from mlx_gptoss.server.translate.options import choose_tools, function_tool
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.constraints import constrain
-from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_llm import ScriptedLLM
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
@@ -53,13 +53,13 @@ def tool_of(parameters: dict[str, Any]) -> Tool:
 
 @pytest.mark.parametrize("schema", UNUSUAL, ids=json.dumps)
 def test_an_unusual_schema_is_shown_as_far_as_it_can_be(
-    scripted: TestClient, engine: ScriptedEngine, schema: dict[str, Any]
+    scripted: TestClient, llm: ScriptedLLM, schema: dict[str, Any]
 ) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": around(schema)}}
     body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "none"}
     response = scripted.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
-    shown = engine.seen[-1][0].tools[0].parameters
+    shown = llm.seen[-1][0].tools[0].parameters
     assert shown is not None and shown["properties"]["y"] == {"type": "integer"}
     assert shown["required"] == ["y"]
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions on a scripted engine: translation both ways, and streams as OpenAI types them."""
+"""/v1/chat/completions on a scripted LLM: translation both ways, and streams as OpenAI types them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from mlx_gptoss.errors import SchemaError
-from tests.support.scripted_engine import Script, ScriptedEngine, answer
+from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -122,22 +122,22 @@ def test_the_last_chunk_has_the_usage_only_when_asked_for(ask: Callable[..., Any
 
 
 def test_several_answers_are_told_apart_and_the_prompt_is_counted_once(
-    ask: Callable[..., Any], engine: ScriptedEngine
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     body = ask(n=3, seed=5)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
     assert body["usage"]["prompt_tokens"] == len("hi")
-    assert [options["params"].seed for _, options in engine.seen] == [5, 6, 7]
+    assert [options["params"].seed for _, options in llm.seen] == [5, 6, 7]
     messages, _ = accumulate(ask(n=3, stream=True))
     assert {index: m["content"] for index, m in messages.items()} == dict.fromkeys(range(3), "You said: hi")
 
 
-def test_logprobs_spell_the_tokens_of_the_answer(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_logprobs_spell_the_tokens_of_the_answer(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     body = ask("né", logprobs=True, top_logprobs=1)
     entries = body["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "You said: né"
     assert all(len(entry["top_logprobs"]) == 1 for entry in entries)
-    assert engine.seen[-1][1]["params"].logprobs == 1
+    assert llm.seen[-1][1]["params"].logprobs == 1
     messages, _ = accumulate(ask("né", logprobs=True, top_logprobs=1, stream=True))
     assert messages[0]["logprobs"] == entries
     assert ask()["choices"][0]["logprobs"] is None
@@ -145,9 +145,9 @@ def test_logprobs_spell_the_tokens_of_the_answer(ask: Callable[..., Any], engine
 
 @pytest.mark.parametrize(("stop", "said"), [("defz", "abcdefgh"), ("de", "abc"), ("a", "")])
 def test_logprobs_are_those_of_the_text_streamed_or_not(
-    ask: Callable[..., Any], engine: ScriptedEngine, stop: str, said: str
+    ask: Callable[..., Any], llm: ScriptedLLM, stop: str, said: str
 ) -> None:
-    engine.write = lambda *_: Script(text="abcdefgh")
+    llm.write = lambda *_: Script(text="abcdefgh")
     fields = {"logprobs": True, "stop": stop}
     choice = ask(**fields)["choices"][0]
     assert choice["message"]["content"] == said
@@ -158,7 +158,7 @@ def test_logprobs_are_those_of_the_text_streamed_or_not(
 
 
 def test_system_and_developer_messages_are_the_instructions(
-    ask: Callable[..., Any], engine: ScriptedEngine
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     ask(
         [
@@ -170,7 +170,7 @@ def test_system_and_developer_messages_are_the_instructions(
             {"role": "user", "content": "d"},
         ]
     )
-    conversation, _ = engine.seen[-1]
+    conversation, _ = llm.seen[-1]
     assert conversation.instructions == "Be brief.\n\nBe kind."
     assert [(m.role, m.content) for m in conversation.messages] == [
         ("user", "a\nb"),
@@ -180,9 +180,7 @@ def test_system_and_developer_messages_are_the_instructions(
     ]
 
 
-def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
+def test_a_tool_loop_is_rendered_with_the_sampled_tokens(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     asked = [{"role": "user", "content": "weather?"}]
     message = ask(asked, tools=[WEATHER])["choices"][0]["message"]
     assert message["content"] is None
@@ -190,7 +188,7 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
     result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
     body = ask([*asked, message, result], tools=[WEATHER])
     assert body["choices"][0]["message"]["content"] == "The tool says: sunny"
-    messages = engine.seen[-1][0].messages
+    messages = llm.seen[-1][0].messages
     assert [(m.role, m.channel) for m in messages] == [
         ("user", None),
         ("assistant", "analysis"),
@@ -200,22 +198,22 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
     assert all(m.token_ids for m in messages if m.role == "assistant")
     final = body["choices"][0]["message"]
     ask([*asked, message, result, final, {"role": "user", "content": "thanks"}], tools=[WEATHER])
-    assert engine.seen[-1][0].messages[-2].token_ids, "the answer's own tokens"
+    assert llm.seen[-1][0].messages[-2].token_ids, "the answer's own tokens"
 
 
-def test_an_edited_turn_is_rendered_anew(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_an_edited_turn_is_rendered_anew(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     asked = [{"role": "user", "content": "weather?"}]
     message = ask(asked, tools=[WEATHER])["choices"][0]["message"]
     message["tool_calls"][0]["function"]["arguments"] = '{"city": "Rome"}'
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"}
     ask([*asked, message, result], tools=[WEATHER])
-    sent = engine.seen[-1][0].messages
+    sent = llm.seen[-1][0].messages
     assert [m.content for m in sent] == ["weather?", "I need the tool.", '{"city": "Rome"}', "sunny"]
     assert not any(m.token_ids for m in sent)
 
 
 def test_arguments_that_a_client_wrote_anew_still_name_the_sampled_turn(
-    ask: Callable[..., Any], engine: ScriptedEngine
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     asked = [{"role": "user", "content": "weather?"}]
     message = ask(asked, tools=[WEATHER])["choices"][0]["message"]
@@ -224,12 +222,10 @@ def test_arguments_that_a_client_wrote_anew_still_name_the_sampled_turn(
     del message["reasoning"], message["reasoning_content"]
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"}
     ask([*asked, message, result], tools=[WEATHER])
-    assert [bool(m.token_ids) for m in engine.seen[-1][0].messages] == [False, True, True, False]
+    assert [bool(m.token_ids) for m in llm.seen[-1][0].messages] == [False, True, True, False]
 
 
-def test_unknown_history_is_accepted_with_its_reasoning(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
+def test_unknown_history_is_accepted_with_its_reasoning(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     call = {"id": "call_x", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
     ask(
         [
@@ -239,7 +235,7 @@ def test_unknown_history_is_accepted_with_its_reasoning(
         ],
         tools=[WEATHER],
     )
-    sent = engine.seen[-1][0].messages[1:]
+    sent = llm.seen[-1][0].messages[1:]
     assert [(m.channel, m.recipient, m.content) for m in sent] == [
         ("analysis", None, "Hm."),
         ("commentary", None, "One moment."),
@@ -248,35 +244,33 @@ def test_unknown_history_is_accepted_with_its_reasoning(
     ]
 
 
-def test_a_preamble_is_content_but_never_breaks_a_format(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
-    engine.write = lambda *_: Script(preamble="Let me see.", text="{}")
+def test_a_preamble_is_content_but_never_breaks_a_format(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(preamble="Let me see.", text="{}")
     assert ask()["choices"][0]["message"]["content"] == "Let me see.\n\n{}"
     message = ask(response_format={"type": "json_object"})["choices"][0]["message"]
     assert message["content"] == "{}"
     assert "Let me see." in message["reasoning"]
 
 
-def test_formats_reach_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_formats_reach_the_llm(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     body = ask(response_format={"type": "json_schema", "json_schema": {"name": "count", "schema": schema}})
     assert json.loads(body["choices"][0]["message"]["content"]) == {"n": 7}
-    conversation, options = engine.seen[-1]
+    conversation, options = llm.seen[-1]
     assert options["schema"] == schema
     assert (conversation.response_schema, conversation.response_name) == (schema, "count")
     ask(response_format={"type": "json_object"})
-    assert engine.seen[-1][1]["json_object"] is True
+    assert llm.seen[-1][1]["json_object"] is True
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
-    ask: Callable[..., Any], engine: ScriptedEngine, stream: bool
+    ask: Callable[..., Any], llm: ScriptedLLM, stream: bool
 ) -> None:
     def write(conversation: Any, options: dict[str, Any]) -> Any:
         return SchemaError("schema: no", "schema") if options["schema"] else answer(conversation, options)
 
-    engine.write = write
+    llm.write = write
     shape = {"name": "tags", "schema": {"type": "object", "not": {"required": ["a"]}}}
 
     def asked(strict: bool | None, status: int) -> Any:
@@ -287,7 +281,7 @@ def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
         body = asked(strict, 200)
         said = accumulate(body)[0][0] if stream else body["choices"][0]["message"]
         assert json.loads(said["content"]) == {"answer": 42}
-        conversation, options = engine.seen[-1]
+        conversation, options = llm.seen[-1]
         assert (options["schema"], options["json_object"]) == (None, True)
         assert conversation.response_schema == shape["schema"]
     assert asked(True, 400)["error"]["code"] == "invalid_schema"
@@ -312,21 +306,19 @@ def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
         ),
     ],
 )
-def test_tool_choices_reach_the_engine(
-    ask: Callable[..., Any], engine: ScriptedEngine, choice: Any, expected: Any
+def test_tool_choices_reach_the_llm(
+    ask: Callable[..., Any], llm: ScriptedLLM, choice: Any, expected: Any
 ) -> None:
     other = {"type": "function", "function": {"name": "other"}}
     ask(tools=[WEATHER, other], **({"tool_choice": choice} if choice else {}))
-    conversation, options = engine.seen[-1]
+    conversation, options = llm.seen[-1]
     assert options["tool_choice"] == expected
     names = [tool.name for tool in conversation.tools]
     allowed = isinstance(choice, dict) and choice["type"] == "allowed_tools"
     assert names == (["get_weather"] if allowed else ["get_weather", "other"])
 
 
-def test_sampling_reaches_the_engine_under_its_own_names(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
+def test_sampling_reaches_the_llm_under_its_own_names(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     ask(
         temperature=0,
         top_p=0.5,
@@ -339,7 +331,7 @@ def test_sampling_reaches_the_engine_under_its_own_names(
         max_tokens=5,
         reasoning_effort="minimal",
     )
-    conversation, options = engine.seen[-1]
+    conversation, options = llm.seen[-1]
     params = options["params"]
     assert (params.temperature, params.top_p, params.seed, params.stop) == (0, 0.5, 3, ("x",))
     assert (params.max_tokens, dict(params.logit_bias)) == (9, {5: -100})
@@ -347,29 +339,27 @@ def test_sampling_reaches_the_engine_under_its_own_names(
     assert conversation.reasoning_effort == "low"
 
 
-def test_a_top_p_of_0_is_greedy(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_a_top_p_of_0_is_greedy(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     ask("hello", top_p=0, temperature=1)
-    assert engine.seen[-1][1]["params"].temperature == 0
+    assert llm.seen[-1][1]["params"].temperature == 0
 
 
-def test_a_call_that_broke_off_is_the_same_in_one_piece(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
-    engine.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
+def test_a_call_that_broke_off_is_the_same_in_one_piece(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
     choice = ask("hello", tools=[WEATHER])["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Par'
 
 
-def test_a_cut_answer_says_length(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(text="so", finish_reason="length")
+def test_a_cut_answer_says_length(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="so", finish_reason="length")
     assert ask()["choices"][0]["finish_reason"] == "length"
     messages, _ = accumulate(ask(stream=True))
     assert messages[0]["finish"] == "length"
 
 
-def test_a_failure_in_a_stream_ends_it_with_an_error(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(text="so much text", fail_after=5)
+def test_a_failure_in_a_stream_ends_it_with_an_error(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="so much text", fail_after=5)
     events = read_events(ask(stream=True))
     assert events[-1][1]["error"]["code"] == "engine_error"
     assert "[DONE]" not in [data for _, data in events]
@@ -416,11 +406,11 @@ def test_what_is_wrong_is_named(ask: Callable[..., Any], fields: dict[str, Any],
         fields["messages"] = messages  # the table is shared by all runs
 
 
-def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
-    ask: Callable[..., Any], engine: ScriptedEngine
+def test_what_the_llm_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     def refused(error: SchemaError, **fields: Any) -> Any:
-        engine.write = lambda *_: error
+        llm.write = lambda *_: error
         return ask(status=400, **fields)["error"]
 
     shape = {"name": "n", "strict": True, "schema": {"type": "object"}}

@@ -32,7 +32,7 @@ from pydantic import BaseModel
 import mlx_gptoss
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_llm import ScriptedLLM
 from tests.support.server_help import live
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -68,8 +68,8 @@ class Person(BaseModel):
 def demo_url() -> Iterator[str]:
     """A live server of the demo model."""
     with (
-        mlx_gptoss.load("demo", max_context=512) as engine,
-        live(create_app(engine, ServerSettings(port=0, api_key=KEY))) as url,
+        mlx_gptoss.load("demo", max_context=512) as llm,
+        live(create_app(llm, ServerSettings(port=0, api_key=KEY))) as url,
     ):
         yield url
 
@@ -77,7 +77,7 @@ def demo_url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def scripted_url(tokenizer: Tokenizer) -> Iterator[str]:
     """A live server of scripted answers."""
-    app = create_app(ScriptedEngine(tokenizer), ServerSettings(port=0, api_key=KEY))  # type: ignore[arg-type]
+    app = create_app(ScriptedLLM(tokenizer), ServerSettings(port=0, api_key=KEY))  # type: ignore[arg-type]
     with live(app) as url:
         yield url
 
@@ -282,7 +282,7 @@ def test_openai_for_node_runs_a_tool(scripted_url: str) -> None:
     not (NODE / "node_modules/@openai/codex").is_dir(), reason="run `make clients` to fetch codex"
 )
 def test_codex_completes_a_function_call_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from tests.support.scripted_engine import Script
+    from tests.support.scripted_llm import Script
 
     def write(conversation: Any, options: Any) -> Script:
         if conversation.messages[-1].role == "tool":
@@ -291,8 +291,8 @@ def test_codex_completes_a_function_call_round_trip(tokenizer: Tokenizer, tmp_pa
         assert "exec_command" in [tool.name for tool in conversation.tools]
         return Script(calls=[("exec_command", json.dumps({"cmd": "echo sword''fish"}))])
 
-    engine = ScriptedEngine(tokenizer, write, max_context=100_000)
-    app = create_app(engine, ServerSettings(port=0))  # type: ignore[arg-type]
+    llm = ScriptedLLM(tokenizer, write, max_context=100_000)
+    app = create_app(llm, ServerSettings(port=0))  # type: ignore[arg-type]
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     work.mkdir()
@@ -314,5 +314,5 @@ def test_codex_completes_a_function_call_round_trip(tokenizer: Tokenizer, tmp_pa
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("found it")
-    assert any(m.role == "tool" for m in engine.seen[-1][0].messages)
-    assert any(m.token_ids for m in engine.seen[-1][0].messages), "the call's own tokens"
+    assert any(m.role == "tool" for m in llm.seen[-1][0].messages)
+    assert any(m.token_ids for m in llm.seen[-1][0].messages), "the call's own tokens"

@@ -15,7 +15,7 @@ from hypothesis.errors import Unsatisfiable
 
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_llm import ScriptedLLM
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
@@ -143,11 +143,11 @@ def test_malformed_bodies_are_refused_in_the_usual_shape(scripted: TestClient, p
 def test_the_openapi_document_holds_no_request_that_breaks_the_server(tokenizer: Tokenizer) -> None:
     """schemathesis makes requests out of the document, right ones and wrong ones, for each operation."""
     settings_ = ServerSettings(allowed_hosts=("testserver",))
-    app = create_app(ScriptedEngine(tokenizer), settings_)  # type: ignore[arg-type]
+    app = create_app(ScriptedLLM(tokenizer), settings_)  # type: ignore[arg-type]
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     statuses = {}
-    for result in schema.get_all_operations():
-        operation = result.ok()
+    results: Any = schema.get_all_operations()
+    for operation in (result.ok() for result in results):
         statuses[operation.label] = exercise(operation)
     assert 200 in statuses["GET /v1/models"] and 400 in statuses["POST /v1/chat/completions"]
 

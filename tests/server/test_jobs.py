@@ -1,4 +1,4 @@
-"""The life of a generation: queue, first event, disconnect, time limit, shutdown, and its metrics."""
+"""The life of a generation: queue, first event, disconnect, time limit, shutdown."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ from mlx_gptoss.errors import (
     TokenizerError,
     ToolError,
 )
-from mlx_gptoss.harmony import Message
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.http.errors import as_api_error
-from mlx_gptoss.server.memory.turns import TurnMemory
 from mlx_gptoss.server.run import serve
-from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import Script, ScriptedEngine
-from tests.support.server_help import live, read_events, values_of, wait_until
+from tests.support.scripted_llm import Script, ScriptedLLM
+from tests.support.server_help import live, read_events, wait_until
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
@@ -43,16 +40,16 @@ ENDLESS = Script(text="x" * 20_000, delay=0.005)
 
 
 @pytest.fixture(scope="module")
-def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedEngine, FastAPI]]:
-    """A live server with room for two generations, on an engine that never ends by itself."""
-    engine = ScriptedEngine(tokenizer, lambda *_: ENDLESS)
-    app = create_app(engine, ServerSettings(port=0, max_active=2, heartbeat=0.2))  # type: ignore[arg-type]
+def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, ScriptedLLM, FastAPI]]:
+    """A live server with room for two generations, on an LLM that never ends by itself."""
+    llm = ScriptedLLM(tokenizer, lambda *_: ENDLESS)
+    app = create_app(llm, ServerSettings(port=0, max_active=2, heartbeat=0.2))  # type: ignore[arg-type]
     with live(app) as url:
-        yield url, engine, app
+        yield url, llm, app
 
 
-def ended(engine: ScriptedEngine) -> bool:
-    return all(thread.ended.is_set() for thread in engine.running)
+def ended(llm: ScriptedLLM) -> bool:
+    return all(thread.ended.is_set() for thread in llm.running)
 
 
 PATHS = [
@@ -66,28 +63,28 @@ PATHS = [
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(("path", "body"), PATHS, ids=[path for path, _ in PATHS])
 def test_a_client_that_goes_away_cancels_its_generation(
-    slow: tuple[str, ScriptedEngine, FastAPI], path: str, body: dict[str, Any], stream: bool
+    slow: tuple[str, ScriptedLLM, FastAPI], path: str, body: dict[str, Any], stream: bool
 ) -> None:
-    url, engine, app = slow
-    started = len(engine.running)
+    url, llm, app = slow
+    started = len(llm.running)
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
     connection.request(
         "POST", path, json.dumps(body | {"stream": stream}), {"Content-Type": "application/json"}
     )
     if stream:
         assert connection.getresponse().read(10)
-    wait_until(lambda: len(engine.running) > started)
-    assert not ended(engine)
+    wait_until(lambda: len(llm.running) > started)
+    assert not ended(llm)
     assert connection.sock is not None or stream
     connection.close()
     if stream:  # http.client leaves the socket to the response
         del connection
-    wait_until(lambda: ended(engine))
+    wait_until(lambda: ended(llm))
     wait_until(lambda: not app.state.server.jobs.active)
 
 
-def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, ScriptedEngine, FastAPI]) -> None:
-    url, engine, app = slow
+def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, ScriptedLLM, FastAPI]) -> None:
+    url, llm, app = slow
     with httpx.Client(base_url=url) as client:
         first = client.build_request("POST", CHAT, json=HI | {"stream": True, "n": 2})
         response = client.send(first, stream=True)
@@ -99,23 +96,43 @@ def test_one_generation_too_many_is_told_when_to_come_back(slow: tuple[str, Scri
             assert client.get("/health").status_code == 200
         finally:
             response.close()
-    wait_until(lambda: ended(engine) and not app.state.server.jobs.active)
+    wait_until(lambda: ended(llm) and not app.state.server.jobs.active)
+
+
+def test_a_choice_that_fails_ends_the_others(tokenizer: Tokenizer) -> None:
+    scripts = iter([Script(text="x" * 40, fail_after=3), ENDLESS])
+    llm = ScriptedLLM(tokenizer, lambda *_: next(scripts))
+    app = create_app(llm)  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    events = read_events(client.post(CHAT, json=HI | {"stream": True, "n": 2}).text)
+    assert events[-1][1]["error"]["code"] == "engine_error"
+    wait_until(lambda: ended(llm) and not app.state.server.jobs.active)
+
+
+def test_choices_of_which_one_cannot_begin_leave_nothing_running(tokenizer: Tokenizer) -> None:
+    scripts: Iterator[Script | Exception] = iter([ENDLESS, SchemaError("no", "tools")])
+    llm = ScriptedLLM(tokenizer, lambda *_: next(scripts))
+    app = create_app(llm)  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    assert client.post(CHAT, json=HI | {"n": 2}).status_code == 400
+    assert not app.state.server.jobs.active
+    wait_until(lambda: ended(llm))
 
 
 def test_a_request_ends_when_its_time_is_up(tokenizer: Tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, lambda *_: ENDLESS)
-    app = create_app(engine, ServerSettings(request_timeout=0.3))  # type: ignore[arg-type]
+    llm = ScriptedLLM(tokenizer, lambda *_: ENDLESS)
+    app = create_app(llm, ServerSettings(request_timeout=0.3))  # type: ignore[arg-type]
     client = TestClient(app, base_url="http://localhost")
     response = client.post(CHAT, json=HI)
     assert response.status_code == 504
     streamed = read_events(client.post(CHAT, json=HI | {"stream": True}).text)
     assert "longer than 0.3 s" in streamed[-1][1]["error"]["message"]
-    wait_until(lambda: ended(engine))
+    wait_until(lambda: ended(llm))
 
 
 def test_a_waiting_stream_is_kept_alive(tokenizer: Tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, lambda *_: Script(reasoning="", text="late", delay=0.5))
-    app = create_app(engine, ServerSettings(heartbeat=0.1))  # type: ignore[arg-type]
+    llm = ScriptedLLM(tokenizer, lambda *_: Script(reasoning="", text="late", delay=0.5))
+    app = create_app(llm, ServerSettings(heartbeat=0.1))  # type: ignore[arg-type]
     client = TestClient(app, base_url="http://localhost")
     text = client.post(CHAT, json=HI | {"stream": True}).text
     assert text.count(": waiting\n\n") >= 2
@@ -126,8 +143,8 @@ def test_a_waiting_stream_is_kept_alive(tokenizer: Tokenizer) -> None:
 
 def test_stopping_lets_short_answers_finish_and_ends_long_ones(tokenizer: Tokenizer) -> None:
     scripts = {"short": Script(text="y" * 40, delay=0.02), "long": ENDLESS}
-    engine = ScriptedEngine(tokenizer, lambda conversation, _: scripts[conversation.messages[-1].content])
-    app = create_app(engine, ServerSettings(port=0, shutdown_grace=1.5))  # type: ignore[arg-type]
+    llm = ScriptedLLM(tokenizer, lambda conversation, _: scripts[conversation.messages[-1].content])
+    app = create_app(llm, ServerSettings(port=0, shutdown_grace=1.5))  # type: ignore[arg-type]
     answers: dict[str, str] = {}
 
     def ask(url: str, what: str) -> None:
@@ -138,12 +155,12 @@ def test_stopping_lets_short_answers_finish_and_ends_long_ones(tokenizer: Tokeni
         threads = [threading.Thread(target=ask, args=(url, what)) for what in scripts]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(engine.running) == 2)
+        wait_until(lambda: len(llm.running) == 2)
     for thread in threads:
         thread.join(10)
     assert read_events(answers["short"])[-1][1] == "[DONE]"
     assert read_events(answers["long"])[-1][1]["error"]["code"] == "shutting_down"
-    assert ended(engine)
+    assert ended(llm)
 
 
 def test_the_port_is_open_while_the_model_loads(tokenizer: Tokenizer) -> None:
@@ -155,7 +172,7 @@ def test_the_port_is_open_while_the_model_loads(tokenizer: Tokenizer) -> None:
             assert response.status_code == 503 and response.headers["Retry-After"]
             assert response.json()["error"]["code"] == "model_loading"
         assert client.get("/").status_code == client.get("/metrics").status_code == 200
-        app.state.server.attach(ScriptedEngine(tokenizer))
+        app.state.server.attach(ScriptedLLM(tokenizer))
         assert client.get("/health").json() == {"status": "ok", "model": "scripted"}
         assert client.post(CHAT, json=HI).status_code == 200
 
@@ -190,53 +207,3 @@ def test_every_error_has_a_status(error: Exception, status: int, code: str, para
         assert api.headers["Retry-After"] == "3"
     if isinstance(error, ContextLengthError):
         assert "5,000" in api.message and "4,096" in api.message
-
-
-def test_metrics_count_what_happened(tokenizer: Tokenizer) -> None:
-    app = create_app(ScriptedEngine(tokenizer))  # type: ignore[arg-type]
-    client = TestClient(app, base_url="http://localhost")
-    client.post(CHAT, json=HI)
-    client.get("/v1/models/" + "x" * 50)
-    client.get("/made-up")
-    response = client.get("/metrics")
-    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    values = values_of(response.text)
-    assert values['gptoss_requests_total{path="/v1/chat/completions",status="200"}'] == 1
-    assert values['gptoss_requests_total{path="/v1/models/{name:path}",status="404"}'] == 1
-    assert values['gptoss_requests_total{path="other",status="404"}'] == 1
-    assert values['gptoss_generations_total{finish_reason="stop"}'] == 1
-    assert values["gptoss_prompt_tokens_total"] == 2 and values["gptoss_cached_tokens_total"] == 3
-    assert values['gptoss_time_to_first_token_seconds_bucket{le="+Inf"}'] == 1
-    assert values["gptoss_active_generations"] == 0
-    assert "gptoss_engine_running" in values
-
-
-# --- remembered turns
-
-
-def sampled(text: str, call_id: str | None = None) -> Message:
-    message = Message.tool_call("f", text, call_id) if call_id else Message.assistant(text)
-    return Message(**{**vars(message), "token_ids": (1, 2, 3)})
-
-
-def test_turns_are_bounded_in_number_and_in_tokens() -> None:
-    memory = TurnMemory(max_turns=2, max_tokens=100)
-    for text in ("a", "b"):
-        memory.remember([sampled(text)], text)
-    assert memory.recall(AssistantTurn(text="a"))
-    memory.remember([sampled("c")], "c")
-    assert memory.recall(AssistantTurn(text="b")) is None
-    assert memory.recall(AssistantTurn(text="a"))
-    small = TurnMemory(max_turns=100, max_tokens=5)
-    for text in ("a", "b"):
-        small.remember([sampled(text)], text)
-    assert len(small) == 1
-
-
-def test_a_turn_is_recalled_by_each_call_and_never_when_changed() -> None:
-    memory = TurnMemory(max_turns=9)
-    memory.remember([sampled("{}", "c1"), sampled("{}", "c2")], "")
-    both = [Call("c1", "f", "{}"), Call("c2", "f", "{ }")]
-    assert memory.recall(AssistantTurn(calls=both))
-    for calls in (both[:1], both[::-1], [Call("c1", "g", "{}"), both[1]], [Call("c1", "f", "[]"), both[1]]):
-        assert memory.recall(AssistantTurn(calls=calls)) is None

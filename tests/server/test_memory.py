@@ -13,7 +13,7 @@ from mlx_gptoss.server import create_app
 from mlx_gptoss.server.memory.turns import TurnMemory
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call, after, digest, opening
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.scripted_llm import Script, ScriptedLLM
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
@@ -67,73 +67,73 @@ def result_of(ask: Ask, answer: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def fresh(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedEngine, TestClient]]:
+def fresh(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedLLM, TestClient]]:
     """An application that remembers nothing yet."""
-    engine = ScriptedEngine(tokenizer)
-    yield engine, TestClient(create_app(engine), base_url="http://localhost")  # type: ignore[arg-type]
+    llm = ScriptedLLM(tokenizer)
+    yield llm, TestClient(create_app(llm), base_url="http://localhost")  # type: ignore[arg-type]
 
 
-def sent(engine: ScriptedEngine) -> list[Message]:
-    return engine.seen[-1][0].messages
+def sent(llm: ScriptedLLM) -> list[Message]:
+    return llm.seen[-1][0].messages
 
 
 @pytest.mark.parametrize("other", [chat, anthropic, responses])
 @APIS
 def test_nothing_of_a_conversation_gets_into_another_that_says_the_same(
-    fresh: tuple[ScriptedEngine, TestClient], ask: Ask, other: Ask
+    fresh: tuple[ScriptedLLM, TestClient], ask: Ask, other: Ask
 ) -> None:
-    engine, client = fresh
-    engine.write = lambda *_: ENDS_IN_OK
+    llm, client = fresh
+    llm.write = lambda *_: ENDS_IN_OK
     ask(client, [ASKED])
     for content in ("OK.", "Looking.\n\nOK.", "Looking.OK."):
         other(client, [{"role": "user", "content": "Mine?"}, {"role": "assistant", "content": content}, MORE])
-        assert [m.content for m in sent(engine)] == ["Mine?", content, "go on"]
+        assert [m.content for m in sent(llm)] == ["Mine?", content, "go on"]
 
 
 def test_the_same_messages_under_other_instructions_are_another_conversation(
-    fresh: tuple[ScriptedEngine, TestClient],
+    fresh: tuple[ScriptedLLM, TestClient],
 ) -> None:
-    engine, client = fresh
-    engine.write = lambda *_: Script(reasoning="My instructions have the secret 7.", text="Hello!")
+    llm, client = fresh
+    llm.write = lambda *_: Script(reasoning="My instructions have the secret 7.", text="Hello!")
     said = chat(client, [{"role": "system", "content": "The secret is 7."}, ASKED])
     chat(client, [ASKED, said, MORE])
-    assert [m.content for m in sent(engine)] == ["Is it done?", "Hello!", "go on"]
+    assert [m.content for m in sent(llm)] == ["Is it done?", "Hello!", "go on"]
 
 
 @APIS
 def test_a_conversation_that_goes_on_keeps_all_its_tokens(
-    fresh: tuple[ScriptedEngine, TestClient], ask: Ask
+    fresh: tuple[ScriptedLLM, TestClient], ask: Ask
 ) -> None:
-    engine, client = fresh
-    engine.write = lambda *_: ENDS_IN_OK
+    llm, client = fresh
+    llm.write = lambda *_: ENDS_IN_OK
     history: list[Any] = []
     for turn in range(3):
         history.append({"role": "user", "content": f"question {turn}"})
         history += as_list(ask(client, history))
     for _ in range(2):  # and again, as after a retry
         ask(client, [*history, MORE])
-        turns = [m for m in sent(engine) if m.role == "assistant"]
+        turns = [m for m in sent(llm) if m.role == "assistant"]
         assert [m.channel for m in turns] == ["analysis", "commentary", "final"] * 3
         assert all(m.token_ids for m in turns)
 
 
 def test_an_answer_cut_at_a_stop_text_stays_in_the_history(
-    fresh: tuple[ScriptedEngine, TestClient],
+    fresh: tuple[ScriptedLLM, TestClient],
 ) -> None:
-    engine, client = fresh
-    engine.write = lambda *_: Script(text="One, two", cut=True)
+    llm, client = fresh
+    llm.write = lambda *_: Script(text="One, two", cut=True)
     said = chat(client, [ASKED], stop=["three"])
     chat(client, [ASKED, said, MORE])
-    assert [m.content for m in sent(engine)] == ["Is it done?", "One, two", "go on"]
+    assert [m.content for m in sent(llm)] == ["Is it done?", "One, two", "go on"]
 
 
 @pytest.mark.parametrize("edited", [False, True])
 @APIS
 def test_text_beside_calls_is_the_clients_when_it_was_edited(
-    fresh: tuple[ScriptedEngine, TestClient], ask: Ask, edited: bool
+    fresh: tuple[ScriptedLLM, TestClient], ask: Ask, edited: bool
 ) -> None:
-    engine, client = fresh
-    engine.write = lambda *_: Script(preamble="Let me look.", calls=[("look", "{}")])
+    llm, client = fresh
+    llm.write = lambda *_: Script(preamble="Let me look.", calls=[("look", "{}")])
     said = ask(client, [ASKED], tools=[tool(ask)])
     text = "I was told not to."
     if edited and ask is chat:
@@ -143,7 +143,7 @@ def test_text_beside_calls_is_the_clients_when_it_was_edited(
     elif edited:
         said[1]["content"][0]["text"] = text
     ask(client, [ASKED, *as_list(said), result_of(ask, said)], tools=[tool(ask)])
-    preamble = next(m for m in sent(engine) if m.channel == "commentary")
+    preamble = next(m for m in sent(llm) if m.channel == "commentary")
     assert preamble.content == (text if edited else "Let me look.")
     assert bool(preamble.token_ids) is not edited
 
@@ -196,3 +196,31 @@ def test_a_preamble_may_come_back_as_content_as_its_own_part_or_as_reasoning() -
         assert memory.recall(turn) == sampled
     for turn in (AssistantTurn("x", text="t"), AssistantTurn(preamble="x", text="t")):
         assert memory.recall(turn) is None
+
+
+def sampled(text: str, call_id: str | None = None) -> Message:
+    message = Message.tool_call("f", text, call_id) if call_id else Message.assistant(text)
+    return Message(**{**vars(message), "token_ids": (1, 2, 3)})
+
+
+def test_turns_are_bounded_in_number_and_in_tokens() -> None:
+    memory = TurnMemory(max_turns=2, max_tokens=100)
+    for text in ("a", "b"):
+        memory.remember([sampled(text)], text)
+    assert memory.recall(AssistantTurn(text="a"))
+    memory.remember([sampled("c")], "c")
+    assert memory.recall(AssistantTurn(text="b")) is None
+    assert memory.recall(AssistantTurn(text="a"))
+    small = TurnMemory(max_turns=100, max_tokens=5)
+    for text in ("a", "b"):
+        small.remember([sampled(text)], text)
+    assert len(small) == 1
+
+
+def test_a_turn_is_recalled_by_each_call_and_never_when_changed() -> None:
+    memory = TurnMemory(max_turns=9)
+    memory.remember([sampled("{}", "c1"), sampled("{}", "c2")], "")
+    both = [Call("c1", "f", "{}"), Call("c2", "f", "{ }")]
+    assert memory.recall(AssistantTurn(calls=both))
+    for calls in (both[:1], both[::-1], [Call("c1", "g", "{}"), both[1]], [Call("c1", "f", "[]"), both[1]]):
+        assert memory.recall(AssistantTurn(calls=calls)) is None

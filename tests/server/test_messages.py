@@ -1,4 +1,4 @@
-"""/v1/messages on a scripted engine: Anthropic's blocks, events and errors, and raw /v1/completions."""
+"""/v1/messages on a scripted LLM: Anthropic's blocks, events and errors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from fastapi.testclient import TestClient
-from openai.types import Completion
 from pydantic import TypeAdapter
 
-from mlx_gptoss.errors import ContextLengthError, SchemaError
+from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.harmony import render
+from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.scripted_llm import Script, ScriptedLLM
 from tests.support.server_help import read_events
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -94,11 +94,11 @@ def test_an_answer_is_text_and_counts_cached_tokens_apart(ask: Callable[..., Any
     assert message.usage.input_tokens + 3 == len("hello there")
 
 
-def test_thinking_is_shown_to_those_who_ask(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_thinking_is_shown_to_those_who_ask(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     blocks = ask(thinking=THINK)["content"]
     assert [block["type"] for block in blocks] == ["thinking", "text"]
     assert blocks[0]["thinking"] == "The user asks."
-    assert engine.seen[-1][1]["reasoning_budget"] == 1024
+    assert llm.seen[-1][1]["reasoning_budget"] == 1024
     for thinking in ({"type": "disabled"}, {"type": "adaptive", "display": "omitted"}):
         assert [block["type"] for block in ask(thinking=thinking)["content"]] == ["text"]
 
@@ -120,9 +120,7 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece(ask: Callable[..., Any], fi
     assert streamed == whole
 
 
-def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
+def test_a_tool_loop_is_rendered_with_the_sampled_tokens(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     first = ask([ASKED], tools=[WEATHER])
     assert first["stop_reason"] == "tool_use"
     use = first["content"][-1]
@@ -134,7 +132,7 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
         {"role": "user", "content": [result]},
     ]
     assert ask(history, tools=[WEATHER])["content"][-1]["text"] == "The tool says: sunny"
-    assert [(m.channel, bool(m.token_ids)) for m in engine.seen[-1][0].messages] == [
+    assert [(m.channel, bool(m.token_ids)) for m in llm.seen[-1][0].messages] == [
         (None, False),
         ("analysis", True),
         ("commentary", True),
@@ -142,7 +140,7 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
     ]
 
 
-def test_the_whole_request_reaches_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_the_whole_request_reaches_the_llm(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     use = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Rome"}}
     failed = {"type": "tool_result", "tool_use_id": "t1", "content": "no network", "is_error": True}
     ask(
@@ -158,7 +156,7 @@ def test_the_whole_request_reaches_the_engine(ask: Callable[..., Any], engine: S
         top_k=5,
         output_config={"effort": "high"},
     )
-    conversation, options = engine.seen[-1]
+    conversation, options = llm.seen[-1]
     assert conversation.instructions == "Be brief."
     assert [tool.name for tool in conversation.tools] == ["get_weather"]
     assert [m.content for m in conversation.messages] == [
@@ -174,38 +172,38 @@ def test_the_whole_request_reaches_the_engine(ask: Callable[..., Any], engine: S
 
 
 def test_a_stop_sequence_is_named_where_it_ended_the_answer(
-    ask: Callable[..., Any], engine: ScriptedEngine
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     def ended(cut: bool) -> tuple[str, str | None]:
-        engine.write = lambda *_: Script(text="one", cut=cut)
+        llm.write = lambda *_: Script(text="one", cut=cut)
         body = ask(stop_sequences=["three", "two"])
         return body["stop_reason"], body["stop_sequence"]
 
     assert ended(True) == ("stop_sequence", "two")
     assert ended(False) == ("end_turn", None)
-    engine.write = lambda *_: Script(text="one two three")
+    llm.write = lambda *_: Script(text="one two three")
     body = ask(stop_sequences=["three", "two"])
     assert (body["content"][0]["text"], body["stop_sequence"]) == ("one ", "two")
 
 
-def test_a_format_is_asked_of_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_a_format_is_asked_of_the_llm(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     body = ask(output_config={"format": {"type": "json_schema", "schema": schema}})
     assert body["content"][0]["text"] == '{"n": 7}'
-    assert engine.seen[-1][1]["schema"] == schema
+    assert llm.seen[-1][1]["schema"] == schema
 
 
 def test_counted_tokens_are_those_of_the_rendered_prompt(
-    ask: Callable[..., Any], scripted: TestClient, engine: ScriptedEngine, tokenizer: Tokenizer
+    ask: Callable[..., Any], scripted: TestClient, llm: ScriptedLLM, tokenizer: Tokenizer
 ) -> None:
     ask([ASKED], tools=[WEATHER], system="Be brief.")
-    expected = len(render(engine.seen[-1][0], tokenizer))
+    expected = len(render(llm.seen[-1][0], tokenizer))
     body = {"model": "any", "messages": [ASKED], "tools": [WEATHER], "system": "Be brief."}
     assert scripted.post(PATH + "/count_tokens", json=body).json() == {"input_tokens": expected}
 
 
-def test_a_failure_in_a_stream_ends_it_with_an_error(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(text="so much text", fail_after=5)
+def test_a_failure_in_a_stream_ends_it_with_an_error(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="so much text", fail_after=5)
     name, data = read_events(ask(stream=True))[-1]
     assert (name, data["type"], data["error"]["type"]) == ("error", "error", "api_error")
 
@@ -241,106 +239,30 @@ def test_what_is_wrong_is_named_in_both_shapes(
     assert body["error"]["param"] == param
 
 
-def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
-    ask: Callable[..., Any], engine: ScriptedEngine
+@pytest.mark.parametrize("path", [PATH, PATH + "/count_tokens", PATH + "/batches"])
+def test_errors_from_before_any_route_have_the_shape_as_well(tokenizer: Tokenizer, path: str) -> None:
+    app = create_app(ScriptedLLM(tokenizer), ServerSettings(api_key="k"))  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    key = {"x-api-key": "k"}
+    for response, kind in (
+        (client.post(path), "authentication_error"),
+        (client.post(path, headers=key | {"Host": "evil.example"}), "permission_error"),
+        (client.post(path, headers=key, content=b"\xff"), "invalid_request_error"),
+        (client.get(path, headers=key), "not_found_error" if "batches" in path else "invalid_request_error"),
+    ):
+        body = response.json()
+        assert (body["type"], body["error"]["type"]) == ("error", kind), body
+        assert {"message", "param", "code"} <= set(body["error"])
+
+
+def test_what_the_llm_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     def param(field: str, **fields: Any) -> Any:
-        engine.write = lambda *_: SchemaError("no", field)
+        llm.write = lambda *_: SchemaError("no", field)
         return ask(status=400, **fields)["error"]["param"]
 
     shape = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
     assert param("schema", output_config=shape) == "output_config.format.schema"
     search = {"type": "web_search_20250305", "name": "get_weather"}
     assert param("tools[0].parameters", tools=[search, WEATHER]) == "tools[1].input_schema"
-
-
-# --- raw completions
-
-
-def complete(client: TestClient, status: int = 200, **fields: Any) -> Any:
-    reply = client.post("/v1/completions", json={"model": "any", "prompt": "hi", **fields})
-    assert reply.status_code == status, reply.text
-    return reply.text if fields.get("stream") and status == 200 else reply.json()
-
-
-def test_a_raw_completion_goes_on_from_text_or_tokens(scripted: TestClient) -> None:
-    completion = Completion.model_validate(complete(scripted), strict=True)
-    assert (completion.choices[0].text, completion.choices[0].finish_reason) == ("abcdefghijklmnop", "length")
-    several = complete(scripted, prompt=["a", "b"], n=2, max_tokens=2, echo=True)
-    assert [choice["text"] for choice in several["choices"]] == ["aab", "aab", "bab", "bab"]
-    assert several["usage"]["prompt_tokens"] == 2
-    assert complete(scripted, prompt=[104, 105], max_tokens=1)["choices"][0]["text"] == "a"
-
-
-def test_a_raw_completion_ends_before_its_stop_text(scripted: TestClient) -> None:
-    stopped = complete(scripted, stop=["ghi", "zz"])["choices"][0]
-    assert (stopped["text"], stopped["finish_reason"]) == ("abcdef", "stop")
-    assert complete(scripted, stop="pq")["choices"][0]["text"] == "abcdefghijklmnop"
-
-
-def test_a_raw_stream_adds_up(scripted: TestClient) -> None:
-    text = complete(scripted, stream=True, stop="ghi", echo=True, stream_options={"include_usage": True})
-    events = [data for _, data in read_events(text)]
-    assert events[-1] == "[DONE]"
-    *pieces, last, usage = events[:-1]
-    # OpenAI streams a null finish_reason up to the last piece, though the SDK's type knows none.
-    assert [piece["choices"][0].pop("finish_reason") for piece in pieces] == [None] * len(pieces)
-    for chunk in (
-        last,
-        usage,
-        *({**p, "choices": [p["choices"][0] | {"finish_reason": "stop"}]} for p in pieces),
-    ):
-        Completion.model_validate(chunk, strict=True)
-    assert "".join(piece["choices"][0]["text"] for piece in (*pieces, last)) == "hiabcdef"
-    assert last["choices"][0]["finish_reason"] == "stop"
-    assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2
-
-
-def test_raw_logprobs_have_a_score_for_each_token(scripted: TestClient) -> None:
-    scores = complete(scripted, logprobs=1, max_tokens=3)["choices"][0]["logprobs"]
-    assert scores["tokens"] == ["a", "b", "c"]
-    assert scores["text_offset"] == [0, 1, 2]
-    assert scores["top_logprobs"][0] == {"a": -0.25}
-
-
-@pytest.mark.parametrize("stop", ["defz", "def", "a", ["fgz", "h"]])
-def test_raw_logprobs_are_those_of_the_text_streamed_or_not(scripted: TestClient, stop: Any) -> None:
-    fields = {"logprobs": 1, "stop": stop, "max_tokens": 8}
-    whole = complete(scripted, **fields)["choices"][0]
-    assert "".join(whole["logprobs"]["tokens"]) == whole["text"]
-    events = read_events(complete(scripted, stream=True, **fields))
-    pieces = [data["choices"][0] for _, data in events[:-1]]
-    assert "".join(piece["text"] for piece in pieces) == whole["text"]
-    for name, values in whole["logprobs"].items():
-        assert [value for piece in pieces for value in piece["logprobs"][name]] == values
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": ""},
-        {"prompt": []},
-        {"prompt": [99999999]},
-        {"suffix": "x"},
-        {"best_of": 3},
-        {"prompt": [["a"]]},
-    ],
-)
-def test_wrong_raw_completions_are_refused(scripted: TestClient, fields: dict[str, Any]) -> None:
-    assert complete(scripted, 400, **fields)["error"]["param"] is not None
-
-
-@pytest.mark.parametrize(("prompt", "param"), [("too long", "prompt"), (["a", "too long"], "prompt[1]")])
-def test_a_raw_prompt_that_does_not_fit_is_named(
-    scripted: TestClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, prompt: Any, param: str
-) -> None:
-    submit = engine.submit
-
-    def bounded(tokens: Any, *args: Any, **options: Any) -> Any:
-        if len(tokens) > 4:
-            raise ContextLengthError(len(tokens), 4)
-        return submit(tokens, *args, **options)
-
-    monkeypatch.setattr(engine, "submit", bounded)
-    error = complete(scripted, 400, prompt=prompt)["error"]
-    assert (error["param"], error["code"]) == (param, "context_length_exceeded")

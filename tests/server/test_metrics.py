@@ -12,7 +12,7 @@ from mlx_gptoss.server import create_app
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_llm import ScriptedLLM
 from tests.support.server_help import values_of
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -21,7 +21,7 @@ pytest_plugins = ["tests.support.server_fixtures"]
 @pytest.fixture
 def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
     """An application that has counted nothing yet."""
-    yield TestClient(create_app(ScriptedEngine(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
+    yield TestClient(create_app(ScriptedLLM(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
 
 
 def test_counters_and_sums_are_exact() -> None:
@@ -51,3 +51,20 @@ def test_no_text_can_break_an_events_line(mark: str) -> None:
         assert named in ([], ["event: x"]) and end == ""
         assert json.loads(line.removeprefix("data: ")) == value
         assert "é" in line
+
+
+def test_metrics_count_what_happened(client: TestClient) -> None:
+    client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+    client.get("/v1/models/" + "x" * 50)
+    client.get("/made-up")
+    response = client.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    values = values_of(response.text)
+    assert values['gptoss_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert values['gptoss_requests_total{path="/v1/models/{name:path}",status="404"}'] == 1
+    assert values['gptoss_requests_total{path="other",status="404"}'] == 1
+    assert values['gptoss_generations_total{finish_reason="stop"}'] == 1
+    assert values["gptoss_prompt_tokens_total"] == 2 and values["gptoss_cached_tokens_total"] == 3
+    assert values['gptoss_time_to_first_token_seconds_bucket{le="+Inf"}'] == 1
+    assert values["gptoss_active_generations"] == 0
+    assert "gptoss_engine_running" in values

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import Script, ScriptedEngine, answer
+from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import live
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the page's test needs selenium")
@@ -49,9 +49,9 @@ print("<b>not bold</b>")
 
 
 @pytest.fixture(scope="module")
-def page(tokenizer: Tokenizer) -> Iterator[tuple[Any, ScriptedEngine]]:
-    """The page, open in a browser, and the engine behind it."""
-    engine = ScriptedEngine(tokenizer)
+def page(tokenizer: Tokenizer) -> Iterator[tuple[Any, ScriptedLLM]]:
+    """The page, open in a browser, and the LLM behind it."""
+    llm = ScriptedLLM(tokenizer)
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,800"):
@@ -59,9 +59,9 @@ def page(tokenizer: Tokenizer) -> Iterator[tuple[Any, ScriptedEngine]]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
-        with live(create_app(engine, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
+        with live(create_app(llm, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
             driver.get(url)
-            yield driver, engine
+            yield driver, llm
             bad = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
             assert not bad, "errors on the page's console"
     finally:
@@ -95,15 +95,15 @@ def last(driver: Any, selector: str = ".body") -> Any:
 
 
 @pytest.fixture(autouse=True)
-def fresh(page: tuple[Any, ScriptedEngine]) -> None:
+def fresh(page: tuple[Any, ScriptedLLM]) -> None:
     """Every test begins with a conversation of its own."""
-    driver, engine = page
-    engine.write = answer
+    driver, llm = page
+    llm.write = answer
     driver.find_element(By.ID, "new").click()
 
 
-def test_an_answer_is_shown_with_its_reasoning_folded(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
+def test_an_answer_is_shown_with_its_reasoning_folded(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
     wait(driver, lambda: driver.find_element(By.ID, "model").text == "scripted")
     driver.find_element(By.CSS_SELECTOR, "#system-box summary").click()
     system = driver.find_element(By.ID, "system")
@@ -115,15 +115,15 @@ def test_an_answer_is_shown_with_its_reasoning_folded(page: tuple[Any, ScriptedE
     reasoning = last(driver, "details.reasoning")
     assert reasoning.get_attribute("open") is None
     assert reasoning.find_element(By.TAG_NAME, "summary").text.startswith("Reasoned")
-    conversation = engine.seen[-1][0]
+    conversation = llm.seen[-1][0]
     assert (conversation.instructions, conversation.reasoning_effort) == ("Be brief.", "low")
     assert "of 4,096 tokens" in driver.find_element(By.ID, "context").text
     assert "tokens/s" in driver.find_element(By.ID, "speed").text
 
 
-def test_markdown_is_shown_and_nothing_in_it_runs(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
-    engine.write = lambda *_: Script(reasoning="<b>x</b>", text=RICH)
+def test_markdown_is_shown_and_nothing_in_it_runs(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
+    llm.write = lambda *_: Script(reasoning="<b>x</b>", text=RICH)
     say(driver, "<img src=x onerror='window.hacked=4'>")
     body = last(driver)
     for selector, text in {
@@ -145,14 +145,14 @@ def test_markdown_is_shown_and_nothing_in_it_runs(page: tuple[Any, ScriptedEngin
         driver.save_screenshot(str(Path(folder) / "dark.png"))
 
 
-def test_a_long_answer_can_be_stopped_and_made_again(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
-    engine.write = lambda *_: Script(text="word " * 4000, delay=0.01)
+def test_a_long_answer_can_be_stopped_and_made_again(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
+    llm.write = lambda *_: Script(text="word " * 4000, delay=0.01)
     driver.find_element(By.ID, "prompt").send_keys("go on", Keys.ENTER)
     wait(driver, lambda: find(driver, ".turn.assistant") and "word" in last(driver).text)
     driver.find_element(By.ID, "stop").click()
-    wait(driver, lambda: engine.running[-1].ended.is_set())
-    engine.write = answer
+    wait(driver, lambda: llm.running[-1].ended.is_set())
+    llm.write = answer
     wait(driver, lambda: find(driver, ".again"))
     last(driver, ".again").click()
     wait(driver, lambda: last(driver).text == "You said: go on")
@@ -160,8 +160,8 @@ def test_a_long_answer_can_be_stopped_and_made_again(page: tuple[Any, ScriptedEn
     assert len(find(driver, ".turn")) == 2
 
 
-def test_editing_a_message_rewinds_to_it(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
+def test_editing_a_message_rewinds_to_it(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
     say(driver, "first")
     say(driver, "second")
     assert len(find(driver, ".turn")) == 4
@@ -170,25 +170,25 @@ def test_editing_a_message_rewinds_to_it(page: tuple[Any, ScriptedEngine]) -> No
     assert prompt.get_attribute("value") == "first"
     assert len(find(driver, ".turn")) == 0
     say(driver, " again")
-    assert [m.content for m in engine.seen[-1][0].messages] == ["first again"]
+    assert [m.content for m in llm.seen[-1][0].messages] == ["first again"]
 
 
-def test_tool_calls_are_shown(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
-    engine.write = lambda *_: Script(calls=[("get_weather", '{"city": "Paris"}')])
+def test_tool_calls_are_shown(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
+    llm.write = lambda *_: Script(calls=[("get_weather", '{"city": "Paris"}')])
     say(driver, "weather?")
     assert last(driver, "details.call summary").text == "Calls get_weather"
     assert last(driver, "details.call code").text == '{"city": "Paris"}'
 
 
-def test_errors_are_told(page: tuple[Any, ScriptedEngine]) -> None:
-    driver, engine = page
-    engine.write = lambda *_: Script(text="never shown in full", fail_after=6)
+def test_errors_are_told(page: tuple[Any, ScriptedLLM]) -> None:
+    driver, llm = page
+    llm.write = lambda *_: Script(text="never shown in full", fail_after=6)
     say(driver, "hm")
     assert last(driver, ".error").text == "the engine failed"
 
 
-def test_conversations_stay_in_the_browser(page: tuple[Any, ScriptedEngine]) -> None:
+def test_conversations_stay_in_the_browser(page: tuple[Any, ScriptedLLM]) -> None:
     driver, _ = page
     say(driver, "remember me")
     driver.refresh()
@@ -200,7 +200,7 @@ def test_conversations_stay_in_the_browser(page: tuple[Any, ScriptedEngine]) -> 
     assert "remember me" not in [button.text for button in find(driver, "#list button:first-child")]
 
 
-def test_every_control_has_a_name_and_can_be_reached_by_keyboard(page: tuple[Any, ScriptedEngine]) -> None:
+def test_every_control_has_a_name_and_can_be_reached_by_keyboard(page: tuple[Any, ScriptedLLM]) -> None:
     driver, _ = page
     for control in find(driver, "button, textarea, select"):
         assert control.accessible_name or not control.is_displayed(), control.get_attribute("outerHTML")

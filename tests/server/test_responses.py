@@ -1,4 +1,4 @@
-"""/v1/responses on a scripted engine: items, events as OpenAI's types define them, and stored responses."""
+"""/v1/responses on a scripted LLM: items, events as OpenAI's types define them, and stored responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from mlx_gptoss.errors import ContextLengthError, SchemaError
 from mlx_gptoss.server.memory.responses import ResponseStore, StoredResponse
-from tests.support.scripted_engine import Script, ScriptedEngine, answer
+from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -108,8 +108,8 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece(ask: Callable[..., Any], fi
     assert without_ids(streamed) == without_ids(whole)
 
 
-def test_a_preamble_is_a_message_of_its_own(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(preamble="One moment.", text="Done.")
+def test_a_preamble_is_a_message_of_its_own(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(preamble="One moment.", text="Done.")
     final = replay(ask(stream=True))
     assert [(item["type"], item.get("phase")) for item in final["output"]] == [
         ("reasoning", None),
@@ -120,9 +120,7 @@ def test_a_preamble_is_a_message_of_its_own(ask: Callable[..., Any], engine: Scr
     assert [item["type"] for item in structured["output"]] == ["reasoning", "reasoning", "message"]
 
 
-def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
-    ask: Callable[..., Any], engine: ScriptedEngine
-) -> None:
+def test_a_tool_loop_is_rendered_with_the_sampled_tokens(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     first = ask([USER], tools=[WEATHER], store=False)
     call = first["output"][-1]
     assert (call["type"], call["name"], json.loads(call["arguments"])) == (
@@ -133,7 +131,7 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
     second = ask([USER, *first["output"], result], tools=[WEATHER], store=False)
     assert Response.model_validate(second).output_text == "The tool says: sunny"
-    sent = engine.seen[-1][0].messages
+    sent = llm.seen[-1][0].messages
     assert [(m.channel, bool(m.token_ids)) for m in sent] == [
         (None, False),
         ("analysis", True),
@@ -142,12 +140,12 @@ def test_a_tool_loop_is_rendered_with_the_sampled_tokens(
     ]
 
 
-def test_a_previous_response_is_gone_on_from(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_a_previous_response_is_gone_on_from(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     lead = {"role": "developer", "content": "Always be kind."}
     first = ask([lead, USER], tools=[WEATHER], instructions="Be brief.")
     result = {"type": "function_call_output", "call_id": first["output"][-1]["call_id"], "output": "sunny"}
     second = ask([result], tools=[WEATHER], previous_response_id=first["id"], instructions="Shout.")
-    conversation = engine.seen[-1][0]
+    conversation = llm.seen[-1][0]
     assert conversation.instructions == "Shout.\n\nAlways be kind."
     assert [m.content for m in conversation.messages] == [
         "weather?",
@@ -157,18 +155,18 @@ def test_a_previous_response_is_gone_on_from(ask: Callable[..., Any], engine: Sc
     ]
     third = ask("thanks", previous_response_id=second["id"])
     assert third["previous_response_id"] == second["id"]
-    assert [m.role for m in engine.seen[-1][0].messages].count("user") == 2
+    assert [m.role for m in llm.seen[-1][0].messages].count("user") == 2
 
 
 def test_a_reference_stands_for_the_stored_item(
-    ask: Callable[..., Any], engine: ScriptedEngine, scripted: TestClient
+    ask: Callable[..., Any], llm: ScriptedLLM, scripted: TestClient
 ) -> None:
     first = ask([USER], tools=[WEATHER])
     reasoning, call = first["output"]
     reference = {"type": "item_reference", "id": reasoning["id"]}
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
     ask([USER, reference, call, result], tools=[WEATHER], store=False)
-    assert [m.content for m in engine.seen[-1][0].messages][1] == "I need the tool."
+    assert [m.content for m in llm.seen[-1][0].messages][1] == "I need the tool."
     scripted.delete(f"{PATH}/{first['id']}")
     error = ask([USER, reference, call, result], tools=[WEATHER], status=404)["error"]
     assert error["param"] == "input[1].id"
@@ -253,12 +251,12 @@ def test_an_item_can_be_referred_to_as_long_as_a_response_holds_it(
     ask([USER, {"type": "item_reference"}], status=404)
 
 
-def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(text="half", finish_reason="length")
+def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="half", finish_reason="length")
     final = replay(ask(stream=True, max_output_tokens=5))
     assert final["status"] == "incomplete"
     assert final["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert engine.seen[-1][1]["params"].max_tokens == 5
+    assert llm.seen[-1][1]["params"].max_tokens == 5
     assert [item["status"] for item in final["output"]] == ["completed", "incomplete"]
 
 
@@ -268,31 +266,31 @@ def test_a_cut_answer_is_incomplete(ask: Callable[..., Any], engine: ScriptedEng
     ids=["reasoning", "preamble", "call", "text"],
 )
 def test_only_the_item_that_broke_off_is_incomplete(
-    ask: Callable[..., Any], engine: ScriptedEngine, script: Script
+    ask: Callable[..., Any], llm: ScriptedLLM, script: Script
 ) -> None:
-    engine.write = lambda *_: replace(script, finish_reason="length")
+    llm.write = lambda *_: replace(script, finish_reason="length")
     for final in (ask(), replay(ask(stream=True))):
         *before, last = [item["status"] for item in final["output"]]
         assert last == "incomplete" and set(before) <= {"completed"}
 
 
-def test_a_call_that_broke_off_is_incomplete(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
+def test_a_call_that_broke_off_is_incomplete(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(calls=[("get_weather", '{"city": "Par')], finish_reason="length")
     for final in (ask(tools=[WEATHER]), replay(ask(tools=[WEATHER], stream=True))):
         call = final["output"][-1]
         assert (final["status"], call["status"]) == ("incomplete", "incomplete")
         assert call["arguments"] == '{"city": "Par'
 
 
-def test_a_failure_in_a_stream_is_told_as_events(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
-    engine.write = lambda *_: Script(text="so much text", fail_after=6)
+def test_a_failure_in_a_stream_is_told_as_events(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="so much text", fail_after=6)
     text = ask(stream=True)
     final = replay(text)
     assert final["status"] == "failed" and final["error"]["message"] == "the engine failed"
     assert read_events(text)[-2][0] == "error"
 
 
-def test_what_codex_sends_is_accepted(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_what_codex_sends_is_accepted(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     namespace = {"type": "namespace", "name": "agents", "description": "More.", "tools": [WEATHER]}
     custom = {"type": "custom", "name": "apply_patch", "description": "Patch.", "format": {"type": "text"}}
     final = replay(
@@ -312,13 +310,13 @@ def test_what_codex_sends_is_accepted(ask: Callable[..., Any], engine: ScriptedE
             tools=[WEATHER, namespace, {"type": "web_search", "external_web_access": False}, custom],
         )
     )
-    conversation = engine.seen[-1][0]
+    conversation = llm.seen[-1][0]
     assert conversation.instructions == "One.\n\nTwo."
     assert [tool.name for tool in conversation.tools] == ["get_weather"]
     assert [tool["type"] for tool in final["tools"]] == ["function", "namespace", "web_search", "custom"]
 
 
-def test_reasoning_comes_back_sealed(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_reasoning_comes_back_sealed(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     """A client that only keeps `encrypted_content`, on a server that has forgotten the turn."""
     item = ask(include=["reasoning.encrypted_content"], store=False)["output"][0]
     sealed = {"type": "reasoning", "summary": [], "encrypted_content": item["encrypted_content"]}
@@ -329,11 +327,11 @@ def test_reasoning_comes_back_sealed(ask: Callable[..., Any], engine: ScriptedEn
         "output": [{"type": "input_text", "text": "sun"}],
     }
     ask([USER, sealed, call, result], tools=[WEATHER])
-    assert [m.content for m in engine.seen[-1][0].messages] == ["weather?", "The user asks.", "{}", "sun"]
+    assert [m.content for m in llm.seen[-1][0].messages] == ["weather?", "The user asks.", "{}", "sun"]
     assert "encrypted_content" not in ask()["output"][0]
 
 
-def test_assistant_items_are_grouped_into_turns(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_assistant_items_are_grouped_into_turns(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Look."}]}
     thought = {
         "type": "reasoning",
@@ -344,7 +342,7 @@ def test_assistant_items_are_grouped_into_turns(ask: Callable[..., Any], engine:
     call = {"type": "function_call", "call_id": "c9", "name": "get_weather", "arguments": "{}"}
     result = {"type": "function_call_output", "call_id": "c9", "output": "sun"}
     ask([USER, thought, said, call, result, thought, said], tools=[WEATHER])
-    assert [(m.role, m.channel, m.recipient) for m in engine.seen[-1][0].messages] == [
+    assert [(m.role, m.channel, m.recipient) for m in llm.seen[-1][0].messages] == [
         ("user", None, None),
         ("assistant", "analysis", None),
         ("assistant", "commentary", None),
@@ -355,44 +353,44 @@ def test_assistant_items_are_grouped_into_turns(ask: Callable[..., Any], engine:
     ]
 
 
-def test_truncation_drops_the_oldest_turns(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_truncation_drops_the_oldest_turns(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     def write(conversation: Any, options: Any) -> Any:
         size = sum(len(m.content) for m in conversation.messages)
         return ContextLengthError(size, 30) if size > 30 else answer(conversation, options)
 
-    engine.write = write
+    llm.write = write
     turns = [{"role": "user", "content": "0123456789"} for _ in range(9)]
     error = ask(turns, status=400)["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
     assert "90" in error["message"] and "30" in error["message"]
     ask(turns, truncation="auto")
-    assert [m.content for m in engine.seen[-1][0].messages] == ["0123456789"] * 3
+    assert [m.content for m in llm.seen[-1][0].messages] == ["0123456789"] * 3
     assert ask("0" * 31, truncation="auto", status=400)["error"]["code"] == "context_length_exceeded"
 
 
-def test_formats_reach_the_engine(ask: Callable[..., Any], engine: ScriptedEngine) -> None:
+def test_formats_reach_the_llm(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     body = ask(text={"format": {"type": "json_schema", "name": "count", "schema": schema, "strict": True}})
     assert json.loads(Response.model_validate(body, strict=True).output_text) == {"n": 7}
     assert body["text"]["format"]["schema"] == schema
-    conversation, options = engine.seen[-1]
+    conversation, options = llm.seen[-1]
     assert (options["schema"], conversation.response_name) == (schema, "count")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
-    ask: Callable[..., Any], engine: ScriptedEngine, stream: bool
+    ask: Callable[..., Any], llm: ScriptedLLM, stream: bool
 ) -> None:
     def write(conversation: Any, options: dict[str, Any]) -> Any:
         return SchemaError("schema: no", "schema") if options["schema"] else answer(conversation, options)
 
-    engine.write = write
+    llm.write = write
     shape = {"type": "json_schema", "name": "tags", "schema": {"type": "object", "not": {"required": ["a"]}}}
     for strict in (None, False):
         body = ask(stream=stream, text={"format": shape | {"strict": strict}})
         final = Response.model_validate(replay(body) if stream else body)
         assert json.loads(final.output_text) == {"answer": 42}
-        conversation, options = engine.seen[-1]
+        conversation, options = llm.seen[-1]
         assert (options["schema"], options["json_object"]) == (None, True)
         assert conversation.response_schema == shape["schema"]
     refused = ask(status=400, stream=stream, text={"format": shape | {"strict": True}})
@@ -425,11 +423,11 @@ def test_what_is_wrong_is_named(scripted: TestClient, fields: dict[str, Any], pa
     assert reply.json()["error"]["param"] == param
 
 
-def test_what_the_engine_finds_wrong_has_the_name_that_the_client_gave_it(
-    ask: Callable[..., Any], engine: ScriptedEngine
+def test_what_the_llm_finds_wrong_has_the_name_that_the_client_gave_it(
+    ask: Callable[..., Any], llm: ScriptedLLM
 ) -> None:
     def param(field: str, **fields: Any) -> Any:
-        engine.write = lambda *_: SchemaError("no", field)
+        llm.write = lambda *_: SchemaError("no", field)
         return ask(status=400, **fields)["error"]["param"]
 
     shape = {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}

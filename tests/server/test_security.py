@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_llm import ScriptedLLM
 from tests.support.server_help import live
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -26,7 +26,7 @@ KEY = "sk-local-secret"
 
 
 def client_of(tokenizer: Tokenizer, base: str = "http://localhost", **settings: Any) -> TestClient:
-    app = create_app(ScriptedEngine(tokenizer), ServerSettings(**settings))  # type: ignore[arg-type]
+    app = create_app(ScriptedLLM(tokenizer), ServerSettings(**settings))  # type: ignore[arg-type]
     return TestClient(app, base_url=base)
 
 
@@ -329,7 +329,7 @@ def test_prompts_are_logged_only_when_asked_for(
 def wire(tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
     """A live server that is impatient."""
     settings = ServerSettings(port=0, header_timeout=0.5, body_timeout=0.5, max_body_bytes=20_000)
-    with live(create_app(ScriptedEngine(tokenizer), settings)) as url:  # type: ignore[arg-type]
+    with live(create_app(ScriptedLLM(tokenizer), settings)) as url:  # type: ignore[arg-type]
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 

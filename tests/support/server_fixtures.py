@@ -1,4 +1,4 @@
-"""Fixtures of the server's tests: one application on a scripted engine, made once and reset for each test."""
+"""Fixtures of the server's tests: one application on a scripted LLM, made once and reset for each test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from mlx_gptoss.server import create_app
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import byte_tokenizer
-from tests.support.scripted_engine import ScriptedEngine, answer
+from tests.support.scripted_llm import ScriptedLLM, answer
 
 
 @pytest.fixture(scope="session")
@@ -20,23 +20,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def _application(tokenizer: Tokenizer) -> tuple[ScriptedEngine, TestClient]:
-    engine = ScriptedEngine(tokenizer)
-    app = create_app(engine)  # type: ignore[arg-type]
-    return engine, TestClient(app, base_url="http://localhost")
+def _application(tokenizer: Tokenizer) -> tuple[ScriptedLLM, TestClient]:
+    llm = ScriptedLLM(tokenizer)
+    app = create_app(llm)  # type: ignore[arg-type]
+    return llm, TestClient(app, base_url="http://localhost")
 
 
 @pytest.fixture
-def engine(_application: tuple[ScriptedEngine, TestClient]) -> Iterator[ScriptedEngine]:
-    """The scripted engine behind `scripted`, with its default answers."""
-    engine = _application[0]
-    engine.write = answer
-    engine.seen.clear()
-    yield engine
-    engine.write = answer
+def llm(_application: tuple[ScriptedLLM, TestClient]) -> Iterator[ScriptedLLM]:
+    """The scripted LLM behind `scripted`, with its default answers."""
+    llm = _application[0]
+    llm.write = answer
+    llm.seen.clear()
+    yield llm
+    llm.write = answer
 
 
 @pytest.fixture
-def scripted(engine: ScriptedEngine, _application: tuple[ScriptedEngine, TestClient]) -> TestClient:
+def scripted(llm: ScriptedLLM, _application: tuple[ScriptedLLM, TestClient]) -> TestClient:
     """A client of an application with default settings."""
     return _application[1]

@@ -1,6 +1,6 @@
-"""A stand-in for the Engine: replays scripted answers as harmony events, on a thread of its own.
+"""A stand-in for an LLM: replays scripted answers as harmony events, on a thread of its own.
 
-The server's tests need to choose what the model says, when, and what goes wrong. `ScriptedEngine(write)` asks
+The server's tests need to choose what the model says, when, and what goes wrong. `ScriptedLLM(write)` asks
 `write(conversation, options)` for a Script (or an exception) for each generation; `answer` is a sensible
 default that calls the first tool, reports its result, and fits a JSON schema.
 """
@@ -124,8 +124,11 @@ class ScriptedStats:
     running: int
 
 
-class ScriptedEngine:
-    """Takes the place of an Engine in the server. `seen` are the conversations and options it was given."""
+class ScriptedLLM:
+    """Takes the place of an LLM in the server.
+
+    `seen` are the conversations and options it was given, `submitted` the params of raw tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, write: Write = answer, *, max_context: int = 4096) -> None:
         self.name = "scripted"
@@ -133,6 +136,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.write = write
         self.seen: list[tuple[Conversation, dict[str, Any]]] = []
+        self.submitted: list[SamplingParams] = []
         self.running: list[_Thread] = []
         self.closed = False
         self._calls = itertools.count(1)
@@ -254,6 +258,7 @@ class ScriptedEngine:
         sink: Callable[[Any], None],
     ) -> _Thread:
         """Raw tokens: the alphabet, over and over."""
+        self.submitted.append(params)
         limit = params.max_tokens or 16
 
         def run(thread: _Thread) -> None:
