@@ -1,10 +1,10 @@
-"""What HTTP, event streams and JSON cost over the bare engine, on this machine.
+"""What HTTP, event streams and JSON cost over the bare LLM, on this machine.
 
     python -m benchmarks.server [--model demo] [--tokens 256] [--rounds 5]
 
 Throughput: tokens a second of one greedy stream, by `LLM.start` and over HTTP (a client in a process of
 its own), in turns. First byte: from the request's last byte to the stream's first event with generated
-text, less the same for the bare engine; the prompt is in the prefix store either way.
+text, less the same for the bare LLM; the prompt is in the prefix store either way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlx_gptoss
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.harmony import Conversation, Done, Message
 from mlx_gptoss.llm import LLM
 from mlx_gptoss.sampling import SamplingParams
@@ -30,13 +31,13 @@ from mlx_gptoss.server.run import make_server
 PROMPT = "What is 358 + 267?"
 
 
-def bare(engine: LLM, tokens: int, today: str) -> tuple[float, float]:
-    """(seconds to the first event, tokens a second after it) of the engine alone."""
+def bare(llm: LLM, tokens: int, today: str) -> tuple[float, float]:
+    """(seconds to the first event, tokens a second after it) of the LLM alone."""
     conversation = Conversation([Message.user(PROMPT)], current_date=today, reasoning_effort="high")
     began = time.perf_counter()
     first = 0.0
     count = 0
-    for event in engine.start(conversation, params=_params(tokens)):
+    for event in llm.start(conversation, TurnOptions(_params(tokens))):
         first = first or time.perf_counter()
         if isinstance(event, Done):
             count = event.usage.completion_tokens
@@ -74,8 +75,8 @@ def _client(netloc: str, tokens: int, rounds: Any, results: Any) -> None:
 
 def measure(model: str, tokens: int, rounds: int) -> dict[str, float]:
     """Medians over the rounds, and what the server costs."""
-    with mlx_gptoss.load(model, max_context=4096) as engine:
-        app = create_app(engine, ServerSettings(port=0))
+    with mlx_gptoss.load(model, max_context=4096) as llm:
+        app = create_app(llm, ServerSettings(port=0))
         urls: queue.Queue[str] = queue.Queue()
         server = make_server(app, urls.put)
         thread = threading.Thread(target=server.run)
@@ -88,7 +89,7 @@ def measure(model: str, tokens: int, rounds: int) -> dict[str, float]:
         today = app.state.server.today()
         alone, served = [], []
         for _ in range(rounds + 1):
-            alone.append(bare(engine, tokens, today))
+            alone.append(bare(llm, tokens, today))
             go.put(True)
             served.append(results.get())
         go.put(False)

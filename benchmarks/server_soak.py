@@ -135,9 +135,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
-    with mlx_gptoss.load(options.model, max_context=1024) as engine:
+    with mlx_gptoss.load(options.model, max_context=1024) as llm:
         urls: queue.Queue[str] = queue.Queue()
-        server = make_server(create_app(engine, ServerSettings(port=0)), urls.put)
+        server = make_server(create_app(llm, ServerSettings(port=0)), urls.put)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

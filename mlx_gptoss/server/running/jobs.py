@@ -27,10 +27,7 @@ MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from 
 
 
 class Job:
-    """The generations of one request. `batches()` yields what they produced since the last look, then ends.
-
-    All of it belongs to the event loop's thread, but for `_handles` and what the engine hands over.
-    """
+    """The generations of one request. `batches()` yields what they produced since the last look, then ends."""
 
     def __init__(self, jobs: Jobs, count: int) -> None:
         self.count = count
@@ -38,6 +35,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Any]] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._waking = False
         self._handles: list[Cancellable] = []
         self._running = set(range(count))
         self._silent = set(range(count))  # those that have produced nothing yet
@@ -62,13 +60,17 @@ class Job:
 
     def _hand_over(self, index: int, event: Any) -> None:
         """Take an event of a generation; called on the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._arrive, index, event)
-        except RuntimeError:  # the loop was closed under us: nobody is left to read
-            self._cancel()
-
-    def _arrive(self, index: int, event: Any) -> None:
         self._events.append((index, event))
+        if not self._waking:
+            self._waking = True
+            try:
+                self._loop.call_soon_threadsafe(self._notify)
+            except RuntimeError:  # the loop was closed under us: nobody is left to read
+                self._cancel()
+
+    def _notify(self) -> None:
+        # The flag falls before the queue is read, so an event appended in between wakes the reader again.
+        self._waking = False
         self._wake()
 
     def _wake(self) -> None:
@@ -115,14 +117,14 @@ class Job:
 
     def _observe(self, index: int, event: Any) -> None:
         """Count what an event tells, and note the end of its generation."""
-        metrics, elapsed = self._jobs.metrics, time.monotonic() - self._started
+        metrics = self._jobs.metrics
         if index in self._silent:
             self._silent.remove(index)
-            metrics.first_event.observe(elapsed)
+            metrics.first_event.observe(time.monotonic() - self._started)
         if isinstance(event, (Done, TokensDone)):
             self._running.remove(index)
             metrics.generations.labels(event.finish_reason).inc()
-            metrics.duration.observe(elapsed)
+            metrics.duration.observe(time.monotonic() - self._started)
             usage = event.usage if isinstance(event, Done) else event
             metrics.prompt_tokens.inc(usage.prompt_tokens)
             metrics.cached_tokens.inc(usage.cached_tokens)

@@ -28,7 +28,7 @@ EFFORTS: dict[Effort, ReasoningEffort] = {
 def at_most(limit: int, count: int, what: str, field: str, kind: type[RequestError] = RequestError) -> None:
     """Refuse more of something than the server takes."""
     if count > limit:
-        raise kind(f"{field} has {count:,} {what}: this server takes at most {limit:,}", field)
+        raise kind(f"{field}: {count:,} {what}, and this server takes at most {limit:,}", field)
 
 
 def check_schema_size(schema: object, settings: ServerSettings, field: str) -> None:

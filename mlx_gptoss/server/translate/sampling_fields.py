@@ -18,7 +18,7 @@ MAX_STOPS = 16
 def bounded(name: str, *default: None) -> Any:
     """A request's field with the bounds of a sampling field; required unless its default is given."""
     bounds: dict[str, Any] = dict(about(name).bounds)
-    return Field(*default, **bounds)
+    return Field(*default, description=about(name).help or None, **bounds)
 
 
 # Offered by every API under their own names; max_tokens has another in each.
