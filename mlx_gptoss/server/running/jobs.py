@@ -27,7 +27,7 @@ MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from 
 
 
 class Job:
-    """The generations of one request. `batches()` yields what they produced since the last look, then ends."""
+    """The generations of one request. `batches()` yields what they produced since the last look, and ends."""
 
     def __init__(self, jobs: Jobs, count: int) -> None:
         self.count = count
