@@ -1,4 +1,4 @@
-"""Stop texts: output ends before the first of them, wherever token boundaries fall."""
+"""Stop texts: output ends before the one that is complete first, wherever token boundaries fall."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class UntilStop:
         if self.over or not text:
             return ""
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            at, self.found = min(found)
+            _, at, self.found = min(found)
             return self._held[:at]
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
