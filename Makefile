@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fuzz docs golden clients clean
+.PHONY: demo test check fuzz mutants docs golden clients clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -23,6 +23,10 @@ check: $(VENV)/.installed-dev
 # The parser of the chat format on 100,000 token sequences; the suite runs 3,000.
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.support.fuzz_harmony --count 100000
+
+# Flip comparisons and shift numbers at 400 places, one at a time: do the tests notice? See docs/mutants.md.
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m scripts.mutants $(MUTANTS)
 
 # Write docs/cli.md again from the commands' own help.
 docs: $(VENV)/.installed

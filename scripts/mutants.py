@@ -1,0 +1,430 @@
+"""Mutation testing: does some test notice when a comparison is flipped or a number is off by one?
+
+    python -m scripts.mutants [TARGET ..] [--count 400] [--seed 1] [--jobs 2] [--tests FILE ..]
+
+A target is a room ("engine") or a module ("engine.scheduler"); by default all rooms of TESTS. The sites where
+cosmic-ray's operators apply are ranked by a hash of the seed, the definition and the line, so that an edit
+moves only its own sites in or out of the sample. One mutant is made at each of the first `count` sites and
+its room's tests run on it, in a copy of the tree, up to the first failure.
+
+Verdicts are appended to build/mutants/results.jsonl, and a run that is repeated goes on where it was; what
+survived runs again once its room's tests have changed. `--tests` tries a few files instead, while one writes
+them. build/mutants/report.json has the table and the
+survivors' diffs. Survivors judged to be no different in behaviour stand in tests/mutants_equivalent.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.ast.ast_query import ASTQuery
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+from scripts.count_imports import room_of, sources
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "mutants"
+EQUIVALENT = ROOT / "tests" / "mutants_equivalent.toml"
+
+# Each room -> the tests that have to notice a change in it: its own, and those of rooms it is tested through.
+TESTS = {
+    "engine": ("tests/engine", "tests/chat"),
+    "chat": ("tests/chat", "tests/engine/test_core.py", "tests/grammar/test_engine.py"),
+    "model": ("tests/model", "tests/engine"),
+    "harmony": ("tests/harmony", "tests/chat"),
+    "grammar": ("tests/grammar", "tests/chat"),
+    "checkpoint": ("tests/checkpoint", "tests/model/test_parity.py", "tests/engine/test_prefix.py"),
+    "convert": ("tests/convert",),
+}
+
+# Of cosmic-ray's operators those whose mutants are a slip that someone could make. Left out are the many that
+# raise a TypeError wherever they apply (+ to @, < to `is`) and are no test of the tests.
+OPERATORS = re.compile(
+    "core/("
+    "ReplaceComparisonOperator_(Eq_NotEq|Eq_LtE|Eq_GtE|NotEq_Eq|NotEq_Lt|NotEq_Gt|Lt_LtE|Lt_GtE|LtE_Lt|LtE_Gt"
+    "|Gt_GtE|Gt_LtE|GtE_Gt|GtE_Lt|Is_IsNot|IsNot_Is)"
+    "|ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_FloorDiv|FloorDiv_Mul|Div_Mul|Mod_FloorDiv|Pow_Mul"
+    "|RShift_LShift|LShift_RShift|BitOr_BitAnd|BitAnd_BitOr|BitXor_BitOr)"
+    "|ReplaceUnaryOperator_(USub_UAdd|Delete_USub|Delete_Not|Delete_Invert)"
+    "|AddNot|ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd"
+    "|ReplaceBreakWithContinue|ReplaceContinueWithBreak|ExceptionReplacer|NumberReplacer|ZeroIterationForLoop)"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the code and the (operator, occurrence) pairs that change it. `key` survives line shifts."""
+
+    module: str
+    definition: str
+    key: str
+    changes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the lines it replaces, and the module's new source."""
+
+    module: str
+    definition: str
+    key: str
+    before: str
+    after: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant. `code` and `tests` are digests of what it was found with."""
+
+    key: str
+    outcome: str  # killed, timeout, survived or equivalent
+    by: str = ""  # the test that noticed
+    seconds: float = 0.0
+    code: str = ""
+    tests: str = ""
+
+
+def rank(seed: int, key: str) -> str:
+    """A place in a random order that depends on the seed and the key alone."""
+    return hashlib.sha256(f"{seed} {key}".encode()).hexdigest()
+
+
+def sites(module: str, source: str) -> list[Site]:
+    """Every place in a module's source that an operator changes."""
+    lines = source.splitlines()
+    nodes = list(ast_nodes(get_ast(source)))
+    changes: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[str, int]]] = defaultdict(list)
+    definitions: dict[tuple[tuple[int, int], tuple[int, int]], str] = {}
+    for name in filter(OPERATORS.fullmatch, operator_names()):
+        operator = get_operator(name)()
+        places = ((node, *place) for node in nodes for place in operator.mutation_positions(node))
+        for occurrence, (node, start, end) in enumerate(places):
+            changes[start, end].append((name, occurrence))
+            definitions[start, end] = ASTQuery(node).get_definition_name() or ""
+    found, seen = [], Counter[str]()
+    for (start, end), pairs in sorted(changes.items()):
+        line = lines[start[0] - 1]
+        column = start[1] - (len(line) - len(line.lstrip()))
+        key = f"{module}:{definitions[start, end]}:{line.strip()}:{column}"
+        seen[key] += 1
+        found.append(Site(module, definitions[start, end], f"{key}:{seen[key]}", tuple(pairs)))
+    return found
+
+
+def mutant_at(site: Site, source: str, seed: int) -> Mutant | None:
+    """The first change of a site, in the seed's order, that a test could notice; None when none could."""
+    for name, occurrence in sorted(site.changes, key=lambda change: rank(seed, f"{site.key} {change}")):
+        mutated = mutate_code(source, get_operator(name)(), occurrence)
+        if mutated is None or _meaning(mutated) in (None, _meaning(source)):
+            continue
+        old, new = _changed(source, mutated)
+        return Mutant(site.module, site.definition, f"{site.key} -> {new}", old, new, mutated)
+    return None
+
+
+@cache
+def _meaning(source: str) -> str | None:
+    """The syntax tree without annotations, which are never evaluated; None for a syntax error."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if hasattr(node, name):
+                setattr(node, name, None)
+    return ast.dump(tree)
+
+
+def _changed(old: str, new: str) -> tuple[str, str]:
+    """The lines that differ, without their indentation."""
+    a, b = old.splitlines(), new.splitlines()
+    first = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    last = next(i for i, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=False)) if x != y)
+    return tuple("\n".join(x.strip() for x in s[first : len(s) - last]) for s in (a, b))  # type: ignore[return-value]
+
+
+def sample(targets: Sequence[str], count: int, seed: int) -> list[Mutant]:
+    """`count` mutants of the targets in the seed's order, equally many of each room that has them."""
+    rooms: dict[str, list[tuple[Site, str]]] = defaultdict(list)
+    for module, path in sources(ROOT).items():
+        if any(module == t or module.startswith(f"{t}.") for t in targets):
+            source = path.read_text(encoding="utf-8")
+            rooms[room_of(module)] += [(site, source) for site in sites(module, source)]
+    if not any(rooms.values()):
+        raise SystemExit(f"nothing to mutate in {', '.join(targets)}")
+    ranked = [sorted(found, key=lambda pair: rank(seed, pair[0].key)) for found in rooms.values()]
+    chosen: list[Mutant] = []
+    for site, source in filter(None, chain.from_iterable(zip_longest(*ranked))):
+        if len(chosen) == count:
+            break
+        mutant = mutant_at(site, source, seed)
+        if mutant is not None:
+            chosen.append(mutant)
+    print(f"{len(chosen)} mutants at {sum(map(len, ranked))} sites, seed {seed}", flush=True)
+    return chosen
+
+
+def tests_of(module: str) -> list[str]:
+    """The test files of a module's room, those that bear its name first."""
+    files: list[str] = []
+    for entry in TESTS[room_of(module)]:
+        path = ROOT / entry
+        found = sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+        files += [str(f.relative_to(ROOT)) for f in found]
+    name = module.rpartition(".")[2].partition("_")[0]
+    return sorted(files, key=lambda f: name not in Path(f).stem)
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """A short hash of the files' contents."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
+
+
+class Bench:
+    """A copy of the tree in the form it is installed in, to run tests on mutants."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        hidden = shutil.ignore_patterns(".*", "build", "shared", "__pycache__", "node_modules")
+        shutil.copytree(ROOT, folder, ignore=hidden)
+        (folder / "convert").rename(folder / "mlx_gptoss" / "convert")
+        (folder / "convert").symlink_to(Path("mlx_gptoss", "convert"))
+
+    def test(self, files: Sequence[str], limit: float | None, compiled: bool = False) -> tuple[str, str]:
+        """(outcome, the test that failed) of the tests, after `limit` seconds at most.
+
+        Only the run on the unchanged code writes what it compiled: a later one could not be told from it.
+        """
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *files],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(self.folder),
+                "PYTHONDONTWRITEBYTECODE": "" if compiled else "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return "timeout", ""
+        finally:  # also of what the tests started and left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode == 0:
+            return "survived", ""
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return "killed", failed[0] if failed else output[-300:]
+
+    def try_out(self, mutant: Mutant, files: Sequence[str], limit: float) -> tuple[str, str]:
+        """(outcome, the test that failed) for a mutant."""
+        path = self.folder / sources(ROOT)[mutant.module].relative_to(ROOT)
+        original, stat = path.read_text(encoding="utf-8"), path.stat()
+        path.write_text(mutant.source, encoding="utf-8")
+        try:
+            return self.test(files, limit)
+        finally:
+            path.write_text(original, encoding="utf-8")
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+class Campaign:
+    """Runs a sample of mutants and keeps the verdicts."""
+
+    def __init__(self, mutants: list[Mutant], jobs: int, tests: list[str]) -> None:
+        self.mutants = mutants
+        self.files = {m.module: tests or tests_of(m.module) for m in mutants}
+        self.verdicts: dict[str, Verdict] = {}
+        self._results = WORK / "results.jsonl"
+        self._jobs = jobs
+        self._code: dict[str, str] = {}
+        self._tests: dict[str, str] = {}
+        for module, files in self.files.items():
+            self._code[module] = digest([sources(ROOT)[module]])
+            self._tests[module] = digest([ROOT / f for f in sorted(files)])
+        self._recall()
+        equivalent = load_equivalent()
+        for m in mutants:
+            if any(_is(m, entry) for entry in equivalent):
+                self.verdicts[m.key] = Verdict(m.key, "equivalent")
+
+    def _recall(self) -> None:
+        """Take over the verdicts of earlier runs that still hold."""
+        if not self._results.exists():
+            return
+        modules = {m.key: m.module for m in self.mutants}
+        for line in self._results.read_text(encoding="utf-8").splitlines():
+            old = Verdict(**json.loads(line))
+            module = modules.get(old.key)
+            if module is None or old.code != self._code[module]:
+                continue
+            if old.outcome != "survived" or old.tests == self._tests[module]:
+                self.verdicts[old.key] = old
+
+    def run(self) -> None:
+        """Test every mutant without a verdict."""
+        pending = [m for m in self.mutants if m.key not in self.verdicts]
+        if not pending:
+            return
+        benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
+        for i in range(self._jobs):
+            benches.put(Bench(WORK / f"tree{i}"))
+        limits = self._limits(benches, {m.module for m in pending})
+
+        def work(m: Mutant) -> Verdict:
+            bench, start = benches.get(), time.perf_counter()
+            try:
+                outcome, by = bench.try_out(m, self.files[m.module], limits[room_of(m.module)])
+            finally:
+                benches.put(bench)
+            seconds = round(time.perf_counter() - start, 1)
+            return Verdict(m.key, outcome, by, seconds, self._code[m.module], self._tests[m.module])
+
+        with ThreadPoolExecutor(self._jobs) as pool, self._results.open("a", encoding="utf-8") as file:
+            futures = [pool.submit(work, m) for m in pending]
+            try:
+                for i, future in enumerate(as_completed(futures)):
+                    verdict = future.result()
+                    self.verdicts[verdict.key] = verdict
+                    print(json.dumps(asdict(verdict)), file=file, flush=True)
+                    short = verdict.key.replace("\n", " ")
+                    print(f"{i + 1}/{len(pending)} {verdict.outcome} {verdict.seconds} {short}", flush=True)
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _limits(self, benches: queue.SimpleQueue[Bench], modules: set[str]) -> dict[str, float]:
+        """Seconds that a room's tests may take, from their time on the unchanged code, where they pass."""
+        limits: dict[str, float] = {}
+        for room in sorted({room_of(m) for m in modules}):
+            files = self.files[next(m for m in modules if room_of(m) == room)]
+            for _ in range(self._jobs):
+                bench, start = benches.get(), time.perf_counter()
+                outcome, by = bench.test(files, None, compiled=True)
+                benches.put(bench)
+                if outcome != "survived":
+                    raise SystemExit(f"the tests of {room} fail on the unchanged code: {by}")
+                seconds = time.perf_counter() - start
+            limits[room] = 20 + 3 * seconds
+            print(f"{room}: {seconds:.0f} s for {len(files)} files", flush=True)
+        return limits
+
+    def survivors(self) -> Iterator[Mutant]:
+        return (m for m in self.mutants if self.verdicts[m.key].outcome == "survived")
+
+
+def load_equivalent() -> list[dict[str, str]]:
+    """The judged survivors: module, definition, before, after (absent: whatever it becomes), reason."""
+    return list(tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutant", []))
+
+
+def _is(mutant: Mutant, entry: dict[str, str]) -> bool:
+    place = (mutant.module, mutant.definition, mutant.before)
+    return place == (entry["module"], entry["definition"], entry["before"]) and (
+        entry.get("after", mutant.after) == mutant.after
+    )
+
+
+def stale(entries: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Entries whose code is gone."""
+    modules = sources(ROOT)
+    gone = []
+    for entry in entries:
+        path = modules.get(entry["module"])
+        lines = [] if path is None else [x.strip() for x in path.read_text(encoding="utf-8").splitlines()]
+        if not set(entry["before"].splitlines()) <= set(lines):
+            gone.append(entry)
+    return gone
+
+
+def table(campaign: Campaign) -> list[dict[str, str | int | float]]:
+    """Counts for each room and each module, with the share killed of those that are not equivalent."""
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    for m in campaign.mutants:
+        for group in {room_of(m.module), m.module}:
+            groups[group][campaign.verdicts[m.key].outcome] += 1
+    rows: list[dict[str, str | int | float]] = []
+    for group, counts in sorted(groups.items()):
+        killed, survived = counts["killed"] + counts["timeout"], counts["survived"]
+        share = round(100 * killed / (killed + survived), 1) if killed + survived else 100.0
+        rows.append(
+            {
+                "name": group,
+                "killed": killed,
+                "survived": survived,
+                "equivalent": counts["equivalent"],
+                "percent": share,
+            }
+        )
+    return rows
+
+
+def report(campaign: Campaign, seed: int) -> None:
+    """Print the table and the survivors, and write both to report.json."""
+    rows, survivors = table(campaign), []
+    for m in campaign.survivors():
+        old = sources(ROOT)[m.module].read_text(encoding="utf-8").splitlines()
+        diff = difflib.unified_diff(old, m.source.splitlines(), m.module, m.definition, n=2, lineterm="")
+        judge = {"module": m.module, "definition": m.definition, "before": m.before, "after": m.after}
+        survivors.append({**judge, "diff": "\n".join(diff)})
+    made = {"seed": seed, "count": len(campaign.mutants), "table": rows, "survivors": survivors}
+    (WORK / "report.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+    for survivor in survivors:
+        print(f"\n{survivor['diff']}")
+    print(f"\n{'':28}killed survived equivalent percent")
+    for row in rows:
+        print("{name:28}{killed:6}{survived:9}{equivalent:11}{percent:8}".format(**row))
+    for entry in stale(load_equivalent()):
+        print(f"{EQUIVALENT.name}: {entry['module']} has no {entry['before']!r} any more")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("targets", nargs="*", default=list(TESTS), metavar="TARGET")
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tests", nargs="*", default=[], metavar="FILE")
+    asked = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    campaign = Campaign(sample(asked.targets, asked.count, asked.seed), asked.jobs, asked.tests)
+    campaign.run()
+    report(campaign, asked.seed)
+
+
+if __name__ == "__main__":
+    main()
