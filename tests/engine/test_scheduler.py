@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import weakref
 from typing import Any
 
@@ -11,9 +10,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
-from mlx_gptoss.engine.request import Request, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import Request, TokensDone
 from mlx_gptoss.engine.runner import LocalRunner
-from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import ModelDrafter
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.cache import SequenceCache
@@ -21,57 +19,14 @@ from mlx_gptoss.model.graph import Model
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
+from tests.support.scheduling import CHUNK, GREEDY, Client, make, prompt, run
 
 SHAPE = Shape(layers=2, hidden=64, intermediate=64, experts=4, top_k=2, window=16, vocab=300)
-CHUNK = 16
-GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(write_checkpoint(tmp_path_factory.mktemp("scheduler"), SHAPE))
-
-
-class Client:
-    """A request and what came of it; `at` holds the forward at which each token was delivered."""
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        tokens: list[int],
-        max_tokens: int = 4,
-        params: SamplingParams = GREEDY,
-        **more: Any,
-    ) -> None:
-        self.scheduler = scheduler
-        self.tokens: list[int] = []
-        self.at: list[int] = []
-        self.end: TokensDone | Exception | None = None
-        self.request = Request(tokens, params, self.take, max_tokens=max_tokens, stop_ids=frozenset(), **more)
-        scheduler.add(self.request)
-
-    def take(self, item: Any) -> None:
-        if isinstance(item, TokenOutput):
-            self.tokens.append(item.token_id)
-            self.at.append(self.scheduler.counters.forwards)
-        else:
-            assert self.end is None, "the end came twice"
-            self.end = item
-
-
-def make(model: Any, **options: Any) -> Scheduler:
-    return Scheduler(LocalRunner(model), **{"budget": 1 << 26, "chunk": CHUNK, "max_running": 8, **options})
-
-
-def prompt(seed: int, n: int) -> list[int]:
-    return [random.Random(f"{seed} {i}").randrange(299) for i in range(n)]
-
-
-def run(scheduler: Scheduler) -> None:
-    for _ in range(2000):
-        if not scheduler.step():
-            return
-    raise AssertionError("the scheduler does not come to an end")
 
 
 def alone(model: Model, tokens: list[int], max_tokens: int = 4, params: SamplingParams = GREEDY) -> list[int]:
