@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 import mlx.core as mx
 
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import KVBits, SequenceCache, WindowState
+from mlx_gptoss.model.cache import GROW_MIN, KVBits, SequenceCache, WindowState
 from mlx_gptoss.model.graph import Model
 
 Spans: TypeAlias = list[list[mx.array]]
@@ -59,7 +59,7 @@ class ModelRunner(Protocol):
         ...
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
-        """Bytes of one sequence's caches at `tokens` tokens that came in chunks of `chunk`."""
+        """Bytes of one sequence's caches with room for `tokens` tokens that come in chunks of `chunk`."""
         ...
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
@@ -93,7 +93,7 @@ class LocalRunner:
         return SequenceCache(self._model.config, self._model.dtype, self._kv_bits)
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
-        return self._empty.nbytes_at(tokens, chunk)
+        return self._empty.nbytes_at(-(-tokens // GROW_MIN) * GROW_MIN, chunk)
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
         (wanted,) = self._empty.export([(0, 0)])

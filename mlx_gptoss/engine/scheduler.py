@@ -214,8 +214,9 @@ class Scheduler:
             here = cache.snapshot(start, cache.window_history + STATE_SLACK)
             r.states = [] if here is None else [here]
         if not r.sampled and not r.request.background:
+            # Again, if it was sent back before its first token.
+            self.counters.cached_tokens += start - r.request.cached_tokens
             r.request.cached_tokens = start
-            self.counters.cached_tokens += start
         if self._drafters is not None and r.request.constraint is None and not r.request.background:
             r.speculation = Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
@@ -319,7 +320,7 @@ class Scheduler:
             if end == len(r.tokens):
                 places.add(end)
             if self._message_start is not None:
-                inside = np.array(r.tokens[start + 1 : end], np.int32)
+                inside = np.array(r.tokens[start + 1 : end + 1], np.int32)
                 places.update((np.flatnonzero(inside == self._message_start) + start + 1).tolist())
         must = {r.branch, len(r.prompt)}
         taken = []

@@ -471,7 +471,7 @@ class SequenceCache:
         `rewind`.
         """
         total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
-        self.reserve(total + GROW_MIN)
+        self.reserve(total)
         for layer in self.full:
             count = len(layer.arrays())
             for span in spans:
