@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.scheduler import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK, Scheduler
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.hash_model import MESSAGE, WINDOW, HashModel, expected
 from tests.support.hash_model import prompt_of as prompt
-from tests.support.scheduling import CHUNK, GREEDY, Client, make, run
+from tests.support.scheduling import CHUNK, GREEDY, Client, cache_bytes, make, run
 
 
 def state_ends(scheduler: Scheduler, tokens: list[int]) -> list[int]:
@@ -36,7 +35,7 @@ def test_any_load_stays_within_its_memory_and_gets_its_tokens(seed: int) -> None
     """Random arrivals, branches, limits, cancellations and budgets; at the end every count adds up."""
     rng = random.Random(seed)
     model = HashModel()
-    one = LocalRunner(model).cache_bytes(1280, 40)  # what the longest may grow to
+    one = cache_bytes(model, 1280, 40)  # what the longest may grow to
     scheduler = make(
         model,
         budget=int(one * rng.uniform(1.0, 3.0)),
@@ -116,7 +115,7 @@ def test_what_a_sequence_still_needs_shrinks_with_every_token(short: int) -> Non
     scheduler.budget = scheduler.live_bytes - 1
     scheduler.step()
     assert len(scheduler.waiting) == 1
-    need = LocalRunner(HashModel()).cache_bytes(PROMPT + OUTPUT, CHUNK)
+    need = cache_bytes(HashModel(), PROMPT + OUTPUT, CHUNK)
     scheduler.budget = scheduler.live_bytes + need - short
     scheduler.step()
     assert len(scheduler.waiting) == short

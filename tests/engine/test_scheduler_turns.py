@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.engine import scheduler as scheduling
 from mlx_gptoss.engine.request import Request
-from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.scheduler import EXPECTED_OUTPUT, WORTH_WAITING, Scheduler
 from tests.support.hash_model import WINDOW, HashModel, expected
 from tests.support.hash_model import prompt_of as prompt
-from tests.support.scheduling import CHUNK, GREEDY, Client, make, run
+from tests.support.scheduling import CHUNK, GREEDY, Client, cache_bytes, make, run
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,7 +90,7 @@ def second_of_two(scheduler: Scheduler, room: int, tokens: list[int], max_tokens
 
 @pytest.mark.parametrize("output", [OUTPUT, 256 + OUTPUT, EXPECTED_OUTPUT + OUTPUT, 100_000])
 def test_a_sequence_is_let_in_when_its_prompt_and_expected_output_fit(output: int) -> None:
-    need = LocalRunner(HashModel()).cache_bytes(PROMPT + min(output, EXPECTED_OUTPUT), CHUNK)
+    need = cache_bytes(HashModel(), PROMPT + min(output, EXPECTED_OUTPUT), CHUNK)
     for room, running in ((need, 2), (need - 1, 1)):
         scheduler = make(HashModel())
         second = second_of_two(scheduler, room, prompt(2, PROMPT), output)
@@ -111,7 +110,7 @@ def test_a_sequence_that_is_let_in_stays(n: int, output: int, held: int) -> None
         if held:
             Client(scheduler, prompt(2, held), max_tokens=0)
             run(scheduler)
-        room = LocalRunner(HashModel()).make_cache().nbytes_at(tokens, CHUNK)
+        room = HashModel().make_cache().nbytes_at(tokens, CHUNK)
         second = second_of_two(scheduler, room, prompt(2, n), output)
         run(scheduler)
         assert second.tokens == expected(prompt(2, n), output)

@@ -54,6 +54,11 @@ class Client:
             self.end = item
 
 
+def cache_bytes(model: Any, tokens: int, chunk: int = CHUNK) -> int:
+    """Bytes of one sequence's caches with room for so many tokens."""
+    return LocalRunner(model).cache_bytes(tokens, chunk)
+
+
 def make(model: Any, **options: Any) -> Scheduler:
     return Scheduler(LocalRunner(model), **{"budget": 1 << 26, "chunk": CHUNK, "max_running": 8, **options})
 
