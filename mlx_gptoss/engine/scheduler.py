@@ -454,7 +454,6 @@ class Scheduler:
 
     def _keep(self, r: Sequence, cache: KVCache) -> None:
         """Move what a sequence's caches hold to the store."""
-        self.store.shrink(self.budget - self.live_bytes - cache.committed)
         n = min(cache.offset, len(r.tokens))
         if n == cache.length or n == len(r.tokens):
             last = cache.snapshot(n, cache.window_history + STATE_SLACK)

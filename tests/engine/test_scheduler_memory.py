@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gptoss.engine.prefix_store import PrefixStore
+from mlx_gptoss.engine.runner import KVCache
 from mlx_gptoss.engine.scheduler import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK, Scheduler
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.sampling import SamplingParams
@@ -160,6 +163,23 @@ def test_kept_prefixes_give_way_before_any_sequence_does() -> None:
             assert scheduler.store.nbytes > held - 2 * (scheduler.live_bytes - live)
         scheduler.step()
     assert scheduler.counters.preempted == 0
+
+
+def test_moving_caches_to_the_store_takes_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is made before: for a moment there are the caches, those that run, and what is kept."""
+    scheduler = make(HashModel())
+    insert, peaks = PrefixStore.insert, list[int]()
+
+    def watched(store: PrefixStore, tokens: np.ndarray, cache: KVCache, *rest: Any) -> None:
+        peaks.append(store.nbytes + cache.committed + scheduler.live_bytes)
+        insert(store, tokens, cache, *rest)
+
+    monkeypatch.setattr(PrefixStore, "insert", watched)
+    scheduler.budget = 5 * cache_bytes(HashModel(), 256)
+    for i in range(12):
+        Client(scheduler, prompt(i, 200), max_tokens=20)
+    run(scheduler)
+    assert len(peaks) == 12 and max(peaks) <= scheduler.budget and scheduler.counters.preempted == 0
 
 
 def test_memory_is_free_again_however_a_request_ends() -> None:

@@ -122,6 +122,18 @@ def test_a_constraint_that_fails_ends_its_own_request_only(where: str, n: int) -
     assert scheduler.counters.failed == 1 and scheduler.counters.preempted == 0 and not scheduler.live_bytes
 
 
+def test_a_constraint_is_not_asked_for_what_would_follow_the_end() -> None:
+    """The forward that was launched before the end was read has logits for one more token."""
+    scheduler = make(HashModel())
+    free = Client(scheduler, prompt(2, 5), 3, constraint=Even())
+    run(scheduler)
+    stop = frozenset(free.tokens[-1:])
+    client = Client(scheduler, prompt(2, 5), 9, stop_ids=stop, constraint=Even("allowed", 3))
+    run(scheduler)
+    assert client.tokens == free.tokens and client.done.finish_reason == "stop"
+    assert (scheduler.counters.finished, scheduler.counters.failed) == (2, 0)
+
+
 @pytest.mark.parametrize("drafted", [False, True])
 def test_the_first_end_counts_and_nothing_follows_it(drafted: bool) -> None:
     want = expected(prompt(1, 5), 10)
