@@ -60,6 +60,10 @@ TESTS = {
     "convert": ("tests/convert",),
 }
 
+# Tests of so many seconds run after all others.
+SLOW = 0.2
+NO_TESTS = 5  # pytest's exit status when every test was left out
+
 # Of cosmic-ray's operators those whose mutants are a slip that someone could make. Left out are the many that
 # raise a TypeError wherever they apply (+ to @, < to `is`) and are no test of the tests.
 OPERATORS = re.compile(
@@ -205,6 +209,21 @@ def digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that tests take on the unchanged code: all of them, and each slow one by its name."""
+
+    total: float
+    slow: dict[str, float]
+
+    def runs(self, files: Sequence[str]) -> list[tuple[list[str], float]]:
+        """Arguments of pytest and time limits: first the quick tests, which find most mutants."""
+        quick = [*files, *(f"--deselect={test}" for test in self.slow)]
+        slow = sorted(self.slow, key=lambda test: self.slow[test])
+        limits = (15 + 3 * (self.total - sum(self.slow.values())), 15 + 3 * self.total)
+        return list(zip((quick, slow) if slow else (quick,), limits, strict=False))
+
+
 class Bench:
     """A copy of the tree in the form it is installed in, to run tests on mutants."""
 
@@ -216,18 +235,25 @@ class Bench:
         (folder / "convert").rename(folder / "mlx_gptoss" / "convert")
         (folder / "convert").symlink_to(Path("mlx_gptoss", "convert"))
 
-    def test(self, files: Sequence[str], limit: float | None, compiled: bool = False) -> tuple[str, str]:
-        """(outcome, the test that failed) of the tests, after `limit` seconds at most.
+    def pytest(
+        self, arguments: Sequence[str], limit: float | None, compiled: bool = False
+    ) -> tuple[int | None, str]:
+        """(exit status, output) of a test run; None after `limit` seconds.
 
         Only the run on the unchanged code writes what it compiled: a later one could not be told from it.
         """
+        temporary = self.folder / "build" / "temporary"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        options.append(f"--basetemp={temporary / 'pytest'}")
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *files],
+            [sys.executable, "-m", "pytest", *options, *arguments],
             cwd=self.folder,
             env={
                 **os.environ,
                 "PYTHONPATH": str(self.folder),
+                "TMPDIR": str(temporary),
                 "PYTHONDONTWRITEBYTECODE": "" if compiled else "1",
             },
             stdout=subprocess.PIPE,
@@ -238,23 +264,41 @@ class Bench:
         try:
             output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            return "timeout", ""
+            return None, ""
         finally:  # also of what the tests started and left behind
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if process.returncode == 0:
-            return "survived", ""
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        return "killed", failed[0] if failed else output[-300:]
+        return process.returncode, output
 
-    def try_out(self, mutant: Mutant, files: Sequence[str], limit: float) -> tuple[str, str]:
+    def measure(self, files: Sequence[str]) -> Timing:
+        """Run tests on the unchanged code, where they must pass; ends the program when they do not."""
+        start = time.perf_counter()
+        durations = ("--durations=0", f"--durations-min={SLOW}")
+        status, output = self.pytest([*files, *durations], None, compiled=True)
+        seconds = time.perf_counter() - start
+        found = re.findall(r"^(\d+\.\d+)s call +(\S.*)$", output, re.MULTILINE)
+        slow = {test: float(seconds) for seconds, test in found}
+        if status == 0 and slow:  # the names must hold, or a mutant would seem to be found
+            status, output = self.pytest([*slow, "--collect-only"], None)
+        if status != 0:
+            raise SystemExit(f"tests fail on the unchanged code:\n{output[-3000:]}")
+        return Timing(seconds, slow)
+
+    def try_out(self, mutant: Mutant, runs: Sequence[tuple[list[str], float]]) -> tuple[str, str]:
         """(outcome, the test that failed) for a mutant."""
         path = self.folder / sources(ROOT)[mutant.module].relative_to(ROOT)
         original, stat = path.read_text(encoding="utf-8"), path.stat()
         path.write_text(mutant.source, encoding="utf-8")
         try:
-            return self.test(files, limit)
+            for arguments, limit in runs:
+                status, output = self.pytest(arguments, limit)
+                if status is None:
+                    return "timeout", ""
+                if status not in (0, NO_TESTS):
+                    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+                    return "killed", failed[0] if failed else output[-300:]
+            return "survived", ""
         finally:
             path.write_text(original, encoding="utf-8")
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -298,15 +342,16 @@ class Campaign:
         pending = [m for m in self.mutants if m.key not in self.verdicts]
         if not pending:
             return
+        made = [Bench(WORK / f"tree{i}") for i in range(self._jobs)]
+        timings = self._measure(made, {m.module for m in pending})
         benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
-        for i in range(self._jobs):
-            benches.put(Bench(WORK / f"tree{i}"))
-        limits = self._limits(benches, {m.module for m in pending})
+        for bench in made:
+            benches.put(bench)
 
         def work(m: Mutant) -> Verdict:
             bench, start = benches.get(), time.perf_counter()
             try:
-                outcome, by = bench.try_out(m, self.files[m.module], limits[room_of(m.module)])
+                outcome, by = bench.try_out(m, timings[room_of(m.module)].runs(self.files[m.module]))
             finally:
                 benches.put(bench)
             seconds = round(time.perf_counter() - start, 1)
@@ -325,21 +370,17 @@ class Campaign:
                 for future in futures:
                     future.cancel()
 
-    def _limits(self, benches: queue.SimpleQueue[Bench], modules: set[str]) -> dict[str, float]:
-        """Seconds that a room's tests may take, from their time on the unchanged code, where they pass."""
-        limits: dict[str, float] = {}
-        for room in sorted({room_of(m) for m in modules}):
-            files = self.files[next(m for m in modules if room_of(m) == room)]
-            for _ in range(self._jobs):
-                bench, start = benches.get(), time.perf_counter()
-                outcome, by = bench.test(files, None, compiled=True)
-                benches.put(bench)
-                if outcome != "survived":
-                    raise SystemExit(f"the tests of {room} fail on the unchanged code: {by}")
-                seconds = time.perf_counter() - start
-            limits[room] = 20 + 3 * seconds
-            print(f"{room}: {seconds:.0f} s for {len(files)} files", flush=True)
-        return limits
+    def _measure(self, benches: Sequence[Bench], modules: set[str]) -> dict[str, Timing]:
+        """The timing of each room's tests. They run in every bench, so that each has its compiled code."""
+        timings: dict[str, Timing] = {}
+        for module in sorted(modules):
+            room = room_of(module)
+            if room not in timings:
+                timings[room] = [bench.measure(self.files[module]) for bench in benches][-1]
+                print(
+                    f"{room}: {timings[room].total:.0f} s, {len(timings[room].slow)} slow tests", flush=True
+                )
+        return timings
 
     def survivors(self) -> Iterator[Mutant]:
         return (m for m in self.mutants if self.verdicts[m.key].outcome == "survived")
