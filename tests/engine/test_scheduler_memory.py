@@ -258,6 +258,19 @@ def test_a_branch_begins_without_a_replay_where_another_began() -> None:
     assert 150 in state_ends(scheduler, document)
 
 
+def test_a_branch_leaves_a_state_also_where_it_began_without_a_replay() -> None:
+    """The state that it began from lies further on, in a branch that may be dropped."""
+    scheduler = make(HashModel())
+    document = prompt(1, 300)
+    Client(scheduler, document, max_tokens=1)
+    run(scheduler)
+    assert state_ends(scheduler, document) == [300]
+    client = Client(scheduler, [*document[:280], *prompt(2, 20)], max_tokens=1)
+    run(scheduler)
+    assert client.done.cached_tokens == 280
+    assert state_ends(scheduler, document) == [280, 300]
+
+
 @pytest.mark.parametrize("running", [False, True])
 def test_a_conversation_goes_on_without_a_replay(running: bool) -> None:
     """From the end of an answer, also when that is still being written."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gptoss.engine import scheduler as scheduling
 from mlx_gptoss.engine.request import TokensDone
 from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import AFTER, Speculation
@@ -212,15 +213,36 @@ def test_a_failed_forward_changes_nothing_of_what_anybody_gets(alone: list[Clien
     assert all(len(shares) == 1 for shares in model.forwards[n - 1 :])
 
 
-def test_others_join_a_sequence_that_started_again_once_it_has_a_token() -> None:
-    model = Breaks(3)
-    scheduler = make(model, drafters=None)
+@pytest.mark.parametrize("drafted", [False, True])
+def test_others_join_a_sequence_that_started_again_once_it_has_a_token(drafted: bool) -> None:
+    drafters = (lambda: Guesser(prompt(1, 5), 0.0)) if drafted else None
+    scheduler = make(Breaks(3), drafters=drafters)
     first, second = (Client(scheduler, prompt(i, 5), max_tokens=20) for i in range(2))
     while not first.end:
         scheduler.step()
     late = [Client(scheduler, prompt(2 + i, 5)) for i in range(2)]
     run(scheduler)
     assert late[0].at[0] < second.at[4] and late[1].at[0] - late[0].at[0] <= 1
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_had_to_be_read_again_is_not_counted_as_cached(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    """Also when the first token had been drawn, and nobody had it yet."""
+    monkeypatch.setattr(scheduling, "on_gpu", lambda: gpu)
+    model = Breaks(8)
+    scheduler = make(model)
+    document = prompt(1, 6 * CHUNK)
+    Client(scheduler, document, max_tokens=0)
+    run(scheduler)
+    clients = [Client(scheduler, [*document, i]) for i in range(2)]
+    scheduler.step()
+    assert [c.request.cached_tokens for c in clients] == [len(document)] * 2
+    run(scheduler)
+    assert len(model.forwards[:7]) == 7 and not any(c.done.cached_tokens for c in clients[:1])
+    assert scheduler.counters.cached_tokens == sum(c.done.cached_tokens for c in clients)
+    assert [c.tokens for c in clients] == [expected([*document, i], 4) for i in range(2)]
 
 
 def test_what_a_failed_forward_may_have_spoilt_is_forgotten() -> None:
