@@ -37,17 +37,21 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TypeAlias
 
 from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
+from parso.python.tree import Class, Function, Lambda
+from parso.tree import NodeOrLeaf
 
 from scripts.count_imports import room_of, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
 EQUIVALENT = ROOT / "tests" / "mutants_equivalent.toml"
+
+Place: TypeAlias = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of its start and end
 
 # Each room -> the tests that have to notice a change in it: its own, and those of rooms it is tested through.
 TESTS = {
@@ -80,11 +84,15 @@ OPERATORS = re.compile(
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the code and the (operator, occurrence) pairs that change it. `key` survives line shifts."""
+    """A place in the code and the (operator, occurrence) pairs that change it. `key` survives line shifts.
+
+    `code` is a digest of the function or class around it.
+    """
 
     module: str
     definition: str
     key: str
+    code: str
     changes: tuple[tuple[str, int], ...]
 
 
@@ -95,6 +103,7 @@ class Mutant:
     module: str
     definition: str
     key: str
+    code: str
     before: str
     after: str
     source: str
@@ -102,7 +111,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant. `code` and `tests` are digests of what it was found with."""
+    """What became of a mutant. `code` and `tests` are digests of the definition and of the test files."""
 
     key: str
     outcome: str  # killed, timeout, survived or equivalent
@@ -121,22 +130,34 @@ def sites(module: str, source: str) -> list[Site]:
     """Every place in a module's source that an operator changes."""
     lines = source.splitlines()
     nodes = list(ast_nodes(get_ast(source)))
-    changes: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[str, int]]] = defaultdict(list)
-    definitions: dict[tuple[tuple[int, int], tuple[int, int]], str] = {}
+    changes: dict[Place, list[tuple[str, int]]] = defaultdict(list)
+    around: dict[Place, tuple[str, str]] = {}
     for name in filter(OPERATORS.fullmatch, operator_names()):
         operator = get_operator(name)()
         places = ((node, *place) for node in nodes for place in operator.mutation_positions(node))
         for occurrence, (node, start, end) in enumerate(places):
             changes[start, end].append((name, occurrence))
-            definitions[start, end] = ASTQuery(node).get_definition_name() or ""
+            if (start, end) not in around:
+                around[start, end] = _definition(node, lines[start[0] - 1])
     found, seen = [], Counter[str]()
     for (start, end), pairs in sorted(changes.items()):
-        line = lines[start[0] - 1]
+        line, (definition, code) = lines[start[0] - 1], around[start, end]
         column = start[1] - (len(line) - len(line.lstrip()))
-        key = f"{module}:{definitions[start, end]}:{line.strip()}:{column}"
+        key = f"{module}:{definition}:{line.strip()}:{column}"
         seen[key] += 1
-        found.append(Site(module, definitions[start, end], f"{key}:{seen[key]}", tuple(pairs)))
+        found.append(Site(module, definition, f"{key}:{seen[key]}", code, tuple(pairs)))
     return found
+
+
+def _definition(node: NodeOrLeaf, line: str) -> tuple[str, str]:
+    """The name of the function or class around a node, and a digest of its code; at the top of the line's."""
+    at: NodeOrLeaf | None = node
+    while at is not None and not (isinstance(at, Function | Class) and not isinstance(at, Lambda)):
+        at = at.parent
+    if at is None:
+        return "", digest(line)
+    code: str = at.get_code()  # type: ignore[no-untyped-call]
+    return at.name.value, digest(code)
 
 
 def mutant_at(site: Site, source: str, seed: int) -> Mutant | None:
@@ -146,7 +167,8 @@ def mutant_at(site: Site, source: str, seed: int) -> Mutant | None:
         if mutated is None or _meaning(mutated) in (None, _meaning(source)):
             continue
         old, new = _changed(source, mutated)
-        return Mutant(site.module, site.definition, f"{site.key} -> {new}", old, new, mutated)
+        key = f"{site.key} -> {new}"
+        return Mutant(site.module, site.definition, key, site.code, old, new, mutated)
     return None
 
 
@@ -204,9 +226,9 @@ def tests_of(module: str) -> list[str]:
     return sorted(files, key=lambda f: name not in Path(f).stem)
 
 
-def digest(paths: Sequence[Path]) -> str:
-    """A short hash of the files' contents."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in paths)).hexdigest()[:16]
+def digest(text: str) -> str:
+    """A short hash."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -313,11 +335,10 @@ class Campaign:
         self.verdicts: dict[str, Verdict] = {}
         self._results = WORK / "results.jsonl"
         self._jobs = jobs
-        self._code: dict[str, str] = {}
-        self._tests: dict[str, str] = {}
-        for module, files in self.files.items():
-            self._code[module] = digest([sources(ROOT)[module]])
-            self._tests[module] = digest([ROOT / f for f in sorted(files)])
+        self._tests = {
+            module: digest("".join((ROOT / f).read_text(encoding="utf-8") for f in sorted(files)))
+            for module, files in self.files.items()
+        }
         self._recall()
         equivalent = load_equivalent()
         for m in mutants:
@@ -328,13 +349,13 @@ class Campaign:
         """Take over the verdicts of earlier runs that still hold."""
         if not self._results.exists():
             return
-        modules = {m.key: m.module for m in self.mutants}
+        mutants = {m.key: m for m in self.mutants}
         for line in self._results.read_text(encoding="utf-8").splitlines():
             old = Verdict(**json.loads(line))
-            module = modules.get(old.key)
-            if module is None or old.code != self._code[module]:
+            m = mutants.get(old.key)
+            if m is None or old.code != m.code:
                 continue
-            if old.outcome != "survived" or old.tests == self._tests[module]:
+            if old.outcome != "survived" or old.tests == self._tests[m.module]:
                 self.verdicts[old.key] = old
 
     def run(self) -> None:
@@ -355,7 +376,7 @@ class Campaign:
             finally:
                 benches.put(bench)
             seconds = round(time.perf_counter() - start, 1)
-            return Verdict(m.key, outcome, by, seconds, self._code[m.module], self._tests[m.module])
+            return Verdict(m.key, outcome, by, seconds, m.code, self._tests[m.module])
 
         with ThreadPoolExecutor(self._jobs) as pool, self._results.open("a", encoding="utf-8") as file:
             futures = [pool.submit(work, m) for m in pending]
