@@ -171,7 +171,8 @@ class _Search:
         np.multiply(self.codes, scale, out=self.scratch)
         np.add(self.scratch, bias, out=self.scratch)
         np.subtract(self.scratch, self.values, out=self.scratch)
-        return np.einsum("ij,ij->j", self.scratch, self.scratch)
+        error: np.ndarray = np.einsum("ij,ij->j", self.scratch, self.scratch)
+        return error
 
     def _rounded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Round scale, then the bias that suits it, to bfloat16; keep the best of a few alternations."""
@@ -205,7 +206,7 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     count, size = _unit(bits)
     dtype: Any = np.uint8 if size == 1 else np.uint64
     runs = codes.reshape(-1, count, codes.shape[1])
-    word: Any = runs[:, 0].astype(dtype)
+    word: np.ndarray = runs[:, 0].astype(dtype)
     for i in range(1, count):
         word |= runs[:, i].astype(dtype) << dtype(bits * i)
     if size == 1:

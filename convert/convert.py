@@ -44,6 +44,8 @@ SHARD_SIZE = 5_000_000_000
 SPARE_BYTES = 16 << 20  # free space wanted beside the weights, for the tokenizer and the like
 MAX_WORKERS = 8
 
+Task = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -349,8 +351,8 @@ class _Run:
             digests = pool.map(writer.shard_digest, shards)
             return {s.name: FileEntry(s.size, digest) for s, digest in zip(shards, digests, strict=True)}
 
-    def _tasks(self, writer: ShardWriter, job: Job) -> list[Callable[[], None]]:
-        tasks: list[Callable[[], None]]
+    def _tasks(self, writer: ShardWriter, job: Job) -> list[Task]:
+        tasks: list[Task]
         if job.extent is not None:
             tasks = [partial(self._copy, writer, job, job.extent)]
         else:
@@ -359,7 +361,7 @@ class _Run:
             tasks = [partial(self._chunk, writer, job, pending, first) for first in starts]
         return [partial(self._check_done, writer, job, tasks)] if job.name in self.journal.records else tasks
 
-    def _check_done(self, writer: ShardWriter, job: Job, tasks: list[Callable[[], None]]) -> None:
+    def _check_done(self, writer: ShardWriter, job: Job, tasks: list[Task]) -> None:
         """A job the journal calls finished: believe it only if its bytes still have their hashes."""
         self.check_stop()
         digests = self.journal.records[job.name].digests

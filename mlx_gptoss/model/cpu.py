@@ -64,10 +64,10 @@ def _blas() -> ThreadpoolController:
 
 def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x [N, I] @ weight [O, I].T, float32, by the host's BLAS; large ones on every core."""
+    out = np.empty((len(x), len(weight)), np.float32)
     with _blas().limit(limits=1):
         if weight.size < LARGE:
-            return x @ weight.T
-        out = np.empty((len(x), len(weight)), np.float32)
+            return np.matmul(x, weight.T, out=out)
         bounds = np.linspace(0, len(weight), _cores() + 1, dtype=int).tolist()
 
         def part(first: int, last: int) -> None:

@@ -207,7 +207,8 @@ def yarn_inverse_frequencies(config: ModelConfig) -> np.ndarray:
     if low == high:
         high += 0.001  # an empty ramp is a step
     slowed = np.clip((np.arange(c // 2) - low) / (high - low), 0, 1)
-    return (frequency * (1 - slowed) + frequency / rope.factor * slowed).astype(np.float32)
+    blended: np.ndarray = frequency * (1 - slowed) + frequency / rope.factor * slowed
+    return blended.astype(np.float32)
 
 
 @fuse
