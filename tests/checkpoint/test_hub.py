@@ -232,7 +232,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(
 ) -> None:
     server.add_repo(REPO, FILES)
     usage = type(shutil.disk_usage("/"))
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(HubError, match="set HF_HOME"):
         hub.resolve(REPO)
     assert not any("/resolve/" in request.path for request in server.requests)

@@ -1,5 +1,7 @@
 """The plan reproduces the published models' sizes, from headers alone."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
@@ -31,7 +33,9 @@ def the(made: MemoryPlan, name: str) -> dict[str, float]:
         ("original", "120b", 543, 65_248_815_744, 5.00e9),
     ],
 )
-def test_published_sizes(tmp_path, layout, name, tensors, stored, read):
+def test_published_sizes(
+    tmp_path: Path, layout: str, name: str, tensors: int, stored: float, read: float
+) -> None:
     made = plan(write_sparse(tmp_path, SHAPES[name], layout), "bfloat16")
     assert made.layout == layout
     assert sum(p.tensors for p in made.parts) == tensors
@@ -43,13 +47,15 @@ def test_published_sizes(tmp_path, layout, name, tensors, stored, read):
 
 
 @pytest.mark.parametrize(("bits", "read", "stored"), [(8, 2.57e9, 12.08e9), (4, 1.96e9, 11.18e9)])
-def test_quantised_dense_parts_read_and_store_less(tmp_path, bits, read, stored):
+def test_quantised_dense_parts_read_and_store_less(
+    tmp_path: Path, bits: int, read: float, stored: float
+) -> None:
     made = plan(write_sparse(tmp_path, SHAPES["20b"], "mlx", MlxRecipe(bits)), "bfloat16")
     assert made.read_per_token == pytest.approx(read, rel=0.005)
     assert made.stored == pytest.approx(stored, rel=0.001)
 
 
-def test_float32_widens_dense_parts_and_nothing_else(tmp_path):
+def test_float32_widens_dense_parts_and_nothing_else(tmp_path: Path) -> None:
     folder = write_sparse(tmp_path, SHAPES["20b"])
     narrow, wide = plan(folder, "bfloat16"), plan(folder, "float32")
     assert the(wide, "embedding")["loaded"] == the(wide, "embedding")["stored"]
@@ -67,13 +73,15 @@ def test_float32_widens_dense_parts_and_nothing_else(tmp_path):
     [("hf", None), ("original", None), ("bf16", None), ("mlx", MlxRecipe(8)), ("mlx", MlxRecipe(4, 4))],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_weights_are_what_loading_allocates(tmp_path, layout, recipe, dtype):
+def test_planned_weights_are_what_loading_allocates(
+    tmp_path: Path, layout: str, recipe: MlxRecipe | None, dtype: str
+) -> None:
     folder = write_checkpoint(tmp_path, Shape(), layout=layout, recipe=recipe)
     made, model = plan(folder, dtype), load_model(folder, dtype)
     assert made.weights == sum(a.nbytes for a in model.arrays())
 
 
-def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path):
+def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path: Path) -> None:
     made = plan(write_checkpoint(tmp_path, Shape(layers=4)), "float32")
     cache = SequenceCache(made.config, mx.float32)
     keys = mx.zeros((1, made.config.num_kv_heads, 256, made.config.head_dim))
@@ -87,7 +95,7 @@ def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path):
     assert made.kv(full_room) - held <= made.kv_window
 
 
-def test_too_little_memory_is_said_with_numbers(tmp_path):
+def test_too_little_memory_is_said_with_numbers(tmp_path: Path) -> None:
     made = plan(write_sparse(tmp_path, SHAPES["20b"]), "bfloat16")
     with pytest.raises(MemoryLimitError, match=r"needs 14\.\d+ GB .* 8\.00 GB are free") as caught:
         made.require(8_000_000_000)
@@ -96,7 +104,7 @@ def test_too_little_memory_is_said_with_numbers(tmp_path):
     made.require(16_000_000_000)
 
 
-def test_memory_grows_with_the_context(tmp_path):
+def test_memory_grows_with_the_context(tmp_path: Path) -> None:
     made = plan(write_sparse(tmp_path, SHAPES["120b"]), "bfloat16")
     assert made.kv(131_072) - made.kv(4096) == (131_072 - 4096) * made.kv_per_token
     assert made.kv_per_token * 131_072 == 4.5 * 2**30

@@ -47,31 +47,31 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_missing_tensor_is_named(folder):
+def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder, lambda t: t.__delitem__(Q))
     with pytest.raises(CheckpointError, match=f"1 problem: {Q} is missing"):
         Checkpoint(folder)
 
 
-def test_an_extra_tensor_is_named(folder):
+def test_an_extra_tensor_is_named(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"model.vision.weight": mx.zeros(3)}))
     with pytest.raises(CheckpointError, match="model.vision.weight is not part of the model"):
         Checkpoint(folder)
 
 
-def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({Q: mx.zeros((8, 8), mx.bfloat16)}))
     with pytest.raises(CheckpointError, match=rf"{Q} has shape \[8, 8\], expected \[\d+, \d+\]"):
         Checkpoint(folder)
 
 
-def test_a_tensor_of_another_dtype_is_named(folder):
+def test_a_tensor_of_another_dtype_is_named(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({SCALES: t[SCALES].astype(mx.float32)}))
     with pytest.raises(CheckpointError, match=f"{SCALES} is F32, expected U8"):
         Checkpoint(folder)
 
 
-def test_ten_problems_are_listed_and_all_are_counted(folder):
+def test_ten_problems_are_listed_and_all_are_counted(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=4, layer_types=None)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(folder)
@@ -83,7 +83,7 @@ def test_ten_problems_are_listed_and_all_are_counted(folder):
     assert "\n" not in text
 
 
-def test_counts_beyond_all_models_are_refused_before_tables_are_made(folder):
+def test_counts_beyond_all_models_are_refused_before_tables_are_made(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=10**9, layer_types=None)
     with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000: expected .* to 1,000"):
         Checkpoint(folder)
@@ -98,13 +98,13 @@ def _names(folder: Path) -> list[str]:
     return list(tensors)
 
 
-def test_a_config_that_contradicts_its_tensors_is_told_so(folder):
+def test_a_config_that_contradicts_its_tensors_is_told_so(folder: Path) -> None:
     edit_config(folder, vocab_size=65)
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[64, \d+\], expected \[65, \d+\]"):
         Checkpoint(folder)
 
 
-def test_a_nan_scale_is_refused_by_name(folder):
+def test_a_nan_scale_is_refused_by_name(folder: Path) -> None:
     def poison(tensors: dict[str, mx.array]) -> None:
         scales = np.array(tensors[SCALES])
         scales.flat[7] = 255
@@ -115,20 +115,20 @@ def test_a_nan_scale_is_refused_by_name(folder):
         load_model(folder)
 
 
-def test_an_unknown_quantisation_method_is_refused(folder):
+def test_an_unknown_quantisation_method_is_refused(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ConfigError, match="quant_method is 'gptq': expected 'mxfp4'"):
         Checkpoint(folder)
 
 
 @pytest.mark.parametrize("value", ["mxfp4", ["mxfp4"], 4, True, "group_size"])
-def test_a_quantisation_that_is_no_object_is_refused(folder, value):
+def test_a_quantisation_that_is_no_object_is_refused(folder: Path, value: object) -> None:
     edit_config(folder, quantization_config=value)
     with pytest.raises(ConfigError, match="quantization_config is .*expected an object"):
         Checkpoint(folder)
 
 
-def test_another_models_tensors_are_no_known_layout(folder):
+def test_another_models_tensors_are_no_known_layout(folder: Path) -> None:
     def replace(tensors: dict[str, mx.array]) -> None:
         tensors.clear()
         tensors["transformer.wte.weight"] = mx.zeros(2)
@@ -139,7 +139,7 @@ def test_another_models_tensors_are_no_known_layout(folder):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 200, -1])
-def test_a_truncated_file_is_refused(folder, keep):
+def test_a_truncated_file_is_refused(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: keep if keep >= 0 else len(data) - 1])
@@ -147,7 +147,7 @@ def test_a_truncated_file_is_refused(folder, keep):
         load_model(folder)
 
 
-def test_an_index_cannot_point_outside_the_folder(tmp_path):
+def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "in", SHAPE)
     outside = shutil.copy(folder / "model-00000-of-00002.safetensors", tmp_path)
     index = folder / "model.safetensors.index.json"
@@ -171,14 +171,14 @@ def test_an_index_cannot_point_outside_the_folder(tmp_path):
         ("four", "quantization is 'four'"),
     ],
 )
-def test_a_packing_that_mlx_does_not_know_is_refused(tmp_path, entry, told):
+def test_a_packing_that_mlx_does_not_know_is_refused(tmp_path: Path, entry: object, told: str) -> None:
     folder = write_checkpoint(tmp_path, SHAPE, layout="mlx", recipe=MlxRecipe(8))
     edit_config(folder, quantization=entry)
     with pytest.raises(ConfigError, match=told):
         Checkpoint(folder)
 
 
-def test_scales_that_the_config_does_not_explain_are_a_contradiction(tmp_path):
+def test_scales_that_the_config_does_not_explain_are_a_contradiction(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, SHAPE, layout="mlx", recipe=MlxRecipe(8))
     raw = json.loads((folder / "config.json").read_text())
     raw["quantization"] = {k: v for k, v in raw["quantization"].items() if "experts" in k}
@@ -188,7 +188,7 @@ def test_scales_that_the_config_does_not_explain_are_a_contradiction(tmp_path):
         Checkpoint(folder)
 
 
-def test_matrices_packed_differently_are_applied_side_by_side():
+def test_matrices_packed_differently_are_applied_side_by_side() -> None:
     weights = [mx.random.normal((64, 64), key=mx.random.key(i)) for i in range(2)]
     parts = []
     for weight, bits in zip(weights, (4, 8), strict=True):
@@ -204,7 +204,9 @@ def test_matrices_packed_differently_are_applied_side_by_side():
 @pytest.mark.parametrize(
     ("layout", "recipe"), [("hf", None), ("original", None), ("bf16", None), ("mlx", MlxRecipe(8))]
 )
-def test_the_experts_use_the_slope_that_the_config_gives(tmp_path, layout, recipe):
+def test_the_experts_use_the_slope_that_the_config_gives(
+    tmp_path: Path, layout: str, recipe: MlxRecipe | None
+) -> None:
     folder = write_checkpoint(tmp_path, SHAPE, layout=layout, recipe=recipe)
     edit_config(folder, swiglu_alpha=0.8)
     model = load_model(folder, "float32")
@@ -214,14 +216,14 @@ def test_the_experts_use_the_slope_that_the_config_gives(tmp_path, layout, recip
     np.testing.assert_allclose(np.array(logits), expected, rtol=0, atol=1e-3)
 
 
-def test_loading_tells_its_progress(folder):
+def test_loading_tells_its_progress(folder: Path) -> None:
     told: list[tuple[int, int]] = []
     load_model(folder, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (SHAPE.layers + 2, SHAPE.layers + 2)
     assert [d for d, _ in told] == list(range(1, SHAPE.layers + 3))
 
 
-def test_a_file_that_mlx_wrote_without_metadata_is_read(tmp_path):
+def test_a_file_that_mlx_wrote_without_metadata_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {"a": mx.zeros((2, 3))})
     assert read_header(path)["a"].shape == (2, 3)

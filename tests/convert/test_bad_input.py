@@ -137,6 +137,16 @@ def gone(name: str) -> Damage:
     return lambda folder: (folder / name).unlink()
 
 
+def folder_in_place_of_a_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    (folder / SHARD).mkdir()
+
+
+def without_weights(folder: Path) -> None:
+    for path in (*folder.glob("*.safetensors"), folder / INDEX_NAME):
+        path.unlink()
+
+
 def cut(name: str, keep: int) -> Damage:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
 
@@ -227,14 +237,10 @@ CASES: dict[str, tuple[Damage, type[GptOssError], str]] = {
         "nothing",
     ),
     "shard missing": (gone(SHARD), CheckpointError, "no such file"),
-    "shard a folder": (lambda f: (gone(SHARD)(f), (f / SHARD).mkdir()), CheckpointError, "cannot be read"),
+    "shard a folder": (folder_in_place_of_a_shard, CheckpointError, "cannot be read"),
     "link out of the folder": (linked("../elsewhere.safetensors"), CheckpointError, "outside the folder"),
     "link in a circle": (linked(SHARD), CheckpointError, "no such file"),
-    "no weights at all": (
-        lambda f: [p.unlink() for p in [*f.glob("*.safetensors"), f / INDEX_NAME]],
-        CheckpointError,
-        "no safetensors files",
-    ),
+    "no weights at all": (without_weights, CheckpointError, "no safetensors files"),
     "no config": (gone("config.json"), ConfigError, "no config.json"),
     "config not JSON": (text("config.json", "{"), ConfigError, "not readable"),
     "config of another model": (config(model_type="llama"), ConfigError, "'llama'"),
@@ -251,7 +257,9 @@ CASES: dict[str, tuple[Damage, type[GptOssError], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_broken_source_is_one_clear_error_and_nothing_is_written(folder, tmp_path, case):
+def test_a_broken_source_is_one_clear_error_and_nothing_is_written(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
     damage, kind, told = CASES[case]
     damage(folder)
     with pytest.raises(kind, match=told) as error:
@@ -260,13 +268,15 @@ def test_a_broken_source_is_one_clear_error_and_nothing_is_written(folder, tmp_p
     assert not (tmp_path / "made").exists()
 
 
-def test_there_are_at_least_forty_cases():
+def test_there_are_at_least_forty_cases() -> None:
     assert len(CASES) >= 40
 
 
 @pytest.mark.parametrize("layout", ["hf", "original", "mlx", "gguf"])
 @pytest.mark.parametrize("part", ["scales", "blocks"])
-def test_a_nan_among_the_scales_of_experts_is_found_in_every_layout(tmp_path, layout, part):
+def test_a_nan_among_the_scales_of_experts_is_found_in_every_layout(
+    tmp_path: Path, layout: str, part: str
+) -> None:
     folder = write_byte_tokenizer(tmp_path / "source")
     if layout == "gguf":
         from gguf import GGUFReader
@@ -298,7 +308,9 @@ def test_a_nan_among_the_scales_of_experts_is_found_in_every_layout(tmp_path, la
 
 @pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\xff"])
 @pytest.mark.parametrize("name", ["self_attn.sinks", "mlp.router.bias", "mlp.experts.down_proj_bias"])
-def test_a_nan_or_infinity_in_a_tensor_that_is_only_copied_is_found(folder, tmp_path, name, value):
+def test_a_nan_or_infinity_in_a_tensor_that_is_only_copied_is_found(
+    folder: Path, tmp_path: Path, name: str, value: bytes
+) -> None:
     info = read_folder(folder)[f"model.layers.1.{name}"]
     with open(info.path, "r+b") as stream:
         stream.seek(info.end - 2)
@@ -309,7 +321,7 @@ def test_a_nan_or_infinity_in_a_tensor_that_is_only_copied_is_found(folder, tmp_
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_infinity_is_found_by_either_quantiser(folder, tmp_path, fast):
+def test_infinity_is_found_by_either_quantiser(folder: Path, tmp_path: Path, fast: bool) -> None:
     info = read_folder(folder)["model.layers.1.self_attn.k_proj.weight"]
     with open(info.path, "r+b") as stream:
         stream.seek(info.end - 2)
@@ -318,7 +330,7 @@ def test_infinity_is_found_by_either_quantiser(folder, tmp_path, fast):
         convert(folder, tmp_path / "made", fast=fast)
 
 
-def test_a_folder_of_the_hubs_cache_is_read_through_its_links(folder, tmp_path):
+def test_a_folder_of_the_hubs_cache_is_read_through_its_links(folder: Path, tmp_path: Path) -> None:
     repo = tmp_path / "models--someone--tiny"
     snapshot = repo / "snapshots" / ("0" * 40)
     (repo / "blobs").mkdir(parents=True)
@@ -331,7 +343,7 @@ def test_a_folder_of_the_hubs_cache_is_read_through_its_links(folder, tmp_path):
     assert all(entry.sha256 for entry in made.manifest.source.files.values())
 
 
-def test_experts_that_were_requantised_are_refused(tmp_path):
+def test_experts_that_were_requantised_are_refused(tmp_path: Path) -> None:
     recipe = MlxRecipe(expert_bits=4)
     shape = Shape(vocab=320)
     source = write_byte_tokenizer(write_checkpoint(tmp_path / "mlx", shape, layout="mlx", recipe=recipe))
@@ -357,7 +369,7 @@ def test_experts_that_were_requantised_are_refused(tmp_path):
         (lambda f: write_gguf(f / "tiny.gguf", Shape(vocab=320, layers=1)), None),
     ],
 )
-def test_broken_gguf_files_are_one_clear_error(tmp_path, damage, told):
+def test_broken_gguf_files_are_one_clear_error(tmp_path: Path, damage: Damage, told: str) -> None:
     folder = write_byte_tokenizer(tmp_path / "gguf")
     write_gguf(folder / "tiny.gguf", SHAPE)
     damage(folder)
@@ -377,17 +389,17 @@ def test_broken_gguf_files_are_one_clear_error(tmp_path, damage, told):
         ({"group_size": 48}, "group size 48"),
     ],
 )
-def test_impossible_recipes_are_refused(options, told):
+def test_impossible_recipes_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConversionError, match=told):
         make_recipe(**options)
 
 
-def test_an_impossible_shard_size_is_refused(folder, tmp_path):
+def test_an_impossible_shard_size_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="shard size 0"):
         convert(folder, tmp_path / "made", shard_size=0)
 
 
-def test_a_mutated_header_is_read_right_or_refused(whole, tmp_path):
+def test_a_mutated_header_is_read_right_or_refused(whole: Path, tmp_path: Path) -> None:
     """Bytes of a true header changed, removed or doubled: a typed error, or tensors inside the file."""
     original = (whole / SHARD).read_bytes()
     length = int.from_bytes(original[:8], "little")
@@ -420,7 +432,7 @@ def test_a_mutated_header_is_read_right_or_refused(whole, tmp_path):
     assert refused > 300
 
 
-def test_mutated_numbers_never_pass_unnoticed_into_a_conversion(whole, tmp_path):
+def test_mutated_numbers_never_pass_unnoticed_into_a_conversion(whole: Path, tmp_path: Path) -> None:
     """Every number of a header replaced: the checkpoint is refused before anything is written."""
     original = (whole / SHARD).read_bytes()
     length = int.from_bytes(original[:8], "little")

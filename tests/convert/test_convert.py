@@ -30,6 +30,7 @@ from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.convert.recipes import RECIPES, make_recipe
 from mlx_gptoss.convert.verify import bytes_to_read, verify
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.model.quantization import Quantization
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.gguf_checkpoint import write_gguf
@@ -67,20 +68,34 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def dequantised(folder: Path, path: str, bits: int, group: int) -> np.ndarray:
-    parts = [read_rows(read_folder(folder)[f"{path}.{s}"]) for s in ("weight", "scales", "biases")]
-    return affine.dequantize(*parts, bits, group)
+    weight, scales, biases = (
+        read_rows(read_folder(folder)[f"{path}.{s}"]) for s in ("weight", "scales", "biases")
+    )
+    return affine.dequantize(weight, scales, biases, bits, group)
+
+
+def error_of(made: Converted, name: str) -> float:
+    error = made.manifest.tensors[name].relative_error
+    assert error is not None
+    return error
+
+
+def packing_of(folder: Path, path: str) -> Quantization:
+    packing = Checkpoint(folder).quantization_of(path)
+    assert packing is not None
+    return packing
 
 
 # --- round trips
 
 
-def test_the_lossless_recipe_keeps_every_byte(layouts, tmp_path):
+def test_the_lossless_recipe_keeps_every_byte(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["hf"], tmp_path / "made", make_recipe("mxfp4"))
     assert weights(made.folder) == weights(layouts["hf"])
     assert {entry.action for entry in made.manifest.tensors.values()} == {"copy"}
 
 
-def test_a_lossless_result_converts_to_itself(layouts, tmp_path):
+def test_a_lossless_result_converts_to_itself(layouts: dict[str, Path], tmp_path: Path) -> None:
     once = convert(layouts["hf"], tmp_path / "once", make_recipe("mxfp4"))
     twice = convert(once.folder, tmp_path / "twice", make_recipe("mxfp4"))
     assert files(once.folder)["model.safetensors"] == files(twice.folder)["model.safetensors"]
@@ -88,13 +103,15 @@ def test_a_lossless_result_converts_to_itself(layouts, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("layout", ["original", "mlx", "gguf"])
-def test_every_layout_of_mxfp4_comes_to_the_same_bytes(layouts, tmp_path, layout, recipe):
+def test_every_layout_of_mxfp4_comes_to_the_same_bytes(
+    layouts: dict[str, Path], tmp_path: Path, layout: str, recipe: str
+) -> None:
     expected = convert(layouts["hf"], tmp_path / "hf", make_recipe(recipe))
     found = convert(layouts[layout], tmp_path / "other", make_recipe(recipe))
     assert weights(found.folder) == weights(expected.folder)
 
 
-def test_a_bf16_fine_tune_with_mxfp4_values_loses_nothing(layouts, tmp_path):
+def test_a_bf16_fine_tune_with_mxfp4_values_loses_nothing(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["bf16"], tmp_path / "made", make_recipe("mxfp4"))
     found, source = read_folder(made.folder), read_folder(layouts["bf16"])
     for which in ("gate_up_proj", "down_proj"):
@@ -122,7 +139,9 @@ def assert_same_experts(made: Converted, expected: Converted, source: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_gguf_experts_that_are_floats_are_quantised_and_lose_nothing(layouts, tmp_path, kind):
+def test_gguf_experts_that_are_floats_are_quantised_and_lose_nothing(
+    layouts: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     from gguf import GGMLQuantizationType, GGUFReader
     from gguf.quants import dequantize, quantize
 
@@ -138,7 +157,7 @@ def test_gguf_experts_that_are_floats_are_quantised_and_lose_nothing(layouts, tm
     assert_same_experts(made, convert(layouts["hf"], tmp_path / "hf", make_recipe("mxfp4")), source)
 
 
-def test_gguf_experts_of_fewer_bits_are_still_refused(layouts, tmp_path):
+def test_gguf_experts_of_fewer_bits_are_still_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFReader
     from gguf.quants import dequantize, quantize
 
@@ -155,7 +174,9 @@ def test_gguf_experts_of_fewer_bits_are_still_refused(layouts, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_dense_experts_of_an_mlx_conversion_are_quantised_and_lose_nothing(layouts, tmp_path, dtype):
+def test_dense_experts_of_an_mlx_conversion_are_quantised_and_lose_nothing(
+    layouts: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
     source = shutil.copytree(layouts["mlx"], tmp_path / "dense")
     packed: Any = mx.load(str(source / "model.safetensors"))
     dense = {}
@@ -175,7 +196,7 @@ def test_dense_experts_of_an_mlx_conversion_are_quantised_and_lose_nothing(layou
     assert_same_experts(made, convert(layouts["hf"], tmp_path / "hf", make_recipe("mxfp4")), source)
 
 
-def test_the_exponent_search_lowers_the_error_of_other_experts(tmp_path):
+def test_the_exponent_search_lowers_the_error_of_other_experts(tmp_path: Path) -> None:
     folder = write_byte_tokenizer(write_checkpoint(tmp_path / "bf16", SHAPE, layout="bf16"))
     info = read_folder(folder)["model.layers.0.mlp.experts.down_proj"]
     random = np.random.default_rng(0).standard_normal(info.nbytes // 2).astype(np.float32)
@@ -185,12 +206,12 @@ def test_the_exponent_search_lowers_the_error_of_other_experts(tmp_path):
     plain = convert(folder, tmp_path / "plain", make_recipe("mxfp4"))
     searched = convert(folder, tmp_path / "searched", make_recipe("mxfp4"), mxfp4_search=True)
     name = f"{info.name}_blocks"
-    errors = [made.manifest.tensors[name].relative_error for made in (plain, searched)]
+    errors = [error_of(made, name) for made in (plain, searched)]
     assert 0.1 < errors[1] < errors[0] < 0.13
     assert searched.manifest.tensors[name].action == "mxfp4-search"
 
 
-def test_a_quantised_mlx_conversion_is_requantised_outside_the_experts(tmp_path):
+def test_a_quantised_mlx_conversion_is_requantised_outside_the_experts(tmp_path: Path) -> None:
     source = write_byte_tokenizer(write_checkpoint(tmp_path / "mlx", SHAPE, layout="mlx"))  # 8 bits
     made = convert(source, tmp_path / "q4", make_recipe("mxfp4-q4"))
     same = convert(source, tmp_path / "q8", make_recipe("mxfp4-q8"))
@@ -202,7 +223,7 @@ def test_a_quantised_mlx_conversion_is_requantised_outside_the_experts(tmp_path)
     assert made.folder.joinpath("config.json").read_text().count('"bits": 8') == SHAPE.layers  # the routers
 
 
-def test_more_bits_than_the_source_has_are_remarked_upon(tmp_path):
+def test_more_bits_than_the_source_has_are_remarked_upon(tmp_path: Path) -> None:
     source = write_byte_tokenizer(
         write_checkpoint(tmp_path / "mlx", SHAPE, layout="mlx", recipe=MlxRecipe(dense_bits=4))
     )
@@ -211,7 +232,7 @@ def test_more_bits_than_the_source_has_are_remarked_upon(tmp_path):
     assert sorted(parts) == ["attention", "embedding", "head"]
 
 
-def test_published_gguf_files_with_q8_parts_are_read(tmp_path):
+def test_published_gguf_files_with_q8_parts_are_read(tmp_path: Path) -> None:
     folder = write_byte_tokenizer(tmp_path / "gguf")
     write_gguf(folder / "tiny.gguf", SHAPE, q8=True)
     hf = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", SHAPE))
@@ -257,7 +278,9 @@ def rewrite_gguf(
 
 
 @pytest.mark.parametrize("named", ["first part", "last part", "folder"])
-def test_a_split_gguf_is_one_model_whichever_part_is_named(layouts, tmp_path, named):
+def test_a_split_gguf_is_one_model_whichever_part_is_named(
+    layouts: dict[str, Path], tmp_path: Path, named: str
+) -> None:
     folder = write_byte_tokenizer(tmp_path / "gguf")
     parts = split_gguf(write_gguf(folder / "tiny.gguf", SHAPE), 3)
     (folder / "._tiny-00001-of-00003.gguf").write_bytes(b"left by a Mac")
@@ -273,7 +296,7 @@ def test_a_split_gguf_is_one_model_whichever_part_is_named(layouts, tmp_path, na
     verify(made.folder, source).check()
 
 
-def test_a_folder_of_gguf_may_have_a_config(layouts, tmp_path):
+def test_a_folder_of_gguf_may_have_a_config(layouts: dict[str, Path], tmp_path: Path) -> None:
     folder = write_byte_tokenizer(tmp_path / "gguf")
     write_gguf(folder / "tiny.gguf", SHAPE)
     shutil.copy(layouts["hf"] / "config.json", folder)
@@ -283,13 +306,17 @@ def test_a_folder_of_gguf_may_have_a_config(layouts, tmp_path):
     assert cli.run(["verify", str(made.folder), "--source", str(folder)]) == 0
 
 
-def test_safetensors_beside_a_gguf_file_are_what_is_converted(layouts, tmp_path):
+def test_safetensors_beside_a_gguf_file_are_what_is_converted(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
     folder = write_byte_tokenizer(write_checkpoint(tmp_path / "both", SHAPE))
     (folder / "tiny.gguf").write_bytes(b"not looked at")
     assert convert(folder, tmp_path / "made").manifest.source.kind == "hf-mxfp4"
 
 
-def test_what_a_mac_leaves_beside_files_is_not_taken_for_weights(layouts, tmp_path):
+def test_what_a_mac_leaves_beside_files_is_not_taken_for_weights(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
     folder = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", SHAPE, shards=1))
     (folder / "._model.safetensors").write_bytes(b"left by a Mac")
     made = convert(folder, tmp_path / "made", make_recipe("mxfp4"))
@@ -301,7 +328,9 @@ def test_what_a_mac_leaves_beside_files_is_not_taken_for_weights(layouts, tmp_pa
     assert found.extra == ()
 
 
-def test_float32_parts_are_stored_as_bfloat16_with_their_error(layouts, tmp_path):
+def test_float32_parts_are_stored_as_bfloat16_with_their_error(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
     made = convert(layouts["gguf"], tmp_path / "made", make_recipe("mxfp4"))
     # Norms and biases of the generator are bfloat16 values: widened in GGUF, nothing is lost on the way back.
     assert made.manifest.tensors["model.norm.weight"].action == "relayout"
@@ -311,7 +340,7 @@ def test_float32_parts_are_stored_as_bfloat16_with_their_error(layouts, tmp_path
 # --- what comes out
 
 
-def test_expert_bytes_are_verbatim_in_the_default_recipe(layouts, tmp_path):
+def test_expert_bytes_are_verbatim_in_the_default_recipe(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["hf"], tmp_path / "made")
     source, found = weights(layouts["hf"]), weights(made.folder)
     experts = [name for name in source if ".experts." in name]
@@ -330,7 +359,7 @@ def test_expert_bytes_are_verbatim_in_the_default_recipe(layouts, tmp_path):
         ({"name": "mxfp4", "attention": 16, "embedding": 6}, "mxfp4, embedding 6"),
     ],
 )
-def test_a_recipe_with_replaced_values_says_so(options, name):
+def test_a_recipe_with_replaced_values_says_so(options: dict[str, Any], name: str) -> None:
     recipe = make_recipe(**options)
     assert recipe.name == name
     assert (recipe in RECIPES.values()) == ("," not in name)
@@ -339,27 +368,28 @@ def test_a_recipe_with_replaced_values_says_so(options, name):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_results_load_here(layouts, tmp_path, recipe):
+def test_results_load_here(layouts: dict[str, Path], tmp_path: Path, recipe: str) -> None:
     made = convert(layouts["hf"], tmp_path / "made", make_recipe(recipe))
     assert Checkpoint(made.folder).layout.name == "hf"
 
 
-def test_parts_can_have_bits_of_their_own(layouts, tmp_path):
+def test_parts_can_have_bits_of_their_own(layouts: dict[str, Path], tmp_path: Path) -> None:
     recipe = make_recipe("mxfp4-q4", head=6, attention=8, embedding=16, group_size=32)
     made = convert(layouts["hf"], tmp_path / "made", recipe)
-    checkpoint = Checkpoint(made.folder)
-    found = {p: checkpoint.quantization_of(p) for p in ("lm_head", "model.layers.0.self_attn.k_proj")}
+    found = {p: packing_of(made.folder, p) for p in ("lm_head", "model.layers.0.self_attn.k_proj")}
     assert {(q.bits, q.group_size) for q in found.values()} == {(6, 32), (8, 32)}
-    assert checkpoint.quantization_of("model.embed_tokens") is None
+    assert Checkpoint(made.folder).quantization_of("model.embed_tokens") is None
     packed = {n: (e.bits, e.group_size) for n, e in made.manifest.tensors.items() if e.bits is not None}
     assert packed["lm_head.weight"] == (6, 32)
     assert packed["model.layers.0.mlp.experts.down_proj_blocks"] == (4, 32)
     assert len(packed) == 1 + 6 * SHAPE.layers  # the embedding and the router are kept
-    errors = {p: made.manifest.tensors[f"{p}.weight"].relative_error for p in found}
+    errors = {p: error_of(made, f"{p}.weight") for p in found}
     assert errors["lm_head"] > errors["model.layers.0.self_attn.k_proj"] > 0
 
 
-def test_mlx_lm_computes_the_same_logits_from_the_lossless_recipe(layouts, tmp_path, without_compiler):
+def test_mlx_lm_computes_the_same_logits_from_the_lossless_recipe(
+    layouts: dict[str, Path], tmp_path: Path, without_compiler: None
+) -> None:
     from mlx_lm.utils import load_model
 
     tokens = mx.array([list(range(7, 27))])
@@ -375,11 +405,13 @@ def test_mlx_lm_computes_the_same_logits_from_the_lossless_recipe(layouts, tmp_p
         assert np.abs(logits(made.folder) - expected).max() < 1e-4
 
 
-def test_mlx_lm_loads_and_generates_from_the_default_recipe(layouts, tmp_path, without_compiler):
+def test_mlx_lm_loads_and_generates_from_the_default_recipe(
+    layouts: dict[str, Path], tmp_path: Path, without_compiler: None
+) -> None:
     import mlx_lm
 
     made = convert(layouts["hf"], tmp_path / "made")
-    model, tokenizer = mlx_lm.load(str(made.folder))
+    model, tokenizer = mlx_lm.load(str(made.folder))[:2]
     assert model.lm_head.bits == 4 and model.model.layers[0].mlp.experts.up_proj.mode == "mxfp4"
     assert not hasattr(model.model.layers[0].mlp.router, "bits")
     expected = dequantised(made.folder, "lm_head", 4, 64)
@@ -389,13 +421,15 @@ def test_mlx_lm_loads_and_generates_from_the_default_recipe(layouts, tmp_path, w
     assert isinstance(mlx_lm.generate(model, tokenizer, [1, 2, 3], max_tokens=3), str)
 
 
-def test_rope_is_told_in_the_old_keys_too(tmp_path):
+def test_rope_is_told_in_the_old_keys_too(tmp_path: Path) -> None:
     source = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", SHAPE, rope_parameters=True))
     config = json.loads((convert(source, tmp_path / "made").folder / "config.json").read_text())
     assert config["rope_theta"] == SHAPE.rope_theta and config["rope_scaling"]["truncate"] is False
 
 
-def test_shards_have_an_index_and_the_size_that_was_asked_for(layouts, tmp_path):
+def test_shards_have_an_index_and_the_size_that_was_asked_for(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
     whole = convert(layouts["hf"], tmp_path / "whole")
     made = convert(layouts["hf"], tmp_path / "made", shard_size=200_000)
     shards = sorted(p.name for p in made.folder.glob("*.safetensors"))
@@ -405,7 +439,7 @@ def test_shards_have_an_index_and_the_size_that_was_asked_for(layouts, tmp_path)
     assert weights(made.folder) == weights(whole.folder)
 
 
-def test_the_manifest_tells_every_tensor_and_file(layouts, tmp_path):
+def test_the_manifest_tells_every_tensor_and_file(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["hf"], tmp_path / "made", shard_size=200_000)
     manifest = read_manifest(made.folder)
     assert manifest == made.manifest
@@ -420,38 +454,42 @@ def test_the_manifest_tells_every_tensor_and_file(layouts, tmp_path):
     assert scales.sources == ("lm_head.weight",) and scales.relative_error is None
 
 
-def test_recorded_errors_are_the_true_ones(layouts, tmp_path):
+def test_recorded_errors_are_the_true_ones(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["hf"], tmp_path / "made")
     source = bfloat16_to_float32(read_rows(read_folder(layouts["hf"])["lm_head.weight"]))
     error = np.linalg.norm(dequantised(made.folder, "lm_head", 4, 64) - source) / np.linalg.norm(source)
     assert made.manifest.tensors["lm_head.weight"].relative_error == pytest.approx(float(error), rel=1e-4)
 
 
-def test_a_conversion_with_the_search_has_a_fifth_less_error_than_mlx(layouts, tmp_path):
-    made = convert(layouts["hf"], tmp_path / "made").manifest.tensors
-    fast = convert(layouts["hf"], tmp_path / "fast", fast=True).manifest.tensors
-    searched = [name for name, entry in made.items() if entry.relative_error and "search" in entry.action]
+def test_a_conversion_with_the_search_has_a_fifth_less_error_than_mlx(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    made, fast = (
+        convert(layouts["hf"], tmp_path / "made"),
+        convert(layouts["hf"], tmp_path / "fast", fast=True),
+    )
+    entries = made.manifest.tensors
+    searched = [name for name, e in entries.items() if e.relative_error and "search" in e.action]
     assert len(searched) == 2 + 4 * SHAPE.layers
-    assert {fast[name].action for name in searched} == {"affine"}
-    errors = [sum(t[name].bytes * t[name].relative_error ** 2 for name in searched) for t in (made, fast)]
+    assert {fast.manifest.tensors[name].action for name in searched} == {"affine"}
+    errors = [sum(entries[n].bytes * error_of(c, n) ** 2 for n in searched) for c in (made, fast)]
     assert errors[0] < 0.82 * errors[1]
 
 
-def test_threads_and_order_do_not_change_a_byte(layouts, tmp_path):
+def test_threads_and_order_do_not_change_a_byte(layouts: dict[str, Path], tmp_path: Path) -> None:
     one = convert(layouts["hf"], tmp_path / "one", workers=1)
     many = convert(layouts["hf"], tmp_path / "many", workers=5)
     assert files(one.folder) == files(many.folder)
 
 
-def test_rows_that_do_not_divide_get_a_smaller_group_or_stay(tmp_path):
+def test_rows_that_do_not_divide_get_a_smaller_group_or_stay(tmp_path: Path) -> None:
     shape = replace(
         SHAPE, hidden=96, head_dim=24
     )  # 96 = 3 x 32; attention's output has 8 x 24 = 192 = 3 x 64
     source = write_byte_tokenizer(write_checkpoint(tmp_path / "hf", shape))
     made = convert(source, tmp_path / "made")
-    checkpoint = Checkpoint(made.folder)
-    assert checkpoint.quantization_of("lm_head").group_size == 32
-    assert checkpoint.quantization_of("model.layers.0.self_attn.o_proj").group_size == 64
+    assert packing_of(made.folder, "lm_head").group_size == 32
+    assert packing_of(made.folder, "model.layers.0.self_attn.o_proj").group_size == 64
     assert "head: 96 columns do not divide into groups of 64, quantised in groups of 32" in made.notes
     narrow = replace(SHAPE, heads=2, kv_heads=1, head_dim=24)  # attention's output has 48 columns
     odd = write_byte_tokenizer(write_checkpoint(tmp_path / "odd", narrow))
@@ -460,7 +498,7 @@ def test_rows_that_do_not_divide_get_a_smaller_group_or_stay(tmp_path):
     assert any("kept in bfloat16" in note for note in made.notes)
 
 
-def test_progress_ends_where_it_said_it_would(layouts, tmp_path):
+def test_progress_ends_where_it_said_it_would(layouts: dict[str, Path], tmp_path: Path) -> None:
     seen: list[Progress] = []
     convert(layouts["hf"], tmp_path / "made", progress=seen.append)
     assert seen[-1].done == seen[-1].total > 0
@@ -470,7 +508,7 @@ def test_progress_ends_where_it_said_it_would(layouts, tmp_path):
 # --- the small files
 
 
-def test_stop_tokens_are_completed(layouts, tmp_path):
+def test_stop_tokens_are_completed(layouts: dict[str, Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_byte_tokenizer(write_checkpoint(source, SHAPE))
     (source / "generation_config.json").write_text('{"eos_token_id": 319, "do_sample": true}')
@@ -483,20 +521,22 @@ def test_stop_tokens_are_completed(layouts, tmp_path):
     assert config == {"do_sample": True, "eos_token_id": [319, *(t for t in wanted if t != 319)]}
 
 
-def test_tokenizer_files_are_copied_unchanged(layouts, tmp_path):
+def test_tokenizer_files_are_copied_unchanged(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["hf"], tmp_path / "made")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert (made.folder / name).read_bytes() == (layouts["hf"] / name).read_bytes()
 
 
-def test_the_original_folder_finds_its_tokenizer_above(tmp_path):
+def test_the_original_folder_finds_its_tokenizer_above(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model" / "original", SHAPE, layout="original")
     write_byte_tokenizer(tmp_path / "model")
     made = convert(tmp_path / "model" / "original", tmp_path / "made")
     assert (made.folder / "tokenizer.json").is_file()
 
 
-def test_a_tokenizer_can_come_from_elsewhere_or_be_left_out(layouts, bare_folder, tmp_path):
+def test_a_tokenizer_can_come_from_elsewhere_or_be_left_out(
+    layouts: dict[str, Path], bare_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConversionError, match="no tokenizer.json; name a folder"):
         convert(bare_folder, tmp_path / "none")
     with_one = convert(bare_folder, tmp_path / "with", tokenizer=layouts["hf"])
@@ -507,13 +547,15 @@ def test_a_tokenizer_can_come_from_elsewhere_or_be_left_out(layouts, bare_folder
 # --- the command
 
 
-def test_the_commands_help_tells_every_recipe(capsys):
+def test_the_commands_help_tells_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["convert", "--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert all(f"{name}: {recipe.summary}." in told for name, recipe in RECIPES.items())
 
 
-def test_the_command_converts_verifies_and_sums_up(layouts, tmp_path, capsys):
+def test_the_command_converts_verifies_and_sums_up(
+    layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = str(tmp_path / "made")
     assert cli.run(["convert", str(layouts["hf"]), target, "--head", "6", "--fast", "--verify"]) == 0
     told = capsys.readouterr().out
@@ -521,7 +563,9 @@ def test_the_command_converts_verifies_and_sums_up(layouts, tmp_path, capsys):
     assert read_manifest(target).recipe["head"] == 6
 
 
-def test_the_command_answers_a_mistake_in_one_line(layouts, tmp_path, capsys):
+def test_the_command_answers_a_mistake_in_one_line(
+    layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     assert cli.run(["convert", str(layouts["hf"]), str(tmp_path / "full")]) == 1
@@ -529,7 +573,9 @@ def test_the_command_answers_a_mistake_in_one_line(layouts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("size", "status"), [("0", 1), ("-1", 2), ("many", 2), ("1", 0)])
-def test_a_shard_size_that_is_none_is_told_in_one_line(layouts, tmp_path, capsys, size, status):
+def test_a_shard_size_that_is_none_is_told_in_one_line(
+    layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, status: int
+) -> None:
     target = tmp_path / "made"
     arguments = ["convert", str(layouts["hf"]), str(target), "--fast", f"--shard-size={size}"]
     assert cli.run(arguments) == status
@@ -540,13 +586,13 @@ def test_a_shard_size_that_is_none_is_told_in_one_line(layouts, tmp_path, capsys
         assert size in told.splitlines()[-1] and "expected " in told and not target.exists()
 
 
-def test_the_target_is_named_after_the_source(tmp_path):
+def test_the_target_is_named_after_the_source(tmp_path: Path) -> None:
     assert default_name("openai/gpt-oss-20b") == "gpt-oss-20b"
     assert default_name(str(tmp_path / "model.gguf")) == "model"
     assert default_name(str(tmp_path / "model-00001-of-00002.gguf")) == "model"
 
 
-def test_a_conversion_reports_its_size(layouts, tmp_path):
+def test_a_conversion_reports_its_size(layouts: dict[str, Path], tmp_path: Path) -> None:
     made: Converted = convert(layouts["hf"], tmp_path / "made")
     total = sum(p.stat().st_size for p in made.folder.iterdir() if p.name != "manifest.json")
     assert made.nbytes == total

@@ -45,7 +45,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def at(share: float, action: Callable[[], None]) -> Callable[[Progress], None]:
     """A progress callback that acts once, when this share of the bytes is done."""
-    done = []
+    done: list[bool] = []
 
     def tell(progress: Progress) -> None:
         if not done and progress.done >= share * progress.total:
@@ -111,7 +111,9 @@ for moment in moments:
 """
 
 
-def test_killed_at_any_moment_the_next_run_ends_with_the_same_bytes(source, expected, tmp_path):
+def test_killed_at_any_moment_the_next_run_ends_with_the_same_bytes(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     target = tmp_path / "made"
     command = [sys.executable, "-c", KILLER, str(source), str(target), "1"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
@@ -125,7 +127,9 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_bytes(source, expe
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_ctrl_c_leaves_work_that_is_taken_up(source, expected, tmp_path, share):
+def test_ctrl_c_leaves_work_that_is_taken_up(
+    source: Path, expected: dict[str, str], tmp_path: Path, share: float
+) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -137,7 +141,9 @@ def test_ctrl_c_leaves_work_that_is_taken_up(source, expected, tmp_path, share):
     assert made.resumed > 0 or share < 0.3
 
 
-def test_finished_work_is_checked_before_it_is_believed(source, expected, tmp_path):
+def test_finished_work_is_checked_before_it_is_believed(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
@@ -152,7 +158,9 @@ def test_finished_work_is_checked_before_it_is_believed(source, expected, tmp_pa
     assert files(made.folder) == expected and 0 < made.resumed < size * 0.8
 
 
-def test_half_a_line_at_the_end_of_the_journal_is_forgotten(source, expected, tmp_path):
+def test_half_a_line_at_the_end_of_the_journal_is_forgotten(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
     with open(tmp_path / "made.partial" / JOURNAL_NAME, "a") as stream:
@@ -161,7 +169,9 @@ def test_half_a_line_at_the_end_of_the_journal_is_forgotten(source, expected, tm
 
 
 @pytest.mark.parametrize("content", ["[1]\n{}\n", "not JSON\n", '{"source": {}}\n[]\n'])
-def test_a_broken_journal_is_told_and_can_be_thrown_away(source, expected, tmp_path, content):
+def test_a_broken_journal_is_told_and_can_be_thrown_away(
+    source: Path, expected: dict[str, str], tmp_path: Path, content: str
+) -> None:
     (tmp_path / "made.partial").mkdir()
     (tmp_path / "made.partial" / JOURNAL_NAME).write_text(content)
     with pytest.raises(ConversionError, match="--restart") as error:
@@ -170,7 +180,9 @@ def test_a_broken_journal_is_told_and_can_be_thrown_away(source, expected, tmp_p
     assert files(convert(source, tmp_path / "made", restart=True).folder) == expected
 
 
-def test_work_of_another_recipe_or_source_is_not_mixed_in(source, expected, tmp_path):
+def test_work_of_another_recipe_or_source_is_not_mixed_in(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
     with pytest.raises(ConversionError, match="another recipe"):
@@ -183,7 +195,7 @@ def test_work_of_another_recipe_or_source_is_not_mixed_in(source, expected, tmp_
     assert files(convert(source, tmp_path / "made").folder) == expected
 
 
-def test_two_conversions_cannot_write_to_one_target(source, tmp_path):
+def test_two_conversions_cannot_write_to_one_target(source: Path, tmp_path: Path) -> None:
     (tmp_path / "made.partial").mkdir()
     with (
         Journal(tmp_path / "made.partial", {}),
@@ -199,8 +211,13 @@ def test_two_conversions_cannot_write_to_one_target(source, tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 @pytest.mark.parametrize("seam", ["_write_at", "copy_file_range"])
 def test_a_disk_that_fills_up_stops_with_one_line_and_a_journal(
-    source, expected, tmp_path, monkeypatch, code, seam
-):
+    source: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    seam: str,
+) -> None:
     if seam == "copy_file_range" and not hasattr(os, seam):
         pytest.skip("Linux only")
     holder = writer if seam == "_write_at" else os
@@ -221,7 +238,7 @@ def test_a_disk_that_fills_up_stops_with_one_line_and_a_journal(
     assert files(convert(source, tmp_path / "made").folder) == expected
 
 
-def test_a_true_limit_on_file_size_is_one_line(source, tmp_path):
+def test_a_true_limit_on_file_size_is_one_line(source: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from mlx_gptoss import cli\n"
@@ -236,8 +253,8 @@ def test_a_true_limit_on_file_size_is_one_line(source, tmp_path):
 
 @pytest.mark.parametrize("name", ["write_file", "Manifest.write", "os.rename"])
 def test_failing_at_the_last_steps_leaves_nothing_under_the_final_name(
-    source, expected, tmp_path, monkeypatch, name
-):
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -257,7 +274,9 @@ def test_failing_at_the_last_steps_leaves_nothing_under_the_final_name(
     assert files(made.folder) == expected and made.resumed > 0
 
 
-def test_a_target_that_cannot_be_written_is_one_line(source, tmp_path, monkeypatch):
+def test_a_target_that_cannot_be_written_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -269,14 +288,16 @@ def test_a_target_that_cannot_be_written_is_one_line(source, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_parent_is_one_line(source, tmp_path):
+def test_a_read_only_parent_is_one_line(source: Path, tmp_path: Path) -> None:
     parent = tmp_path / "parent"
     parent.mkdir(mode=0o555)
     with pytest.raises(ConversionError, match="cannot be written"):
         convert(source, parent / "made")
 
 
-def test_too_little_space_is_said_before_the_first_byte(source, tmp_path, monkeypatch):
+def test_too_little_space_is_said_before_the_first_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConversionError, match="GB more, 0.00 GB are free") as error:
@@ -287,7 +308,9 @@ def test_too_little_space_is_said_before_the_first_byte(source, tmp_path, monkey
 
 @pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux only")
 @pytest.mark.parametrize("code", [None, errno.EXDEV, errno.ENOSYS])
-def test_without_the_systems_copy_the_bytes_are_the_same(source, expected, tmp_path, monkeypatch, code):
+def test_without_the_systems_copy_the_bytes_are_the_same(
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def refuse(*_: object) -> int:
         assert code is not None
         raise OSError(code, os.strerror(code))
@@ -301,7 +324,7 @@ def test_without_the_systems_copy_the_bytes_are_the_same(source, expected, tmp_p
 
 
 @pytest.mark.parametrize("change", ["touch", "append", "truncate", "remove"])
-def test_a_source_that_changes_underneath_finishes_nothing(source, tmp_path, change):
+def test_a_source_that_changes_underneath_finishes_nothing(source: Path, tmp_path: Path, change: str) -> None:
     victim = sorted(source.glob("*.safetensors"))[-1]
 
     def disturb() -> None:
@@ -321,7 +344,7 @@ def test_a_source_that_changes_underneath_finishes_nothing(source, tmp_path, cha
     assert not (tmp_path / "made").exists()
 
 
-def test_after_a_change_only_a_restart_converts(source, tmp_path):
+def test_after_a_change_only_a_restart_converts(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="changed while it was being converted"):
         convert(source, tmp_path / "made", progress=at(0.2, lambda: touch_all(source)))
     with pytest.raises(ConversionError, match="another source"):
@@ -338,13 +361,13 @@ def touch_all(folder: Path) -> None:
 # --- the target
 
 
-def test_an_empty_folder_is_a_fine_target(source, expected, tmp_path):
+def test_an_empty_folder_is_a_fine_target(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     assert files(convert(source, tmp_path / "made").folder) == expected
 
 
 @pytest.mark.parametrize("kind", ["file", "full folder", "finished conversion", "the source itself"])
-def test_nothing_that_exists_is_overwritten(source, tmp_path, kind):
+def test_nothing_that_exists_is_overwritten(source: Path, tmp_path: Path, kind: str) -> None:
     target = source if kind == "the source itself" else tmp_path / "made"
     if kind == "file":
         target.write_text("precious")
@@ -361,7 +384,7 @@ def test_nothing_that_exists_is_overwritten(source, tmp_path, kind):
 
 
 @pytest.mark.parametrize("target", ["/", "..", ""])
-def test_a_target_that_is_no_name_is_refused(source, target):
+def test_a_target_that_is_no_name_is_refused(source: Path, target: str) -> None:
     with pytest.raises(ConversionError):
         convert(source, target)
 
@@ -380,7 +403,9 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "linked journal", "journal folder"])
-def test_a_partial_that_no_conversion_made_is_left_as_it_is(source, tmp_path, kind, restart):
+def test_a_partial_that_no_conversion_made_is_left_as_it_is(
+    source: Path, tmp_path: Path, kind: str, restart: bool
+) -> None:
     partial, home = tmp_path / "made.partial", tmp_path / "home"
     home.mkdir()
     (home / JOURNAL_NAME).write_text("precious")
@@ -402,7 +427,9 @@ def test_a_partial_that_no_conversion_made_is_left_as_it_is(source, tmp_path, ki
     assert tree(tmp_path) == before and not (tmp_path / "made").exists()
 
 
-def test_what_somebody_put_beside_a_journal_stays(source, expected, tmp_path):
+def test_what_somebody_put_beside_a_journal_stays(
+    source: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
     (tmp_path / "made.partial" / "notes.txt").write_text("precious")
@@ -410,13 +437,13 @@ def test_what_somebody_put_beside_a_journal_stays(source, expected, tmp_path):
     assert tree(tmp_path / "made.partial") == {"notes.txt": b"precious"}
 
 
-def test_an_empty_partial_is_taken(source, expected, tmp_path):
+def test_an_empty_partial_is_taken(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "made.partial").mkdir()
     assert files(convert(source, tmp_path / "made").folder) == expected
     assert not (tmp_path / "made.partial").exists()
 
 
-def test_a_restart_does_not_touch_the_work_of_a_running_conversion(source, tmp_path):
+def test_a_restart_does_not_touch_the_work_of_a_running_conversion(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "made.partial" / "output"
     output.mkdir(parents=True)
     (output / "model.safetensors").write_text("half done")
@@ -428,7 +455,9 @@ def test_a_restart_does_not_touch_the_work_of_a_running_conversion(source, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link in place of the weights", "output is a link"])
-def test_nothing_foreign_is_published_and_no_link_followed(source, expected, tmp_path, kind):
+def test_nothing_foreign_is_published_and_no_link_followed(
+    source: Path, expected: dict[str, str], tmp_path: Path, kind: str
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
     output, home = tmp_path / "made.partial" / "output", tmp_path / "home"
@@ -456,14 +485,16 @@ def test_nothing_foreign_is_published_and_no_link_followed(source, expected, tmp
     assert files(convert(source, tmp_path / "made").folder) == expected
 
 
-def test_a_stray_that_appears_at_the_end_is_not_published(source, tmp_path):
+def test_a_stray_that_appears_at_the_end_is_not_published(source: Path, tmp_path: Path) -> None:
     stray = tmp_path / "made.partial" / "output" / "other.safetensors"
     with pytest.raises(ConversionError, match="is not of this conversion"):
         convert(source, tmp_path / "made", progress=at(1.0, stray.touch))
     assert not (tmp_path / "made").exists()
 
 
-def test_a_restart_that_cannot_remove_the_old_work_is_one_line(source, tmp_path, monkeypatch):
+def test_a_restart_that_cannot_remove_the_old_work_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
 

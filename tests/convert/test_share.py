@@ -234,7 +234,7 @@ def test_the_card_states_base_license_sizes_and_how_to_run(manifest: Manifest) -
     from huggingface_hub import ModelCard
 
     text = model_card(manifest, REPO)
-    data = ModelCard(text).data.to_dict()
+    data = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     assert data["base_model"] == "openai/gpt-oss-20b" and data["license"] == "apache-2.0"
     assert data["library_name"] == "mlx" and "mlx" in data["tags"]
     assert manifest.source.revision is not None and manifest.source.revision in text

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,8 +103,8 @@ def test_a_broken_header_is_a_problem_and_no_crash(folder: Path) -> None:
 @pytest.mark.parametrize("field", ["dtype", "shape", "bytes"])
 def test_a_tensor_that_is_not_what_the_manifest_says_is_named(folder: Path, field: str) -> None:
     manifest = read_manifest(folder)
-    value = {"dtype": "F16", "shape": (1, 2, 3), "bytes": 7}[field]
-    wrong = replace(manifest.tensors["lm_head.weight"], **{field: value})
+    values: dict[str, Any] = {"dtype": "F16", "shape": (1, 2, 3), "bytes": 7}
+    wrong = replace(manifest.tensors["lm_head.weight"], **{field: values[field]})
     replace(manifest, tensors={**manifest.tensors, "lm_head.weight": wrong}).write(folder)
     assert [text for text in problems(folder) if text.startswith("lm_head.weight: BF16 [512, 192], expected")]
 
@@ -262,7 +263,7 @@ def test_a_single_changed_expert_byte_in_the_source_is_found(folder: Path, tmp_p
 
 
 def tokens(count: int) -> list[int]:
-    return np.random.default_rng(0).integers(0, 512, count).tolist()
+    return [int(token) for token in np.random.default_rng(0).integers(0, 512, count)]
 
 
 def test_the_same_weights_in_another_layout_predict_the_same(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from tests.support.checkpoints import hf_config, original_config
 from tests.support.random_weights import SHAPES, Shape
 
 
-def test_both_spellings_of_rope_read_the_same():
+def test_both_spellings_of_rope_read_the_same() -> None:
     shape = Shape(truncate=True)
     older, newer = hf_config(shape), hf_config(shape, rope_parameters=True)
     assert ModelConfig.from_hf(older) == ModelConfig.from_hf(newer)
@@ -20,12 +23,12 @@ def test_both_spellings_of_rope_read_the_same():
     assert ModelConfig.from_hf(hf_config(Shape(truncate=False))).rope.truncate is False
 
 
-def test_the_original_config_reads_as_the_hf_config_of_the_same_model():
+def test_the_original_config_reads_as_the_hf_config_of_the_same_model() -> None:
     shape = SHAPES["20b"]
     assert ModelConfig.from_original(original_config(shape)) == ModelConfig.from_hf(hf_config(shape))
 
 
-def test_a_config_survives_the_way_to_json_and_back():
+def test_a_config_survives_the_way_to_json_and_back() -> None:
     config = ModelConfig.from_hf(hf_config(Shape(swiglu_limit=5.0)) | {"swiglu_alpha": 1.25})
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
@@ -34,21 +37,23 @@ def test_a_config_survives_the_way_to_json_and_back():
     ("read", "raw"),
     [(ModelConfig.from_hf, hf_config(Shape())), (ModelConfig.from_original, original_config(Shape()))],
 )
-def test_the_slope_of_swiglu_is_read_and_the_published_one_where_none_is_given(read, raw):
+def test_the_slope_of_swiglu_is_read_and_the_published_one_where_none_is_given(
+    read: Callable[[dict[str, Any]], ModelConfig], raw: dict[str, Any]
+) -> None:
     assert read(raw).swiglu_alpha == 1.702
     assert read(raw | {"swiglu_alpha": 1.0}).swiglu_alpha == 1.0
 
 
-def test_the_published_slope_adds_no_key_to_the_published_config():
+def test_the_published_slope_adds_no_key_to_the_published_config() -> None:
     assert "swiglu_alpha" not in ModelConfig.from_hf(hf_config(Shape())).to_hf()
 
 
-def test_an_original_context_that_overflows_is_refused():
+def test_an_original_context_that_overflows_is_refused() -> None:
     with pytest.raises(ConfigError, match="rope_scaling_factor is 1e[+]308"):
         ModelConfig.from_original(original_config(Shape()) | {"rope_scaling_factor": 1e308})
 
 
-def test_even_layers_slide_when_the_config_does_not_say():
+def test_even_layers_slide_when_the_config_does_not_say() -> None:
     raw = hf_config(Shape(layers=3))
     del raw["layer_types"]
     assert ModelConfig.from_hf(raw).layer_types == (SLIDING, FULL, SLIDING)
@@ -72,7 +77,7 @@ def test_even_layers_slide_when_the_config_does_not_say():
         "rope_theta",
     ],
 )
-def test_a_missing_field_is_named(field):
+def test_a_missing_field_is_named(field: str) -> None:
     raw = hf_config(Shape())
     del raw[field]
     with pytest.raises(ConfigError, match=field):
@@ -105,7 +110,7 @@ YARN = hf_config(Shape(), rope_parameters=True)["rope_parameters"]
         ({"rope_parameters": {"rope_type": "yarn", "factor": 3.0, "rope_theta": 150000.0}}, "contradict"),
     ],
 )
-def test_a_wrong_field_is_named_with_its_value(change, told):
+def test_a_wrong_field_is_named_with_its_value(change: dict[str, Any], told: str) -> None:
     raw = hf_config(Shape(layers=2)) | change
     with pytest.raises(ConfigError, match=told):
         ModelConfig.from_hf(raw)
@@ -114,7 +119,7 @@ def test_a_wrong_field_is_named_with_its_value(change, told):
 @pytest.mark.parametrize(
     ("key", "value"), [("truncate", "no"), ("attention_factor", 1.2), ("beta_fast", 0.5)]
 )
-def test_yarn_is_never_half_read(key, value):
+def test_yarn_is_never_half_read(key: str, value: object) -> None:
     raw = hf_config(Shape())
     raw["rope_scaling"] |= {key: value}
     with pytest.raises(ConfigError, match=key):
@@ -131,7 +136,7 @@ def test_yarn_is_never_half_read(key, value):
         ('{"hidden_size": ' + "9" * 9000 + "}", "not readable as JSON"),
     ],
 )
-def test_a_folder_without_a_usable_config_is_told_so(tmp_path, content, told):
+def test_a_folder_without_a_usable_config_is_told_so(tmp_path: Path, content: str | None, told: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=told):

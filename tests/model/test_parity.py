@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +55,7 @@ def pieces(prompt: int, total: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def odd_model(tmp_path_factory) -> Model:
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(write_checkpoint(tmp_path_factory.mktemp("odd"), ODD), "float32")
 
 
@@ -64,14 +65,14 @@ def tokens() -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "long_context"])
-def test_prefill_and_decode_equal_transformers(tmp_path, name):
+def test_prefill_and_decode_equal_transformers(tmp_path: Path, name: str) -> None:
     golden = load_golden(name)
     model = load_model(write_checkpoint(tmp_path, golden.shape, seed=golden.seed), "float32")
     logits = feed(model, golden.tokens, pieces(golden.prompt, len(golden.tokens)))
     assert np.abs(logits - golden.logits).max() <= 1e-4
 
 
-def test_three_thousand_tokens_equal_transformers(tmp_path):
+def test_three_thousand_tokens_equal_transformers(tmp_path: Path) -> None:
     golden = load_golden("long_context")
     model = load_model(write_checkpoint(tmp_path, golden.shape, seed=golden.seed), "float32")
     sizes = [512] * 5 + [golden.prompt - 5 * 512] + [1] * (len(golden.tokens) - golden.prompt)
@@ -83,7 +84,9 @@ def test_three_thousand_tokens_equal_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "truncate"), [(k, t) for k in LAYOUTS for t in (False, True) if (k, t) != ("original", True)]
 )
-def test_every_layout_equals_the_oracle(tmp_path, tokens, layout, truncate):
+def test_every_layout_equals_the_oracle(
+    tmp_path: Path, tokens: np.ndarray, layout: str, truncate: bool
+) -> None:
     kind, recipe = LAYOUTS[layout]
     shape = replace(ODD, truncate=truncate, initial_context=512)
     seed = 1  # no router decides by so little that rounding could flip it
@@ -94,7 +97,9 @@ def test_every_layout_equals_the_oracle(tmp_path, tokens, layout, truncate):
     assert np.abs(logits - expected.logits).max() <= 1e-4
 
 
-def test_both_spellings_of_rope_and_both_numbers_of_shards_load_the_same(tmp_path, tokens):
+def test_both_spellings_of_rope_and_both_numbers_of_shards_load_the_same(
+    tmp_path: Path, tokens: np.ndarray
+) -> None:
     one = write_checkpoint(tmp_path / "one", ODD, rope_parameters=True, shards=1)
     many = write_checkpoint(tmp_path / "many", ODD, shards=5)
     assert len(list(one.glob("*.safetensors"))) == 1 and len(list(many.glob("*.safetensors"))) == 5
@@ -107,19 +112,21 @@ def test_both_spellings_of_rope_and_both_numbers_of_shards_load_the_same(tmp_pat
     [[1] * 96, [7] * 13 + [5], [95, 1], [16, 1, 15, 17, 47]],
     ids=["ones", "sevens", "all but one", "mixed"],
 )
-def test_chunks_of_any_size_give_the_same_logits(odd_model, tokens, sizes):
+def test_chunks_of_any_size_give_the_same_logits(
+    odd_model: Model, tokens: np.ndarray, sizes: list[int]
+) -> None:
     whole = feed(odd_model, tokens, [len(tokens)])
     assert np.abs(feed(odd_model, tokens, sizes) - whole).max() <= 2e-5
 
 
-def test_a_ragged_batch_equals_each_sequence_alone(odd_model, tokens):
+def test_a_ragged_batch_equals_each_sequence_alone(odd_model: Model, tokens: np.ndarray) -> None:
     others = [tokens[:40], tokens[30:31], tokens[20:90], tokens[50:67]]
     alone = [feed(odd_model, part, [len(part)]) for part in others]
     together = step(odd_model, [(part, odd_model.make_cache()) for part in others])
     assert np.abs(together - np.concatenate(alone)).max() <= 2e-5
 
 
-def test_decodes_beside_a_prompt_equal_each_alone(odd_model, tokens):
+def test_decodes_beside_a_prompt_equal_each_alone(odd_model: Model, tokens: np.ndarray) -> None:
     first, second = odd_model.make_cache(), odd_model.make_cache()
     got = [step(odd_model, [(tokens[:33], first)])]
     for i in range(33, 43):  # one sequence decodes while the other reads its prompt in threes
@@ -131,7 +138,7 @@ def test_decodes_beside_a_prompt_equal_each_alone(odd_model, tokens):
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 130])
-def test_the_window_of_128_counts_the_token_itself(tmp_path, length):
+def test_the_window_of_128_counts_the_token_itself(tmp_path: Path, length: int) -> None:
     shape = Shape(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, window=128, vocab=96)
     model = load_model(write_checkpoint(tmp_path, shape), "float32")
     tokens = np.random.default_rng(5).integers(0, shape.vocab, length)
@@ -141,7 +148,7 @@ def test_the_window_of_128_counts_the_token_itself(tmp_path, length):
         assert np.abs(feed(model, tokens, sizes) - expected.logits).max() <= 1e-4
 
 
-def test_only_the_rows_asked_for_are_computed(odd_model, tokens):
+def test_only_the_rows_asked_for_are_computed(odd_model: Model, tokens: np.ndarray) -> None:
     cache = odd_model.make_cache()
     segment = Segment(96, cache)
     ids = mx.array(tokens.astype(np.int32))
@@ -154,7 +161,7 @@ def test_only_the_rows_asked_for_are_computed(odd_model, tokens):
     assert cache.offset == 97
 
 
-def test_bfloat16_stays_near_float32(tmp_path, tokens):
+def test_bfloat16_stays_near_float32(tmp_path: Path, tokens: np.ndarray) -> None:
     folder = write_checkpoint(tmp_path, replace(ODD, layers=1))
     exact, rounded = (feed(load_model(folder, d), tokens, [96]) for d in ("float32", "bfloat16"))
     # A near-tie of routes may flip in a token or two; the rest stays within bfloat16's noise.

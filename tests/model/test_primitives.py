@@ -6,7 +6,7 @@ from benchmarks.primitives import measure
 
 
 @pytest.mark.parametrize(("bits", "most"), [(None, 20), (8, 21)])
-def test_a_layer_of_a_decoded_token_is_at_most_21_primitives(bits, most):
+def test_a_layer_of_a_decoded_token_is_at_most_21_primitives(bits: int | None, most: int) -> None:
     result = measure("ours", bits)
     assert 10 < result["per_layer"] <= most
     assert result["primitives"]["GatherQMM"] == 2
