@@ -36,7 +36,8 @@ def router(state: ServerState) -> ApiRouter:
         def remember(_: int, reply: Reply) -> None:
             state.turns.remember_reply(reply, writer.answer, asked.conversation)
 
-        return await answer(job, writer, request, stream=body.stream, on_reply=remember)
+        writer.on_reply = remember
+        return await answer(job, writer, request, body.stream)
 
     @routes.post("/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:

@@ -130,10 +130,7 @@ def _http_error(error: HTTPException, request: Request) -> ApiError:
     """What FastAPI itself finds wrong."""
     if error.status_code == 400 and "parsing the body" in str(error.detail):
         return ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
-    known = {
-        404: f"There is no {request.url.path} here.",
-        405: f"{request.method} is not allowed here.",
-    }
+    known = {404: f"There is no {request.url.path} here.", 405: f"{request.method} is not allowed here."}
     message = known.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=dict(error.headers or {}))
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from mlx_gptoss.errors import RequestError
-from mlx_gptoss.server.openai.choices_request import ChoicesRequest
+from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most

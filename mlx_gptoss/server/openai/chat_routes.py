@@ -28,7 +28,7 @@ def router(state: ServerState) -> ApiRouter:
         def remember(index: int, reply: Reply) -> None:
             state.turns.remember_reply(reply, writer.choices[index].text, asked.conversation)
 
-        job = await state.start(asked, body.n or 1)
-        return await answer(job, writer, request, stream=body.stream, on_reply=remember)
+        writer.on_reply = remember
+        return await answer(await state.start(asked, body.n or 1), writer, request, body.stream)
 
     return routes

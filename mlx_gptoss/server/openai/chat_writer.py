@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.openai.chat_request import ChatRequest
-from mlx_gptoss.server.openai.choices_writer import ChoicesWriter, usage_body
+from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body
 from mlx_gptoss.server.openai.logprobs import AnswerScores
 from mlx_gptoss.server.running.answer import Json
 from mlx_gptoss.tokenizer import Tokenizer

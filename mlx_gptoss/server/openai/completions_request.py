@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.server.openai.choices_request import ChoicesRequest
+from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.translate.sampling_fields import sampling_params
 from mlx_gptoss.tokenizer import Tokenizer
 

@@ -43,6 +43,6 @@ def router(state: ServerState) -> ApiRouter:
             for where, tokens in prompts.items()
             for seeded in of_choices(params, count)
         ]
-        return await answer(await state.jobs.start(*starts), writer, request, stream=body.stream)
+        return await answer(await state.jobs.start(*starts), writer, request, body.stream)
 
     return routes

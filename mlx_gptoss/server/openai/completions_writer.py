@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
 from mlx_gptoss.engine.request import TokenOutput, TokensDone
-from mlx_gptoss.server.openai.choices_writer import ChoicesWriter, usage_body
+from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body
 from mlx_gptoss.server.openai.completions_request import CompletionRequest
 from mlx_gptoss.server.openai.logprobs import AnswerScores, Scored, finite
 from mlx_gptoss.server.running.answer import Json

@@ -16,17 +16,6 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def logprob_entry(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    """A token with its log-probability and its alternatives, as chats and responses show it."""
-
-    def entry(one: int, logprob: float) -> dict[str, Any]:
-        spelled = tokenizer.token_bytes(one)
-        token = spelled.decode("utf-8", "replace")
-        return {"token": token, "logprob": finite(logprob), "bytes": list(spelled)}
-
-    return entry(token_id, logprobs.logprob) | {"top_logprobs": [entry(*pair) for pair in logprobs.top]}
-
-
 class AnswerScores:
     """The log-probabilities of an answer's tokens, given out as far as its text is.
 
@@ -57,5 +46,14 @@ class AnswerScores:
         return ready
 
     def entries(self, text: str, scored: Iterable[Scored] | None) -> list[dict[str, Any]]:
-        """The same as OpenAI's entries."""
-        return [logprob_entry(self._tokenizer, *token) for _, token in self.take(text, scored)]
+        """The same, as chats and responses show it: each token with its alternatives."""
+
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            spelled = self._tokenizer.token_bytes(token_id)
+            token = spelled.decode("utf-8", "replace")
+            return {"token": token, "logprob": finite(logprob), "bytes": list(spelled)}
+
+        return [
+            entry(token_id, scores.logprob) | {"top_logprobs": [entry(*pair) for pair in scores.top]}
+            for _, (token_id, scores) in self.take(text, scored)
+        ]

@@ -52,7 +52,8 @@ def router(state: ServerState) -> ApiRouter:
                 shown = [listed(item) for item in items]
                 state.responses.put(StoredResponse(writer.response, shown, history, asked.preface))
 
-        return await answer(job, writer, request, stream=body.stream, on_reply=keep)
+        writer.on_reply = keep
+        return await answer(job, writer, request, body.stream)
 
     @routes.get("/{response_id}")
     async def retrieve_response(response_id: str, stream: bool = False) -> dict[str, Any]:

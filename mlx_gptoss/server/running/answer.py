@@ -20,7 +20,7 @@ from mlx_gptoss.server.running.jobs import Job
 logger = logging.getLogger("mlx_gptoss.server")
 
 Json = dict[str, Any]
-OnReply = Callable[[int, Reply], object]  # the index of a generation, and what it came to
+OnReply = Callable[[int, Reply], object]
 
 
 class Writer(ABC):
@@ -28,10 +28,12 @@ class Writer(ABC):
 
     One writer serves both ways of answering, so both tell the same. An event may refer to the body, which
     grows: it has to be encoded before the next is asked for. end: what closes the stream after all events.
+    on_reply: told the index of a generation and what it came to, before the client hears of its end.
     """
 
     heartbeat = sse.HEARTBEAT
     end = b""
+    on_reply: OnReply = staticmethod(lambda index, reply: None)
 
     @staticmethod
     def frame(event: Json) -> bytes:
@@ -59,27 +61,22 @@ class Writer(ABC):
         """The answer in one piece."""
 
 
-async def answer(
-    job: Job, writer: Writer, request: Request, *, stream: bool | None, on_reply: OnReply | None = None
-) -> Response:
-    """Answer with what a job generates. A client that goes away cancels it.
-
-    on_reply is told each reply before the client hears of its end.
-    """
+async def answer(job: Job, writer: Writer, request: Request, stream: bool | None) -> Response:
+    """Answer with what a job generates. A client that goes away cancels it."""
     if stream:
-        return sse.EventStream(_chunks(job, writer, on_reply), job)
+        return sse.EventStream(_chunks(job, writer), job)
     watcher = asyncio.create_task(sse.on_disconnect(request.receive, job.close))
     try:
         async for batch in job.batches():
             for index, event in batch:
-                deque(_taken(writer, index, event, on_reply), maxlen=0)
+                deque(_taken(writer, index, event), maxlen=0)
     finally:
         watcher.cancel()
         job.close()
     return JSONResponse(writer.body())
 
 
-async def _chunks(job: Job, writer: Writer, on_reply: OnReply | None) -> AsyncIterator[bytes]:
+async def _chunks(job: Job, writer: Writer) -> AsyncIterator[bytes]:
     if opening := b"".join(map(writer.frame, writer.opening())):
         yield opening
     try:
@@ -87,11 +84,7 @@ async def _chunks(job: Job, writer: Writer, on_reply: OnReply | None) -> AsyncIt
             if not batch:
                 yield writer.heartbeat
                 continue
-            out = [
-                writer.frame(made)
-                for index, event in batch
-                for made in _taken(writer, index, event, on_reply)
-            ]
+            out = [writer.frame(made) for index, event in batch for made in _taken(writer, index, event)]
             if out:
                 yield b"".join(out)
         if closing := b"".join(map(writer.frame, writer.closing())) + writer.end:
@@ -103,7 +96,7 @@ async def _chunks(job: Job, writer: Writer, on_reply: OnReply | None) -> AsyncIt
         yield b"".join(map(writer.frame, writer.failure(api)))
 
 
-def _taken(writer: Writer, index: int, event: Any, on_reply: OnReply | None) -> Iterable[Json]:
+def _taken(writer: Writer, index: int, event: Any) -> Iterable[Json]:
     yield from writer.take(index, event)
-    if isinstance(event, Done) and on_reply is not None:
-        on_reply(index, event.reply)
+    if isinstance(event, Done):
+        writer.on_reply(index, event.reply)

@@ -1,4 +1,4 @@
-"""What the answers of both completion APIs share: a head, choices, usage, and chunks of these in a stream."""
+"""What both completion APIs share: requests for several choices, and answers made of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,36 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mlx_gptoss.server.http.errors import ApiError, openai_error
-from mlx_gptoss.server.openai.choices_request import ChoicesRequest
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.answer import Json, Writer
+from mlx_gptoss.server.translate.request import RequestModel
+from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded
 
 FINGERPRINT = f"mlx_gptoss-{version('mlx-gptoss')}"
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool | None = None
+
+
+class ChoicesRequest(SamplingFields):
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = bounded("max_tokens", None)
+    n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    model: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream's last chunk is to have the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChoicesWriter(Writer):
