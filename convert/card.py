@@ -127,7 +127,7 @@ def _how_to_run(repo_id: str) -> str:
     return f"""## Run it
 
 ```
-pip install mlx-gptoss
+pip install gptoss-mlx
 mlx-gptoss chat {repo_id}
 ```
 

@@ -107,7 +107,7 @@ def convert(
     fingerprint = opened.fingerprint()
     identity = {
         "source": fingerprint,
-        "tool version": version("mlx-gptoss"),
+        "tool version": version("gptoss-mlx"),
         "recipe": recipe.to_dict(),
         "options": {"fast": fast, "mxfp4_search": mxfp4_search, "shard_size": shard_size},
         "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in sidecars.items()},
@@ -134,7 +134,7 @@ def convert(
             write_file(work.output / name, content)
             files[name] = FileEntry.of(content)
         manifest = Manifest(
-            tool_version=version("mlx-gptoss"),
+            tool_version=version("gptoss-mlx"),
             source=opened.entry(),
             recipe=recipe.to_dict(),
             tensors=dict(_entries(jobs.all, journal)),

@@ -118,7 +118,7 @@ def _load(file: Path, tensors: dict[str, SourceTensor], fields: dict[str, Any]) 
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ConversionError("reading GGUF needs the gguf package: pip install 'mlx-gptoss[gguf]'") from None
+        raise ConversionError("reading GGUF needs the gguf package: pip install 'gptoss-mlx[gguf]'") from None
     try:
         reader = GGUFReader(file)
         for name, field in reader.fields.items():

@@ -1,6 +1,6 @@
 """Train the demo model: transformers' GptOssForCausalLM from scratch on the generated demo world.
 
-    pip install "mlx-gptoss[train]"
+    pip install "gptoss-mlx[train]"
     python -m demo.train --work demo_training            # under two hours on 2 CPU cores
     python -m demo.train --work demo_training --export mlx_gptoss/demo_model
 

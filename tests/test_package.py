@@ -1,5 +1,6 @@
 """The package's surface: public names, what importing it costs, and what an installation contains."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -93,6 +94,19 @@ def test_every_package_folder_is_installed():
     assert listed == {f"mlx_gptoss.{p}" if p.startswith("convert") else p for p in found}
 
 
-def test_the_version_is_said_once_and_the_same():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["version"] == mlx_gptoss.__version__
+def test_the_version_is_said_in_pyproject_alone() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == mlx_gptoss.__version__
+    sources = [path for top in ("mlx_gptoss", "convert") for path in (ROOT / top).rglob("*.py")]
+    assert not [p for p in sources if f'"{project["version"]}"' in p.read_text(encoding="utf-8")]
+
+
+def test_every_lookup_of_the_installation_uses_its_name() -> None:
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    lookup = re.compile(r"""(?:\bversion\(|package_name=|pip install )['"]?([\w-]*gptoss[\w-]*)""")
+    folders = [ROOT / top for top in ("mlx_gptoss", "convert", "docs", "demo")]
+    texts = [
+        p.read_text(encoding="utf-8") for f in folders for p in f.rglob("*.*") if p.suffix in {".py", ".md"}
+    ]
+    asked = [found for text in texts for found in lookup.findall(text)]
+    assert len(asked) > 4 and set(asked) == {name}

@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.version_option(package_name="mlx-gptoss")
+@click.version_option(package_name="gptoss-mlx")
 def cli() -> None:
     """gpt-oss on Apple Silicon through MLX.
 

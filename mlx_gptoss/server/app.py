@@ -31,7 +31,7 @@ def create_app(llm: LLM | None = None, settings: ServerSettings | None = None) -
     state = ServerState(settings or ServerSettings())
     app = FastAPI(
         title="mlx_gptoss",
-        version=version("mlx-gptoss"),
+        version=version("gptoss-mlx"),
         description="OpenAI's and Anthropic's APIs over a local gpt-oss model.",
         docs_url=None,  # FastAPI's pages load scripts from other sites
         redoc_url=None,

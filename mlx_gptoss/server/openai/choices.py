@@ -17,7 +17,7 @@ from mlx_gptoss.server.running.answer import Json, Writer
 from mlx_gptoss.server.translate.request import RequestModel
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded
 
-FINGERPRINT = f"mlx_gptoss-{version('mlx-gptoss')}"
+FINGERPRINT = f"mlx_gptoss-{version('gptoss-mlx')}"
 
 
 class StreamOptions(RequestModel):
