@@ -11,6 +11,7 @@ Every request is noted in `hub.requests`.
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Mapping
@@ -134,7 +135,10 @@ class HubServer:
         return repo.commit(blobs, ref)
 
     def cut(self, pattern: str, *, after: int, times: int = 1) -> None:
-        """Break the next `times` transfers whose path contains `pattern` after that many bytes of body."""
+        """Break the next `times` transfers whose path contains `pattern` after that many bytes of body.
+
+        A download that is not longer is left whole.
+        """
         self.faults.append(_Fault(pattern, times, after=after))
 
     def hold(self, pattern: str, *, after: int) -> None:
@@ -150,10 +154,12 @@ class HubServer:
     def paths(self, method: str) -> list[str]:
         return [request.path for request in self.requests if request.method == method]
 
-    def take_fault(self, path: str, *, transfer: bool) -> _Fault | None:
+    def take_fault(self, path: str, *, transfer: bool, length: float = math.inf) -> _Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.pattern in path and (fault.after is not None) == transfer:
+                    if fault.after is not None and length <= fault.after:
+                        continue  # nothing to break, and a closed connection would break the next request
                     fault.times -= 1
                     return fault
         return None
@@ -227,7 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        fault = self.hub.take_fault(self.route, transfer=True) if self.command == "GET" else None
+        fault = None
+        if self.command == "GET":
+            fault = self.hub.take_fault(self.route, transfer=True, length=len(data))
         if fault is not None:
             data = data[: fault.after]
         self.wfile.write(data)
