@@ -1,0 +1,112 @@
+"""What the code imports is declared, what is declared is imported, and each has a lower bound."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from scripts.lowest import bounds
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OWN = {"mlx_gptoss", "tests", "benchmarks", "demo", "scripts"}
+DISTRIBUTIONS = packages_distributions()
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The canonical names of the distributions that these require, this one aside."""
+    names = {canonical(re.split(r"[\[<>=;, ]", requirement)[0]) for requirement in requirements}
+    return names - {canonical(PROJECT["name"])}
+
+
+CORE, GGUF, TRAIN, TEST = (
+    declared(requirements)
+    for requirements in (PROJECT["dependencies"], EXTRAS["gguf"], EXTRAS["train"], EXTRAS["test"])
+)
+
+
+def imports(*folders: str, top_level: bool = False) -> Iterator[tuple[str, set[str]]]:
+    """Each import of another project's package: its place, and the distributions that may bring it.
+
+    top_level: only what the import of a module itself imports, not what its functions do.
+    """
+    for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body if top_level else ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            else:
+                continue
+            for package in {name.split(".")[0] for name in names} - OWN - sys.stdlib_module_names:
+                found = DISTRIBUTIONS.get(package, [package])
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {package}", {canonical(d) for d in found}
+
+
+def undeclared(allowed: set[str], *folders: str, top_level: bool = False) -> list[str]:
+    return [place for place, names in imports(*folders, top_level=top_level) if not names & allowed]
+
+
+def imported(*folders: str) -> set[str]:
+    return {name for _, names in imports(*folders) for name in names}
+
+
+def commands(*folders: str) -> set[str]:
+    """Every string constant in these folders, such as "mypy" in a list that subprocess.run is given."""
+    trees = [
+        ast.parse(p.read_text(encoding="utf-8")) for folder in folders for p in (ROOT / folder).rglob("*.py")
+    ]
+    return {str(n.value) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    assert not undeclared(CORE | GGUF, "mlx_gptoss", "convert")
+
+
+def test_an_extra_is_imported_only_where_it_is_used() -> None:
+    assert not undeclared(CORE, "mlx_gptoss", "convert", top_level=True)
+
+
+def test_what_tests_benchmarks_and_scripts_import_is_declared() -> None:
+    assert not undeclared(CORE | TEST | GGUF | TRAIN, "tests", "benchmarks", "scripts")
+    assert not undeclared(CORE | TRAIN, "demo")
+    assert not undeclared(CORE, "examples")
+
+
+def test_collecting_the_tests_needs_nothing_of_the_training() -> None:
+    assert not undeclared(CORE | TEST | GGUF, "tests", top_level=True)
+
+
+@pytest.mark.parametrize(
+    ("requirements", "folders"),
+    [(CORE, ["mlx_gptoss", "convert"]), (GGUF, ["convert"]), (TRAIN, ["demo"])],
+    ids=["core", "gguf", "train"],
+)
+def test_what_is_declared_is_imported(requirements: set[str], folders: list[str]) -> None:
+    assert requirements <= imported(*folders)
+
+
+def test_what_the_tests_declare_they_import_or_run() -> None:
+    assert imported("tests", "benchmarks") | commands("tests") >= TEST
+
+
+def test_every_requirement_has_a_lower_bound() -> None:
+    lowest = bounds(PROJECT, list(EXTRAS))
+    assert {canonical(name) for name in lowest} >= CORE | GGUF | TRAIN | TEST
+    with pytest.raises(ValueError, match="'numpy<3' has no lower bound"):
+        bounds({"name": "x", "dependencies": ["numpy<3"]}, [])
+    with pytest.raises(ValueError, match="numpy has two lower bounds"):
+        bounds({"name": "x", "dependencies": ["numpy>=2", "numpy>=2.1; python_version > '3.12'"]}, [])
