@@ -3,9 +3,11 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOWEST := build/lowest
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: demo test check fuzz mutants docs golden clients clean
+.PHONY: demo test check lowest fuzz mutants docs golden clients clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -19,6 +21,10 @@ check: $(VENV)/.installed-dev
 	sh scripts/typecheck.sh $(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/make_cli_docs.py --check
+
+# The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest
 
 # The parser of the chat format on 100,000 token sequences; the suite runs 3,000.
 fuzz: $(VENV)/.installed-test
@@ -59,3 +65,10 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+# Python 3.11 first: the oldest versions have no wheels for newer ones.
+$(LOWEST)/.installed: pyproject.toml scripts/lowest.py
+	PYTHON="$${PYTHON:-python3.11}" sh scripts/make_venv.sh $(LOWEST)
+	$(LOWEST)/bin/python scripts/lowest.py test > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python $(PIP_INSTALL) --constraint $(LOWEST)/constraints.txt -e '.[test]'
+	@touch $@
