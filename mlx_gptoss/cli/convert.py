@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gptoss.cli.options import offline_option, revision_option, size
+from mlx_gptoss.cli.options import offline_option, revision_option, size, whole
 from mlx_gptoss.cli.progress import byte_bar
 from mlx_gptoss.convert.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
@@ -17,8 +17,8 @@ from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 if TYPE_CHECKING:
     from mlx_gptoss.convert.convert import Converted, Progress
 
-PART_BITS = click.Choice([str(bits) for bits in (*AFFINE_BITS, 16)])
-GROUP_SIZES = click.Choice([str(size) for size in AFFINE_GROUP_SIZES])
+PART_BITS: dict[str, Any] = {"type": click.Choice([*map(str, AFFINE_BITS), "16"]), "callback": whole}
+GROUP_SIZES = click.Choice(list(map(str, AFFINE_GROUP_SIZES)))
 
 
 @click.command()
@@ -31,14 +31,10 @@ GROUP_SIZES = click.Choice([str(size) for size in AFFINE_GROUP_SIZES])
     show_default=True,
     help=" ".join(f"{recipe.name}: {recipe.summary}." for recipe in RECIPES.values()),
 )
-@click.option("--head", type=PART_BITS, help="Bits of the output head; 16 keeps it.")
-@click.option("--attention", type=PART_BITS, help="Bits of the attention projections; 16 keeps them.")
-@click.option("--embedding", type=PART_BITS, help="Bits of the embedding; 16 keeps it.")
-@click.option(
-    "--group-size",
-    type=GROUP_SIZES,
-    help="Weights sharing a scale.",
-)
+@click.option("--head", **PART_BITS, help="Bits of the output head; 16 keeps it.")
+@click.option("--attention", **PART_BITS, help="Bits of the attention projections; 16 keeps them.")
+@click.option("--embedding", **PART_BITS, help="Bits of the embedding; 16 keeps it.")
+@click.option("--group-size", type=GROUP_SIZES, callback=whole, help="Weights sharing a scale.")
 @click.option("--fast", is_flag=True, help="MLX's own quantiser instead of the search; no file hashes.")
 @click.option("--mxfp4-search", is_flag=True, help="Search the scales of experts that are not MXFP4 yet.")
 @click.option("--shard-size", type=size, help="Most bytes of weights in a file.  [default: 5GB]")
@@ -52,19 +48,16 @@ def convert(
     source: str,
     target: Path | None,
     recipe: str,
-    head: str | None,
-    attention: str | None,
-    embedding: str | None,
-    group_size: str | None,
-    fast: bool,
-    mxfp4_search: bool,
+    head: int | None,
+    attention: int | None,
+    embedding: int | None,
+    group_size: int | None,
     shard_size: int | None,
-    tokenizer: str | None,
     no_tokenizer: bool,
-    restart: bool,
     check: bool,
     revision: str | None,
     offline: bool,
+    **options: Any,
 ) -> None:
     """Convert a gpt-oss checkpoint into the new folder TARGET.
 
@@ -76,8 +69,7 @@ def convert(
     from mlx_gptoss.convert.convert import SHARD_SIZE
     from mlx_gptoss.convert.convert import convert as run
 
-    bits = {"head": head, "attention": attention, "embedding": embedding, "group_size": group_size}
-    chosen = make_recipe(recipe, **{key: int(value) for key, value in bits.items() if value is not None})
+    chosen = make_recipe(recipe, head=head, attention=attention, embedding=embedding, group_size=group_size)
     folder = target or Path(f"{default_name(source)}-{recipe}")
     with ExitStack() as stack:
         tick, done = None, 0
@@ -93,15 +85,12 @@ def convert(
             source,
             folder,
             chosen,
-            fast=fast,
-            mxfp4_search=mxfp4_search,
             shard_size=SHARD_SIZE if shard_size is None else shard_size,
-            tokenizer=tokenizer,
             need_tokenizer=not no_tokenizer,
-            restart=restart,
             revision=revision,
             offline=offline,
             progress=tell,
+            **options,
         )
     _print_summary(result)
     if check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Option = Callable[[Any], Any]
+Decorator = Callable[[Any], Any]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Said of a sampling option where it has no default of its own.
@@ -90,18 +90,21 @@ class ChatOptions:
     show_reasoning: bool
 
 
-def _bundle(command: Command, name: str, make: Callable[..., Any], options: Sequence[Option]) -> Command:
-    """Declare `options` on a command; what `make` returns for their values is passed under `name`."""
+def bundle(name: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
+    """Declares `options` on a command; what `make` returns for their values is passed under `name`."""
 
-    @wraps(command)
-    def gathered(**values: Any) -> Any:
-        return command(**{name: make(**{key: values.pop(key) for key in keys})}, **values)
+    def declare(command: Command) -> Command:
+        @wraps(command)
+        def gathered(**values: Any) -> Any:
+            return command(**{name: make(**{key: values.pop(key) for key in keys})}, **values)
 
-    before = len(vars(gathered).get("__click_params__", ()))
-    for option in reversed(options):
-        option(gathered)
-    keys = [param.name for param in vars(gathered)["__click_params__"][before:]]
-    return cast(Command, gathered)
+        before = len(vars(gathered).get("__click_params__", ()))
+        for option in reversed(options):
+            option(gathered)
+        keys = [param.name for param in vars(gathered)["__click_params__"][before:]]
+        return cast(Command, gathered)
+
+    return declare
 
 
 model_argument = click.argument("model", metavar="MODEL")
@@ -113,8 +116,19 @@ dtype_option = click.option(
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 offline_option = click.option("--offline", is_flag=True, help="Use what is already downloaded; no network.")
 
-# Named as the fields of EngineOptions that they set.
-engine_options: Sequence[Option] = (
+
+def _source(model: str, dtype: str | None, revision: str | None, offline: bool, **engine: Any) -> ModelSource:
+    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine))
+
+
+# MODEL and how to load it. From --max-context on, the options are named as the fields of EngineOptions.
+model_options = bundle(
+    "source",
+    _source,
+    model_argument,
+    dtype_option,
+    revision_option,
+    offline_option,
     click.option(
         "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
     ),
@@ -137,56 +151,35 @@ engine_options: Sequence[Option] = (
     ),
 )
 
+# How to address the model in the chat format.
+chat_options = bundle(
+    "talk",
+    ChatOptions,
+    click.option("--system", metavar="TEXT", help="Instructions to the model."),
+    click.option(
+        "--effort",
+        type=click.Choice(["low", "medium", "high"]),
+        default="medium",
+        show_default=True,
+        help="How long the model reasons.",
+    ),
+    click.option("--show-reasoning", is_flag=True, help="Show the reasoning as well."),
+)
 
-def model_options(command: Command) -> Command:
-    """MODEL and the loading options, handed over as `source`."""
-    options = [model_argument, dtype_option, revision_option, offline_option, *engine_options]
-    return _bundle(command, "source", _source, options)
 
+def sampling_options(*, max_tokens: int | None = None) -> Decorator:
+    """The fields of SamplingParams that have a help text; `max_tokens` is the default of --max-tokens.
 
-def _source(model: str, dtype: str | None, revision: str | None, offline: bool, **engine: Any) -> ModelSource:
-    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine))
-
-
-def sampling_options(*, max_tokens: int | None = None) -> Callable[[Command], Command]:
-    """The sampling options, handed over as `sampling`; `max_tokens` is the default of --max-tokens.
-
-    They are the fields of SamplingParams that have a help text. A wrong value is a RequestError when the
-    command runs.
+    A wrong value is a RequestError when the command runs.
     """
-    options: list[Option] = []
+    options: list[Decorator] = []
     for item in fields(SamplingParams):
         said = about(item.name)
         if said.help:
             default = max_tokens if item.name == "max_tokens" else item.default
-            options.append(
-                click.option(
-                    f"--{item.name.replace('_', '-')}",
-                    type=said.kind,
-                    default=default,
-                    show_default=True,
-                    help=said.help + (_UNSET.get(item.name, "") if default is None else ""),
-                )
-            )
-    options.append(
-        click.option(
-            "--stop", multiple=True, metavar="TEXT", help="End before this text. May be given repeatedly."
-        )
-    )
-    return lambda command: _bundle(command, "sampling", SamplingParams, options)
-
-
-def chat_options(command: Command) -> Command:
-    """--system, --effort and --show-reasoning, handed over as `talk`."""
-    options = [
-        click.option("--system", metavar="TEXT", help="Instructions to the model."),
-        click.option(
-            "--effort",
-            type=click.Choice(["low", "medium", "high"]),
-            default="medium",
-            show_default=True,
-            help="How long the model reasons.",
-        ),
-        click.option("--show-reasoning", is_flag=True, help="Show the reasoning as well."),
-    ]
-    return _bundle(command, "talk", ChatOptions, options)
+            told = said.help + (_UNSET.get(item.name, "") if default is None else "")
+            flag = f"--{item.name.replace('_', '-')}"
+            options.append(click.option(flag, type=said.kind, default=default, show_default=True, help=told))
+    stop_help = "End before this text. May be given repeatedly."
+    stop = click.option("--stop", multiple=True, metavar="TEXT", help=stop_help)
+    return bundle("sampling", SamplingParams, *options, stop)

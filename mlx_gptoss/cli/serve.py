@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,9 @@ from mlx_gptoss.cli.options import ModelSource, model_options
 
 @click.command()
 @model_options
-@click.option("--name", help="What clients are told the model is called.  [default: MODEL's last part]")
+@click.option(
+    "--name", "model_name", help="What clients are told the model is called.  [default: MODEL's last part]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option(
@@ -23,10 +26,15 @@ from mlx_gptoss.cli.options import ModelSource, model_options
 )
 @click.option("--no-auth", is_flag=True, help="Allow an address that others can reach without a key.")
 @click.option(
-    "--allowed-host", multiple=True, metavar="NAME", help="Another name of this server. May be repeated."
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Another name of this server. May be repeated.",
 )
 @click.option(
     "--cors-origin",
+    "cors_origins",
     multiple=True,
     metavar="ORIGIN",
     help="Web origin that may call this server, e.g. http://localhost:3000; '*' for all. May be repeated.",
@@ -36,19 +44,7 @@ from mlx_gptoss.cli.options import ModelSource, model_options
     "--request-timeout", type=float, default=3600, show_default=True, help="Seconds a request may take."
 )
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
-def serve(
-    source: ModelSource,
-    name: str | None,
-    host: str,
-    port: int,
-    api_key: str | None,
-    no_auth: bool,
-    allowed_host: tuple[str, ...],
-    cors_origin: tuple[str, ...],
-    max_active: int,
-    request_timeout: float,
-    log_prompts: bool,
-) -> None:
+def serve(source: ModelSource, model_name: str | None, **settings: Any) -> None:
     """Serve MODEL to OpenAI's and Anthropic's clients, with a chat page at /.
 
     The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
@@ -56,18 +52,7 @@ def serve(
     from mlx_gptoss.server.run import serve as run_server
     from mlx_gptoss.server.settings import ServerSettings
 
-    settings = ServerSettings(
-        model_name=name or Path(source.model).name,
-        host=host,
-        port=port,
-        api_key=api_key,
-        no_auth=no_auth,
-        allowed_hosts=allowed_host,
-        cors_origins=cors_origin,
-        max_active=max_active,
-        request_timeout=request_timeout,
-        log_prompts=log_prompts,
-    )
+    chosen = ServerSettings(model_name=model_name or Path(source.model).name, **settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     source = source.local()  # before the port opens
-    run_server(source.load, settings, lambda url: click.echo(f"listening on {url}", err=True))
+    run_server(source.load, chosen, lambda url: click.echo(f"listening on {url}", err=True))

@@ -96,10 +96,7 @@ class StreamParser:
             special.channel: self._on_marker,
             special.constrain: self._on_marker,
             special.message: self._on_message,
-            special.end: self._on_end,
-            special.call: self._on_end,
-            special.return_: self._on_end,
-            special.endoftext: self._on_end,
+            **dict.fromkeys((special.end, *tokenizer.stop_ids), self._on_end),
         }
         self._position = 0
         self._calls = 0
