@@ -46,7 +46,7 @@ class Tokenizer:
 
         if not path.is_file():
             raise TokenizerError(
-                f"{path.parent}: no tokenizer.json: text needs one; download it beside the weights, "
+                f"{path.parent}: no tokenizer.json: text needs one; download it into the same folder, "
                 "or work on token ids"
             )
         try:

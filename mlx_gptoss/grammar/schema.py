@@ -134,7 +134,7 @@ def parse_reply(text: str, schema: Schema | None) -> Any:
 
 
 def _subschemas(schema: object, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dict in a schema with its JSON pointer; dicts of `properties`, `enum` and such come along."""
+    """Every dict in a schema with its JSON pointer; those of `properties`, `enum` and such included."""
     if isinstance(schema, dict):
         yield path, schema
         for key, value in schema.items():

@@ -2,7 +2,7 @@
 
 A header is cut into segments at its special tokens. `read_header` reads one that was completed by
 `<|message|>`; `recover_header` makes the best of one that was not, where the rest of the text is taken as
-the content. Both accept anything. What they had to mend is listed in `Header.problems`.
+the content. Both accept anything. What they repaired is listed in `Header.problems`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Header:
         return self.role == "assistant" and self.recipient is not None and self.recipient not in PEOPLE
 
     def report(self, kind: str, detail: str) -> None:
-        """Note that something was mended."""
+        """Note what was repaired."""
         self.problems.append((kind, detail))
 
 

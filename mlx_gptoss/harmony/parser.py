@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What can be wrong, and what is made of it.
 DIAGNOSTICS = {
     "missing_start": "a message began without <|start|>: it is the assistant's",
-    "duplicate_start": "<|start|> came twice, with no more than the role between: one was dropped",
+    "duplicate_start": "<|start|> came twice, with at most the role between: one was dropped",
     "missing_message": "a message ended, or the next began, before <|message|>: its text is the content",
     "long_header": "a header ran on without <|message|>: its text is the content from there on",
     "truncated_header": "the stream ended inside a header: its text is the content",
@@ -51,8 +51,8 @@ DIAGNOSTICS = {
     "recipient_without_to": "a recipient without to= before it",
     "bare_recipient": "a function called without its namespace",
     "call_on_other_channel": "a function called on another channel than commentary",
-    "header_text": "words in a header that are no part of one: in the content, unless it is a call",
-    "unfinished_call": "the stream ended inside a call: it is no ToolCall",
+    "header_text": "words that do not belong in a header: in the content, unless it is a call",
+    "unfinished_call": "the stream ended inside a call: not reported as a ToolCall",
 }
 
 # More words than any header has: role, recipient, channel and content type, and some to spare.
