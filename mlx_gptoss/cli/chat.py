@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mlx_gptoss.cli.options import ChatOptions, ModelSource, chat_options, model_options, sampling_options
+from mlx_gptoss.cli.options import (
+    ChatOptions,
+    ModelSource,
+    chat_options,
+    model_options,
+    read_standard_input,
+    sampling_options,
+)
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.tools import BUILTIN, builtin_tools
 
@@ -43,6 +50,7 @@ def chat(
 ) -> None:
     """Chat with MODEL. In a pipe: answer what comes in, print the answer only."""
     from mlx_gptoss.cli.terminal.chat import Settings
+    from mlx_gptoss.cli.terminal.once import answer_once
 
     with ExitStack() as stack:
         enabled = [
@@ -51,9 +59,11 @@ def chat(
         ]
         settings = Settings(talk.system, talk.effort, talk.show_reasoning, enabled, sampling)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            message = _read_message()
-            llm = stack.enter_context(source.load())
-            _answer_once(llm, settings, message)
+            message = read_standard_input()
+            if not message.strip():
+                raise RequestError("there is nothing to answer: type or pipe in a message", "prompt")
+            events = settings.session(stack.enter_context(source.load())).stream(message)
+            answer_once(events, show_reasoning=settings.show_reasoning)
         else:
             run_chat(stack.enter_context(source.load()), settings)
 
@@ -65,17 +75,3 @@ def run_chat(llm: LLM, settings: Settings) -> None:
 
     talk = Chat(llm, settings, Console(highlight=False))
     talk.run(Prompt(talk.commands, talk.status))
-
-
-def _read_message() -> str:
-    message = sys.stdin.read()
-    if not message.strip():
-        raise RequestError("there is nothing to answer: type or pipe in a message", "prompt")
-    return message
-
-
-def _answer_once(llm: LLM, settings: Settings, message: str) -> None:
-    from mlx_gptoss.cli.terminal.once import answer_once
-
-    events = settings.session(llm).stream(message)
-    answer_once(events, show_reasoning=settings.show_reasoning)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_gptoss.cli.options import offline_option, revision_option, size, whole
-from mlx_gptoss.cli.progress import byte_bar
+from mlx_gptoss.cli.progress import byte_bar, progress_bar
 from mlx_gptoss.convert.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
 if TYPE_CHECKING:
-    from mlx_gptoss.convert.convert import Converted, Progress
+    from mlx_gptoss.convert.convert import Converted
 
 PART_BITS: dict[str, Any] = {"type": click.Choice([*map(str, AFFINE_BITS), "16"]), "callback": whole}
 GROUP_SIZES = click.Choice(list(map(str, AFFINE_GROUP_SIZES)))
@@ -71,16 +70,7 @@ def convert(
 
     chosen = make_recipe(recipe, head=head, attention=attention, embedding=embedding, group_size=group_size)
     folder = target or Path(f"{default_name(source)}-{recipe}")
-    with ExitStack() as stack:
-        tick, done = None, 0
-
-        def tell(progress: Progress) -> None:
-            nonlocal tick, done
-            if tick is None:
-                tick = stack.enter_context(byte_bar("converting", progress.total))
-            tick(progress.done - done)
-            done = progress.done
-
+    with progress_bar("converting", in_bytes=True) as tell:
         result = run(
             source,
             folder,
@@ -89,7 +79,7 @@ def convert(
             need_tokenizer=not no_tokenizer,
             revision=revision,
             offline=offline,
-            progress=tell,
+            progress=lambda progress: tell(progress.done, progress.total),
             **options,
         )
     _print_summary(result)
@@ -121,8 +111,7 @@ def _verify(result: Converted, source: str, revision: str | None, offline: bool)
     from mlx_gptoss.convert.verify import bytes_to_read
     from mlx_gptoss.convert.verify import verify as check
 
-    gguf = source.endswith(".gguf")
-    origin = Path(source) if gguf else resolve(source, revision=revision, offline=offline, gguf=True)
+    origin = resolve(source, revision=revision, offline=offline, gguf=True)
     with byte_bar("checking", bytes_to_read(result.manifest, origin)) as tick:
         found = check(result.folder, origin, progress=tick)
     found.check()

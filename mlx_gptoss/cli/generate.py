@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mlx_gptoss.cli.options import ChatOptions, ModelSource, chat_options, model_options, sampling_options
+from mlx_gptoss.cli.options import (
+    ChatOptions,
+    ModelSource,
+    chat_options,
+    model_options,
+    read_standard_input,
+    sampling_options,
+)
 from mlx_gptoss.errors import GptOssError, RequestError
 
 if TYPE_CHECKING:
@@ -144,14 +151,7 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: give one with -p, or on standard input")
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"standard input holds the byte {error.object[error.start]:#04x} at position {error.start}: "
-                f"expected text in {error.encoding}",
-                "prompt",
-            ) from None
+        prompt = read_standard_input()
     if not prompt:
         raise RequestError("the prompt is empty: give at least one character", "prompt")
     check_text(prompt, "the prompt", "prompt")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams, about
 
 if TYPE_CHECKING:
@@ -54,22 +55,18 @@ class ModelSource:
     offline: bool
     engine: EngineKeywords
 
-    def folder(self) -> Path:
-        """The local folder of the model, downloaded if need be."""
+    def local(self) -> ModelSource:
+        """The same model as a local folder: downloaded, or found missing, before anything else is done."""
         from mlx_gptoss.checkpoint.hub import resolve
 
-        return resolve(self.model, revision=self.revision, offline=self.offline)
-
-    def local(self) -> ModelSource:
-        """The same model as a folder: downloaded, or found missing, before anything else is done."""
-        return replace(self, model=str(self.folder()))
+        return replace(self, model=str(resolve(self.model, revision=self.revision, offline=self.offline)))
 
     def load(self) -> LLM:
         """The loaded model; close it, or use it in a with statement."""
-        from mlx_gptoss.cli.progress import loading_bar
+        from mlx_gptoss.cli.progress import progress_bar
         from mlx_gptoss.llm import load
 
-        with loading_bar() as progress:
+        with progress_bar("loading") as progress:
             return load(
                 self.model,
                 dtype=self.dtype,
@@ -79,6 +76,18 @@ class ModelSource:
                 announce=partial(click.echo, err=True) if sys.stderr.isatty() else None,
                 **self.engine,
             )
+
+
+def read_standard_input() -> str:
+    """What is piped in. Raises RequestError when it is not text in the encoding of standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"standard input holds the byte {error.object[error.start]:#04x} at position {error.start}: "
+            f"expected text in {error.encoding}",
+            "prompt",
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, drawn where a person watches: of bytes, and of a model's parts while it loads."""
+"""Progress bars on stderr, drawn where a person watches."""
 
 from __future__ import annotations
 
@@ -6,39 +6,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, ProgressColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 
 @contextmanager
-def byte_bar(label: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Yields the function to call with each number of bytes done. Nothing is drawn when `quiet`."""
-    label_column, bar_column, _, remaining = Progress.get_default_columns()
-    columns = (label_column, bar_column, DownloadColumn(), TransferSpeedColumn(), remaining)
-    with _bar(*columns, quiet=quiet) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+def progress_bar(
+    label: str, *, in_bytes: bool = False, quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function to call with what is done and the total.
 
-
-@contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """Yields what `load` takes as `progress`.
-
-    Drawn from the first part on: a download that comes before has a bar of its own.
+    Drawn from the first call on, and never when `quiet` or when stderr is not a terminal.
     """
-    bar = _bar()
-    task = bar.add_task("loading", total=None)
+    text, bar, percentage, remaining = Progress.get_default_columns()
+    measures = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (percentage,)
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    progress = Progress(text, bar, *measures, remaining, console=console, transient=True, disable=hidden)
+    task = progress.add_task(label, total=None)
 
     def tell(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+        progress.start()
+        progress.update(task, completed=done, total=total)
 
     try:
         yield tell
     finally:
-        bar.stop()
+        progress.stop()
 
 
-def _bar(*columns: ProgressColumn, quiet: bool = False) -> Progress:
-    """A bar that leaves nothing behind, and is invisible unless stderr is a terminal."""
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+@contextmanager
+def byte_bar(label: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yields the function to call, on one thread at a time, with each number of bytes done."""
+    done = 0
+    with progress_bar(label, in_bytes=True, quiet=quiet) as tell:
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            tell(done, total)
+
+        yield add

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_gptoss.cli.options import offline_option
-from mlx_gptoss.cli.progress import byte_bar
+from mlx_gptoss.cli.progress import byte_bar, progress_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,11 +75,8 @@ def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality
     from mlx_gptoss.convert.quality import compare_on_text, record
     from mlx_gptoss.errors import ConversionError
 
-    def tell(done: int, total: int) -> None:
-        if not quiet and sys.stderr.isatty():
-            click.echo(f"\rreading the text: layer {done} of {total}", nl=done == total, err=True)
-
-    measured = compare_on_text(root, origin, text, progress=tell)
+    with progress_bar("comparing, layer by layer", quiet=quiet) as tell:
+        measured = compare_on_text(root, origin, text, progress=tell)
     if not (root / MANIFEST_NAME).is_symlink():  # a download in the Hub's cache stays what was downloaded
         try:
             record(root, measured)

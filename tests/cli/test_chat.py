@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,7 @@ def piped(
     """Run a command with text on standard input: exit status, stdout, stderr."""
     engine, _ = scripted_engine(script)
     monkeypatch.setattr(ModelSource, "load", lambda self: engine)
-    monkeypatch.setattr(ModelSource, "folder", lambda self: engine.folder)
+    monkeypatch.setattr(ModelSource, "local", lambda self: replace(self, model=str(engine.folder)))
 
     def call(*args: object, text: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))

@@ -26,6 +26,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import SHAPES
 from tests.support.sparse_checkpoint import write_sparse
 
+CLI = [sys.executable, "-m", "mlx_gptoss"]
 GREEDY = ["--temperature", "0"]
 
 
@@ -186,17 +187,7 @@ def test_a_stop_text_ends_the_output_before_it(command: Command, text_folder: Pa
 
 
 def test_the_prompt_may_come_from_standard_input(text_folder: Path) -> None:
-    args = [
-        sys.executable,
-        "-m",
-        "mlx_gptoss",
-        "generate",
-        str(text_folder),
-        "--max-tokens",
-        "4",
-        *GREEDY,
-        "--json",
-    ]
+    args = [*CLI, "generate", str(text_folder), "--max-tokens", "4", *GREEDY, "--json"]
     piped = subprocess.run(args, input="Hello", capture_output=True, text=True, check=True)
     given = subprocess.run([*args, "-p", "Hello"], capture_output=True, text=True, check=True)
     assert json.loads(piped.stdout)["tokens"] == json.loads(given.stdout)["tokens"]
@@ -209,6 +200,7 @@ def test_the_prompt_may_come_from_standard_input(text_folder: Path) -> None:
             "printf 'abc\\377' | PYTHONUTF8=1 PYTHONIOENCODING=utf-8:strict $CLI generate {0}",
             "standard input",
         ),
+        ("printf 'abc\\377' | PYTHONUTF8=1 PYTHONIOENCODING=utf-8:strict $CLI chat {0}", "standard input"),
         ("printf 'abc\\377' | PYTHONIOENCODING=utf-8:surrogateescape $CLI generate {0}", "the prompt"),
         ("""$CLI generate {0} -p "$(printf 'abc\\377')" """, "the prompt"),
         ("""$CLI generate {0} --chat -p "$(printf 'abc\\377')" """, "the prompt"),
@@ -221,20 +213,9 @@ def test_a_prompt_that_is_not_utf_8_is_one_line_before_the_model_is_looked_at(li
 
 
 def test_ctrl_c_ends_cleanly(bare_folder: Path) -> None:
-    args = [
-        sys.executable,
-        "-m",
-        "mlx_gptoss",
-        "generate",
-        str(bare_folder),
-        "--tokens",
-        "1",
-        "--max-tokens",
-        "100000",
-    ]
-    process = subprocess.Popen(
-        [*args, "--max-context", "120000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    args = [*CLI, "generate", str(bare_folder), "--tokens", "1", "--max-tokens", "100000"]
+    args += ["--max-context", "120000"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.read(8)
     process.send_signal(signal.SIGINT)
@@ -251,7 +232,7 @@ def test_a_closed_pipe_is_no_traceback(bare_folder: Path) -> None:
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Run a shell line in which $CLI is the command."""
-    line = line.replace("$CLI", f"{sys.executable} -m mlx_gptoss")
+    line = line.replace("$CLI", " ".join(CLI))
     return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
 
 

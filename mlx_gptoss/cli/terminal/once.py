@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import click
 
 from mlx_gptoss.cli.terminal.markdown import plain
-from mlx_gptoss.harmony import Done, Event, ReasoningDelta, Reply, TextDelta
+from mlx_gptoss.harmony import Event, ReasoningDelta, TextDelta
 
 
-def answer_once(events: Iterator[Event], *, show_reasoning: bool = False) -> Reply | None:
-    """Print the answer as it comes, and the reasoning to stderr if asked to; the reply."""
-    reply, said, thought = None, "", False
+def answer_once(events: Iterator[Event], *, show_reasoning: bool = False) -> None:
+    """Print the answer as it comes, and the reasoning to stderr if asked to."""
+    said, thought = "", False
     to_terminal = sys.stdout.isatty()
     for event in events:
         match event:
@@ -26,10 +26,7 @@ def answer_once(events: Iterator[Event], *, show_reasoning: bool = False) -> Rep
                     thought = False
                 said = event.text or said
                 click.echo(plain(event.text) if to_terminal else event.text, nl=False)
-            case Done():
-                reply = event.reply
     if thought:
         click.echo(err=True)
     if not said.endswith("\n"):
         click.echo()
-    return reply

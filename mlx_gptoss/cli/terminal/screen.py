@@ -66,7 +66,7 @@ class Screen:
             self._send(SHOW_CURSOR)
 
     def _write(self, lines: Sequence[str], keep: int) -> None:
-        """Replace the region by `lines`, of which the first `keep` then belong to it no more."""
+        """Replace the region by `lines`; the first `keep` of them then leave it for good."""
         same = 0
         while same < min(len(lines), len(self._live)) and lines[same] == self._live[same]:
             same += 1
