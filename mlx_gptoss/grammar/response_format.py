@@ -63,7 +63,7 @@ class ResponseFormat:
             choices = self.value
             if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c for c in choices):
                 raise SchemaError(
-                    f"choices is {choices!r:.80}: expected a list of one or more non-empty texts", "choices"
+                    f"choices is {choices!r:.80}: expected a list of non-empty texts", "choices"
                 )
             forms = " | ".join(json.dumps(c, ensure_ascii=False) for c in choices)
             return LLMatcher.grammar_from_lark(f"start: {forms}")

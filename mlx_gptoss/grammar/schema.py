@@ -40,9 +40,7 @@ def json_schema_of(schema: Schema, field: str = "schema") -> dict[str, Any]:
     if is_model(schema):
         return schema.model_json_schema()
     if not isinstance(schema, Mapping):
-        raise SchemaError(
-            f"{field} is {schema!r:.80}: expected a JSON schema as a dict, or a pydantic model", field
-        )
+        raise SchemaError(f"{field} is {schema!r:.80}: expected a dict, or a pydantic model", field)
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(schema), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -75,9 +73,7 @@ def arguments_schema(parameters: Mapping[str, Any] | None, field: str) -> dict[s
     schema = json_schema_of(parameters if parameters is not None else {"type": "object"}, field)
     schema.setdefault("type", "object")
     if schema["type"] != "object":
-        raise SchemaError(
-            f"{field} has the type {schema['type']!r}: a tool's parameters are an object", field
-        )
+        raise SchemaError(f"{field} has the type {schema['type']!r}: parameters are an object", field)
     if not _OPENING & schema.keys():
         schema["additionalProperties"] = False
     return schema

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, get_args
 
 from mlx_gptoss.errors import RequestError, ToolError
@@ -57,11 +58,7 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise RequestError(f"role {self.role!r}: expected one of {', '.join(ROLES)}", "role")
-        if not isinstance(self.content, str):
-            raise RequestError(
-                f"content is a {type(self.content).__name__}: expected text; join the parts to one string",
-                "content",
-            )
+        check_type(self.content, str, "content", "text; join the parts to one string")
         if self.role == "tool" and not self.name and not self.call_id:
             raise ToolError(
                 "a tool message without a name: give name= (such as 'functions.get_weather') or call_id=",
@@ -147,7 +144,7 @@ class ToolNamespace:
         check_name(self.name, "a namespace of tools", "builtin.name")
         if self.name == FUNCTIONS:
             raise ToolError(
-                "the namespace 'functions' is where function tools go: give them as tools=", "builtin.name"
+                "'functions' is the namespace of function tools: give them as tools=", "builtin.name"
             )
         check_unique(self.tools, f"namespace {self.name!r}")
 
@@ -186,17 +183,9 @@ class Conversation:
             )
         check_unique(self.tools, "tools")
         check_unique(self.builtin, "builtin")
-        if self.response_schema is not None and not isinstance(self.response_schema, dict | bool):
-            raise RequestError(
-                f"response schema is a {type(self.response_schema).__name__}: expected a JSON schema",
-                "response_schema",
-            )
+        check_type(self.response_schema, dict | bool | None, "response_schema", "a JSON schema")
         for index, message in enumerate(self.messages):
-            if not isinstance(message, Message):
-                raise RequestError(
-                    f"messages[{index}] is a {type(message).__name__}: expected a harmony Message",
-                    f"messages[{index}]",
-                )
+            check_type(message, Message, f"messages[{index}]", "a harmony Message")
         list(resolve_results(self.messages))  # raises
 
 
@@ -227,6 +216,12 @@ def resolve_results(messages: Sequence[Message]) -> Iterator[tuple[Message, str 
                 )
             name = name or recipient
         yield message, name
+
+
+def check_type(value: object, kind: type | UnionType, field: str, expected: str) -> None:
+    """Raise RequestError, naming the field, unless `value` is of a kind."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{field} is a {type(value).__name__}: expected {expected}", field)
 
 
 def check_name(name: object, what: str, where: str) -> None:

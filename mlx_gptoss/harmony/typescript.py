@@ -29,9 +29,7 @@ def check_parameters(schema: dict[str, Any], where: str) -> None:
     try:
         TypeWriter().write(schema)
     except RecursionError:
-        raise SchemaError(
-            f"{where}: the schema's references lead too deep: flatten it", "parameters"
-        ) from None
+        raise SchemaError(f"{where}: references lead too deep: flatten the schema", "parameters") from None
 
 
 class TypeWriter:
@@ -307,9 +305,7 @@ def _merge_objects(parts: list[dict[str, Any]]) -> dict[str, Any] | None:
         if {"$ref", "allOf", "anyOf", "oneOf", "enum", "const"} & part.keys() or _kind(part) != "object":
             return None
         own = part.get("properties", {})
-        extra: dict[str, Any] = {
-            k: part[k] for k in ("additionalProperties", "patternProperties") if k in part
-        }
+        extra = {k: v for k, v in part.items() if k in ("additionalProperties", "patternProperties")}
         if properties.keys() & own.keys() or rest.keys() & extra.keys():
             return None
         properties.update(own)
