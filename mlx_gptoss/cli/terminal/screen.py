@@ -37,11 +37,8 @@ class Screen:
         with self.console.capture() as captured:
             self.console.print(what)
         lines = [line.rstrip() for line in captured.get().split("\n")]
-        while lines and not _ESCAPES.sub("", lines[0]).strip():
-            del lines[0]
-        while lines and not _ESCAPES.sub("", lines[-1]).strip():
-            del lines[-1]
-        return lines
+        shown = [i for i, line in enumerate(lines) if _ESCAPES.sub("", line).strip()]
+        return lines[shown[0] : shown[-1] + 1] if shown else []
 
     def draw(self, lines: Sequence[str], footer: Sequence[str] = ()) -> None:
         """Show the unfinished part as it is now, and a footer below it that never becomes permanent."""
