@@ -62,6 +62,8 @@ def run_mlx_lm(folder: Path, dtype: str | None, prefill: list[int], decode: int)
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model
 
+    from mlx_gptoss.device import peak_rss
+
     started = time.perf_counter()
     model, _ = load_model(folder, lazy=True)
     if dtype is not None:
@@ -104,13 +106,6 @@ def prompts(vocab: int, lengths: list[int]) -> Iterator[list[int]]:
 def rate(result: dict[str, Any], what: str, tokens: int, seconds: float | None) -> None:
     name = what if what == "decode" else f"{what}_{tokens}"
     result[f"{name}_tokens_per_second"] = tokens / seconds if seconds else None
-
-
-def peak_rss() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # ------------------------------------------------------------------------------------------- the parent
