@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mlx_gptoss.engine import request as requests
 from mlx_gptoss.engine.request import Request, TokenOutput, TokensDone, TokenStream
 from mlx_gptoss.errors import GptOssError, RequestError
 from mlx_gptoss.sampling import SamplingParams
@@ -26,7 +25,7 @@ def make(sink: Any = None) -> tuple[Request, TokenStream, list[str]]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which stands still until it is set."""
     now = [100.0]
-    monkeypatch.setattr(requests.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("mlx_gptoss.engine.request.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -86,10 +85,13 @@ def test_times_are_told_once_they_are_known(clock: list[float]) -> None:
 
 
 def test_a_request_without_a_token_decoded_for_no_time(clock: list[float]) -> None:
-    for end in (lambda request: request.end("cancelled"), lambda request: request.fail(ValueError())):
+    for cancelled in (True, False):
         request, stream, _ = make()
         clock[0] += 1.0
-        end(request)
+        if cancelled:
+            request.end("cancelled")
+        else:
+            request.fail(ValueError("no"))
         assert stream.time_to_first_token is None and stream.decode_seconds is None
 
 
