@@ -188,7 +188,6 @@ class Scheduler:
                 self._wake(r, tokens)
             except Exception as error:
                 self._fail(r, error)
-            self.store.shrink(self.budget - self.live_bytes)
 
     def _soon_computed(self, tokens: np.ndarray) -> bool:
         """True while a running sequence is computing much of the same prompt: waiting is cheaper."""
