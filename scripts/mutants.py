@@ -19,6 +19,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -483,6 +484,11 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=[], metavar="FILE")
     asked = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    lock = (WORK / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SystemExit(f"another run is under way in {WORK}") from None
     campaign = Campaign(sample(asked.targets, asked.count, asked.seed), asked.jobs, asked.tests)
     campaign.run()
     report(campaign, asked.seed)
