@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gptoss.checkpoint.layouts import Form, Layout, Packing, check_tensors
+from mlx_gptoss.checkpoint.layouts import Form, Layout, PackingOf, check_tensors
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.convert.tensors import SourceTensor, stored
 from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError
@@ -66,7 +66,7 @@ _DEFAULTS = {"rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
 
 def read_gguf(
     path: Path, files: tuple[Path, ...]
-) -> tuple[Layout, ModelConfig, dict[str, SourceTensor], Packing]:
+) -> tuple[Layout, ModelConfig, dict[str, SourceTensor], PackingOf]:
     """The model in the files of `path`: layout, shape, stored tensors by name, how a matrix is packed.
 
     Raises ConversionError when the `gguf` package is missing or the file is not gpt-oss, CheckpointError when
@@ -80,11 +80,11 @@ def read_gguf(
     has_config = (folder / "config.json").is_file()
     config = read_config(folder)[0] if has_config else _config(path, fields, raw)
 
-    def packing(matrix: str) -> Quantization | None:
+    def packing_of(matrix: str) -> Quantization | None:
         return MXFP4 if f"{matrix}.scales" in raw else None
 
-    check_tensors(raw, {spec.name: spec for spec in GGUF.tensors(config, packing)}, path)
-    return GGUF, config, raw, packing
+    check_tensors(raw, {spec.name: spec for spec in GGUF.tensors(config, packing_of)}, path)
+    return GGUF, config, raw, packing_of
 
 
 def gguf_files(path: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.checkpoint.layouts import HF, Form, Layout, Packing, part_of, sizes
+from mlx_gptoss.checkpoint.layouts import HF, Form, Layout, PackingOf, part_of, sizes
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.gguf_source import gguf_files, read_gguf
@@ -88,18 +88,18 @@ def open_source(folder: Path, *, id: str | None = None) -> Source:
     place = folder if folder.is_dir() else folder.parent
     if is_gguf(folder):
         files = gguf_files(folder)
-        layout, config, raw, packing = read_gguf(folder, files)
+        layout, config, raw, packing_of = read_gguf(folder, files)
         raw_config = config.to_hf()
     else:
         checkpoint = Checkpoint(folder)
         files = tuple(sorted({info.path for info in checkpoint.tensors.values()}))
-        layout, config, packing = checkpoint.layout, checkpoint.config, checkpoint.quantization_of
+        layout, config, packing_of = checkpoint.layout, checkpoint.config, checkpoint.quantization_of
         raw = {name: stored(info) for name, info in checkpoint.tensors.items()}
         # OpenAI's own config has other keys.
         raw_config = dict(checkpoint.raw_config if "model_type" in checkpoint.raw_config else config.to_hf())
     raw_config.pop("quantization", None)
     raw_config.pop("quantization_config", None)
-    tensors = _Model(folder, layout, config, raw, packing).tensors()
+    tensors = _Model(folder, layout, config, raw, packing_of).tensors()
     return Source(
         kind=layout.kind,
         id=id or folder.resolve().name,
@@ -125,27 +125,24 @@ def _head_digest(path: Path) -> str:
         return hashlib.sha256(stream.read(1 << 20)).hexdigest()
 
 
+@dataclass(frozen=True)
 class _Model:
     """The stored tensors of a source (`raw`, by name), brought into Hugging Face's layout."""
 
-    def __init__(
-        self,
-        where: Path,
-        layout: Layout,
-        config: ModelConfig,
-        raw: Mapping[str, SourceTensor],
-        packing: Packing,
-    ) -> None:
-        self.where, self.layout, self.config, self.raw, self.packing = where, layout, config, raw, packing
-        self.size = sizes(config)
+    where: Path
+    layout: Layout
+    config: ModelConfig
+    raw: Mapping[str, SourceTensor]
+    packing_of: PackingOf
 
     def tensors(self) -> Iterator[SourceTensor]:
         """In the order of the result."""
+        size = sizes(self.config)
         for key, layer in HF.places(self.config.num_layers):
             part = part_of(key)
             if part == "experts":
                 found = self._stack(key, layer)
-            elif len(self.size[key]) == 1:
+            elif len(size[key]) == 1:
                 found = iter([floats(self.raw[self.layout.path(key, layer)]).called(HF.path(key, layer))])
             else:
                 found = self._matrix(key, layer)
@@ -153,18 +150,18 @@ class _Model:
 
     def _matrix(self, key: str, layer: int) -> Iterator[SourceTensor]:
         """A matrix, and its bias where it has one."""
-        source, first = key, 0
+        source, first, size = key, 0, sizes(self.config)
         if key not in self.layout.paths:  # q, k and v lie in one matrix
             names = ["attention.q", "attention.k", "attention.v"]
-            first = sum(self.size[name][0] for name in names[: names.index(key)])
+            first = sum(size[name][0] for name in names[: names.index(key)])
             source = self.layout.qkv[0]
         path, target = self.layout.path(source, layer), HF.path(key, layer)
 
         def take(ending: str) -> SourceTensor:
             whole = self.raw[path + ending]
-            return rows_of(whole, first, first + self.size[key][0]).called(target + ending)
+            return rows_of(whole, first, first + size[key][0]).called(target + ending)
 
-        packing = self.packing(path)
+        packing = self.packing_of(path)
         if packing is None:
             matrix = floats(take(".weight"))
         elif packing.mode == "affine":
@@ -189,22 +186,17 @@ class _Model:
             return [self.raw[path + ending] for path in paths]
 
         yield interleaved([floats(t) for t in take(layout.expert_bias)]).called(target + HF.expert_bias)
+        packings = [layout.stack_packing(path, self.packing_of) for path in paths]
+        for path, packing in zip(paths, packings, strict=True):
+            if packing is not None and packing.mode != "mxfp4":
+                raise ConversionError(
+                    f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, from which the "
+                    "MXFP4 weights cannot be restored; convert the checkpoint it was made from instead"
+                )
         weights = take(layout.expert_weight)
-        if layout.experts is Form.MATRICES:
-            packings = [self.packing(path) for path in paths]
-            for path, packing in zip(paths, packings, strict=True):
-                if packing is not None and packing.mode != "mxfp4":
-                    raise ConversionError(
-                        f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, and the "
-                        "MXFP4 weights cannot be restored from it; convert the checkpoint it was made from "
-                        "instead"
-                    )
-            dense = packings[0] is None
-        else:
-            dense = layout.experts is Form.TRANSPOSED
-        if dense:
-            one = interleaved([floats(t) for t in weights])
-            stack = transposed(one) if layout.experts is Form.TRANSPOSED else one
+        if packings[0] is None:
+            stack = interleaved([floats(t) for t in weights])
+            stack = transposed(stack) if layout.experts is Form.TRANSPOSED else stack
         else:
             blocks = interleaved([as_blocks(t) for t in weights]).called(target + HF.expert_weight)
             scales = interleaved(take(layout.expert_scales)).called(target + HF.expert_scales)

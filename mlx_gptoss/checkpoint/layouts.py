@@ -21,7 +21,7 @@ PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
 FLOATS = ("BF16", "F16", "F32")
 MAX_LISTED = 10  # problems that one error tells
 
-Packing = Callable[[str], Quantization | None]
+PackingOf = Callable[[str], Quantization | None]
 """How the matrix at a path is packed; None when it is dense."""
 
 
@@ -94,31 +94,38 @@ class Layout:
         yield from ((key, layer) for layer in range(layers) for key in inside)
         yield from (("norms.final", 0), ("head", 0))
 
-    def tensors(self, config: ModelConfig, packing: Packing) -> Iterator[TensorSpec]:
+    def tensors(self, config: ModelConfig, packing_of: PackingOf) -> Iterator[TensorSpec]:
         """Everything a checkpoint of this shape holds."""
         size = sizes(config)
         for key, layer in self.places(config.num_layers):
             path, part, shape = self.path(key, layer), part_of(key), size[key]
             if part == "experts":
-                yield from self._stack(path, (config.num_experts, *shape), packing)
+                yield from self._stack(path, (config.num_experts, *shape), packing_of)
             elif len(shape) == 1:
                 yield TensorSpec(path, part, shape)
             else:
-                yield from _matrix(path, part, shape, packing(path))
+                yield from _matrix(path, part, shape, packing_of(path))
                 if part in ("attention", "router"):
                     yield TensorSpec(f"{path}.bias", part, shape[:1])
 
-    def _stack(self, path: str, shape: tuple[int, ...], packing: Packing) -> Iterator[TensorSpec]:
+    def _stack(self, path: str, shape: tuple[int, ...], packing_of: PackingOf) -> Iterator[TensorSpec]:
         (count, outputs, inputs), part = shape, "experts"
+        packing = self.stack_packing(path, packing_of)
         yield TensorSpec(path + self.expert_bias, part, (count, outputs))
         if self.experts is Form.BLOCKS:
             groups = (count, outputs, inputs // MXFP4.group_size)
-            yield TensorSpec(path + self.expert_weight, part, (*groups, 16), ("U8",), MXFP4)
-            yield TensorSpec(path + self.expert_scales, part, groups, ("U8",), MXFP4)
+            yield TensorSpec(path + self.expert_weight, part, (*groups, 16), ("U8",), packing)
+            yield TensorSpec(path + self.expert_scales, part, groups, ("U8",), packing)
         elif self.experts is Form.TRANSPOSED:
             yield TensorSpec(path + self.expert_weight, part, (count, inputs, outputs))
         else:
-            yield from _matrix(path, part, shape, packing(path))
+            yield from _matrix(path, part, shape, packing)
+
+    def stack_packing(self, path: str, packing_of: PackingOf) -> Quantization | None:
+        """How the stack of experts at a path is packed; None when it is dense."""
+        if self.experts is Form.MATRICES:
+            return packing_of(path)
+        return MXFP4 if self.experts is Form.BLOCKS else None
 
 
 def _matrix(

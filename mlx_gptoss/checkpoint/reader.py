@@ -203,7 +203,7 @@ def read_model(checkpoint: Checkpoint, progress: Callable[[int, int], None] | No
 
 
 def _applied(matrix: Matrix, bias: mx.array | None = None) -> Projection:
-    # A bias is the router's, whose few outputs MLX is as fast for.
+    """The way that suits this device. A bias is the router's, whose few outputs are MLX's anyway."""
     return Dense(matrix, bias) if on_gpu() or bias is not None else HostProjection(matrix)
 
 
