@@ -2,3 +2,5 @@
 
 Installed as mlx_gptoss.convert.
 """
+
+__all__: list[str] = []  # its modules are imported by name

@@ -190,8 +190,8 @@ class _Model:
         for path, packing in zip(paths, packings, strict=True):
             if packing is not None and packing.mode != "mxfp4":
                 raise ConversionError(
-                    f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, from which the "
-                    "MXFP4 weights cannot be restored; convert the checkpoint it was made from instead"
+                    f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, from which "
+                    "the MXFP4 weights cannot be restored; convert the checkpoint it was made from instead"
                 )
         weights = take(layout.expert_weight)
         if packings[0] is None:

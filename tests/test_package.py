@@ -1,5 +1,6 @@
 """The package's surface: public names, what importing it costs, and what an installation contains."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from mlx_gptoss.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 PUBLIC = [
     "BusyError",
     "CheckpointError",
@@ -54,6 +56,25 @@ HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "fastapi", "uvicorn", "rich",
 def test_public_names_are_pinned():
     assert mlx_gptoss.__all__ == PUBLIC
     assert set(PUBLIC) <= set(dir(mlx_gptoss))
+
+
+# What a room offers as a whole; of the others the modules are imported by name.
+EXPORTS = {
+    "mlx_gptoss.cli": ["COMMANDS", "cli", "main", "run"],
+    "mlx_gptoss.server": ["ServerSettings", "create_app"],
+    "mlx_gptoss.tools": ["BUILTIN", "BuiltinTool", "builtin_tools"],
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_says_what_it_exports(package: str) -> None:
+    module = importlib.import_module(package)
+    named = {"mlx_gptoss", "mlx_gptoss.grammar", "mlx_gptoss.harmony"}  # pinned above, or long and sorted
+    if package in named:
+        assert module.__all__ == sorted(module.__all__) and all(hasattr(module, n) for n in module.__all__)
+    else:
+        assert module.__all__ == EXPORTS.get(package, [])
+        assert all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -17,6 +17,8 @@ import click
 
 from mlx_gptoss.errors import GptOssError
 
+__all__ = ["COMMANDS", "cli", "main", "run"]
+
 COMMANDS = {
     "chat": "Chat with a model in the terminal.",
     "generate": "Complete a text, raw or in the chat format.",

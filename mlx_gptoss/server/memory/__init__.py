@@ -1,1 +1,3 @@
 """What a server remembers: sampled turns and stored responses."""
+
+__all__: list[str] = []  # its modules are imported by name
