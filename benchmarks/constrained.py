@@ -112,7 +112,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "bounded integer": {"type": "integer", "minimum": -7, "maximum": 250},
     "exclusive bounds": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     "multipleOf": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 1000},
-    "unicode keys": _object("größe", "日本", **{"größe": INTEGER, "日本": {"enum": ["é", "🙂"]}}),
+    "unicode keys": _object("größe", "日本", größe=INTEGER, 日本={"enum": ["é", "🙂"]}),
     "quotes in keys": _object('a"b\\c', **{'a"b\\c': BOOLEAN}),
     "anything": {},
     "deep": _object("a", a={"type": "array", "items": {"type": "array", "items": _object("n", n=NUMBER)}}),

@@ -152,7 +152,7 @@ def _config(where: Path, fields: dict[str, Any], tensors: dict[str, SourceTensor
 
 
 def _shown(file: Path, t: Any) -> Iterator[SourceTensor]:
-    """gguf's ReaderTensor as safetensors would hold it: floats as float32, MXFP4 as words and scales."""
+    """Gguf's ReaderTensor as safetensors would hold it: floats as float32, MXFP4 as words and scales."""
     shape, kind = tuple(int(n) for n in reversed(t.shape)), t.tensor_type
     start, nbytes = int(t.data_offset), int(t.n_bytes)
     size = nbytes // max(1, shape[0])

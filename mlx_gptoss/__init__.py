@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "LLM",
     "BusyError",
     "CheckpointError",
     "ConfigError",
@@ -70,7 +71,6 @@ __all__ = [
     "Event",
     "GptOssError",
     "HubError",
-    "LLM",
     "MemoryLimitError",
     "Message",
     "MessageDone",

@@ -105,6 +105,7 @@ def floors(arrows: dict[str, set[str]]) -> dict[str, int]:
 
 
 def main(roots: list[Path]) -> None:
+    """Print the rooms of each checkout, by floor."""
     for root in roots:
         arrows = rooms(root)
         circles = cycles({room: dict.fromkeys(targets, 0) for room, targets in arrows.items()})

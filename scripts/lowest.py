@@ -36,6 +36,7 @@ def bounds(project: dict[str, Any], extras: list[str]) -> dict[str, str]:
 
 
 def main(extras: list[str]) -> None:
+    """Print a constraint for each dependency."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     for name, bound in sorted(bounds(project, extras).items()):
         print(f"{name}=={bound}")

@@ -45,6 +45,7 @@ def render() -> str:
 
 
 def main() -> int:
+    """Write the page, or with --check tell whether it is in step."""
     page = render()
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(page, encoding="utf-8")

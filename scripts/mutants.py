@@ -474,6 +474,7 @@ def report(campaign: Campaign, seed: int) -> None:
 
 
 def main() -> None:
+    """Run mutants as the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -69,12 +69,12 @@ EXPORTS = {
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_says_what_it_exports(package: str) -> None:
     module = importlib.import_module(package)
-    named = {"mlx_gptoss", "mlx_gptoss.grammar", "mlx_gptoss.harmony"}  # pinned above, or long and sorted
+    named = {"mlx_gptoss", "mlx_gptoss.grammar", "mlx_gptoss.harmony"}  # pinned above, or long
     if package in named:
-        assert module.__all__ == sorted(module.__all__) and all(hasattr(module, n) for n in module.__all__)
+        assert len(set(module.__all__)) == len(module.__all__) > 5
     else:
         assert module.__all__ == EXPORTS.get(package, [])
-        assert all(hasattr(module, name) for name in module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

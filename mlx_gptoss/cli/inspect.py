@@ -27,7 +27,8 @@ CONTEXTS = (4096, 32_768, 131_072)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, as_json: bool) -> None:
     """Show the architecture and layout of MODEL, its bytes by part, the bytes one decoded token reads, and
-    the memory it needs, without loading it."""
+    the memory it needs, without loading it.
+    """
     from mlx_gptoss.checkpoint.hub import resolve
     from mlx_gptoss.checkpoint.memory import plan
 

@@ -62,7 +62,7 @@ class Sampler:
         return logits
 
     def sample(self, logits: mx.array, allowed: np.ndarray | None = None) -> mx.array:
-        """logits [vocab] -> token, int32 of shape [1]. Advances the random state and the counts."""
+        """Logits [vocab] -> token, int32 of shape [1]. Advances the random state and the counts."""
         logits = self.process(logits.astype(mx.float32), allowed)
         if self._key is None:
             token = mx.argmax(logits, axis=-1, keepdims=True)

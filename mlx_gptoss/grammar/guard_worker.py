@@ -24,6 +24,7 @@ TIMED_OUT = -signal.SIGPROF
 
 @cache
 def vocabulary() -> Any:
+    """A vocabulary of bytes: whether a grammar does harm hardly depends on the tokens."""
     from llguidance import LLTokenizer
 
     return LLTokenizer("byte")

@@ -70,7 +70,8 @@ class ToolCall:
 @dataclass(frozen=True)
 class MessageDone:
     """A message is over, `ended` unless the stream broke off in it. Assistant messages carry the tokens that
-    were sampled."""
+    were sampled.
+    """
 
     message: Message
     ended: bool = True

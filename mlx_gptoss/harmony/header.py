@@ -169,7 +169,7 @@ def _take_role(words: list[_Word], header: Header, live: bool) -> list[_Word]:
         header.role, header.name = cast(Role, first), "tool" if first == "tool" else None
     elif name and role in ROLES and role != "tool":
         header.role, header.name = cast(Role, role), name
-    elif is_tool_name(first) or others and (not live or _Word("to=assistant") in others):
+    elif is_tool_name(first) or (others and (not live or _Word("to=assistant") in others)):
         header.role, header.name = "tool", first
         if not others:
             header.report("unknown_role", first)

@@ -129,7 +129,8 @@ def _conversation(
 
 def _dropped(messages: Sequence[Message]) -> int:
     """How many messages from the start lose their analysis: those before the first final message, once the
-    assistant's latest message is a final one."""
+    assistant's latest message is a final one.
+    """
     latest = next((m for m in reversed(messages) if m.role == "assistant"), None)
     if latest is None or latest.channel != "final":
         return 0

@@ -53,7 +53,8 @@ class TypeWriter:
 
     def _settle_names(self) -> None:
         """Number the names that something else bears. Tools made from the same models bring equal
-        definitions along: those share one declaration."""
+        definitions along: those share one declaration.
+        """
         bases, count = dict(self._names), 1
         while clashes := self._clashes():
             count += 1
@@ -79,7 +80,8 @@ class TypeWriter:
 
     def _expand(self, node: Any) -> Any:
         """`node` with a reference that has no name, or a wrapper of one, replaced by what it stands for.
-        Notes beside a reference win over those at its target."""
+        Notes beside a reference win over those at its target.
+        """
         while isinstance(node, dict):
             if "$ref" in node:
                 if node["$ref"] in self._names:
@@ -162,7 +164,7 @@ class TypeWriter:
         if not isinstance(node, dict) or "$ref" in node:
             return False
         many = len(node.get("anyOf", ())) > 1 or len(node.get("enum", ())) > 1
-        return many or "allOf" in node or isinstance(node.get("type"), list) and len(node["type"]) > 1
+        return many or "allOf" in node or (isinstance(node.get("type"), list) and len(node["type"]) > 1)
 
     def _all_of(self, node: dict[str, Any], indent: str) -> str:
         parts = [self._expand(part) for part in node["allOf"]]

@@ -201,7 +201,7 @@ class QuantizedFullCache(FullCache):
         return mx.dequantize(words, scales, biases, group_size=self._group, bits=bits)
 
     def _product(self, x: mx.array, parts: list[mx.array], bits: int | None, transpose: bool) -> mx.array:
-        """x [1, H, r, t, ..] times the stored [1, H, n, D] of each KV head, transposed or not."""
+        """X [1, H, r, t, ..] times the stored [1, H, n, D] of each KV head, transposed or not."""
         wide = [p[:, :, None] for p in parts]
         if bits is None:
             return x @ (wide[0].swapaxes(-1, -2) if transpose else wide[0])

@@ -63,7 +63,7 @@ def _blas() -> ThreadpoolController:
 
 
 def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x [N, I] @ weight [O, I].T, float32, by the host's BLAS; large ones on every core."""
+    """X [N, I] @ weight [O, I].T, float32, by the host's BLAS; large ones on every core."""
     out = np.empty((len(x), len(weight)), np.float32)
     with _blas().limit(limits=1):
         if weight.size < LARGE:

@@ -22,7 +22,7 @@ class Experts(Protocol):
     """The way in which a layer's experts are applied."""
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
-        """x [T, D], the experts chosen for each row [T, k] -> their outputs [T, k, D]."""
+        """X [T, D], the experts chosen for each row [T, k] -> their outputs [T, k, D]."""
         ...
 
     def arrays(self) -> list[mx.array]:
@@ -60,7 +60,7 @@ class ExpertWeights:
         return swiglu(h, bias[..., : self.gate_up.outputs], limit=self.limit, alpha=self.alpha)
 
     def add_bias(self, y: mx.array, bias: mx.array) -> mx.array:
-        """down's outputs [.., D] plus their part of the biases [.., 2F + D]."""
+        """Down's outputs [.., D] plus their part of the biases [.., 2F + D]."""
         return y + bias[..., self.gate_up.outputs :]
 
     def arrays(self) -> list[mx.array]:
@@ -102,7 +102,7 @@ class ResidentExperts:
 
 
 def _swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
-    """gate clamped from above only, up on both sides: gate * sigmoid(alpha * gate) * (up + 1)."""
+    """Gate clamped from above only, up on both sides: gate * sigmoid(alpha * gate) * (up + 1)."""
     gate = mx.minimum(gate, limit)
     up = mx.clip(up, -limit, limit)
     return gate * mx.sigmoid(alpha * gate) * (up + 1)

@@ -54,7 +54,7 @@ class Attention:
         self.out, self.out_bias, self.sinks = out, out_bias, sinks
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
-        """x [T, D] -> x plus attention, [T, D]."""
+        """X [T, D] -> x plus attention, [T, D]."""
         h, kv, c = self.heads, self.kv_heads, self.channels
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         qkv = (self.qkv(rows, batch) + self.qkv_bias).reshape(batch.tokens, h + 2 * kv, 1, c)
@@ -86,7 +86,8 @@ class Attention:
 
 class MixtureOfExperts:
     """The router scores the experts of a token and k are picked; their outputs are summed with the softmax of
-    the k scores."""
+    the k scores.
+    """
 
     def __init__(self, config: ModelConfig, *, norm: mx.array, router: Projection, experts: Experts) -> None:
         self.k = config.experts_per_token
@@ -94,7 +95,7 @@ class MixtureOfExperts:
         self.norm, self.router, self.experts = norm, router, experts
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
-        """x [T, D] -> x plus the experts' sum, [T, D]."""
+        """X [T, D] -> x plus the experts' sum, [T, D]."""
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         scores = self.router(rows, batch)
         chosen = mx.argpartition(scores, kth=-self.k, axis=-1)[:, -self.k :]

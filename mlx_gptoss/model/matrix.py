@@ -57,7 +57,7 @@ class Matrix:
         return mx.dequantize(self.weight, self.scales, self.biases, dtype=dtype, **vars(self.quantization))
 
     def apply(self, x: mx.array, *, stream: Stream = None) -> mx.array:
-        """x [T, inputs] -> x @ W.T, [T, outputs]."""
+        """X [T, inputs] -> x @ W.T, [T, outputs]."""
         if self.quantization is None:
             return mx.matmul(x, self.weight.T, stream=stream)
         assert self.scales is not None
@@ -113,7 +113,7 @@ class Embedding:
         self.dtype = dtype
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """tokens int [T] -> [T, hidden]."""
+        """Tokens int [T] -> [T, hidden]."""
         return self.table.mapped(lambda a: mx.take(a, tokens, axis=0)).dense(self.dtype)
 
     def arrays(self) -> list[mx.array]:

@@ -54,7 +54,7 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: FastAPI, on_listening: Callable[[str], None] = logger.info) -> uvicorn.Server:
-    """uvicorn for an application of create_app; `run()` serves until a signal or `should_exit`."""
+    """Uvicorn for an application of create_app; `run()` serves until a signal or `should_exit`."""
     state: ServerState = app.state.server
     settings = state.settings
     config = uvicorn.Config(

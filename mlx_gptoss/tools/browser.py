@@ -140,7 +140,7 @@ class BrowserTool:
             f"{current.url}/find?pattern={pattern}",
             f"Find results for text: `{pattern}` in `{current.title}`",
             "\n\n".join(parts) or f"No `find` results for pattern: `{pattern}`",
-            {number: current.url for number in places},
+            dict.fromkeys(places, current.url),
         )
         return self._show(_Display(page, places))
 

@@ -65,7 +65,8 @@ def as_tool(item: ToolLike) -> Tool | RunnableTool:
 
 def tool_for(call: ToolCall, tools: Sequence[RunnableTool]) -> RunnableTool | None:
     """The tool that a call goes to: "browser.open" to a namespace, "functions.f" to a function, and a bare
-    name to a namespace before a function."""
+    name to a namespace before a function.
+    """
     if not call.recipient.startswith(f"{FUNCTIONS}."):
         root = call.name.split(".")[0]
         for tool in tools:

@@ -90,6 +90,7 @@ def run_cell(code: str, name: str, namespace: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Serve cells."""
     options = json.loads(sys.argv[1])
     cells = os.fdopen(os.dup(0), "r", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -208,4 +208,4 @@ class _HtmlReader:
             self.pieces.append(data if self._inside["pre"] else re.sub(r"\s+", " ", data))
 
     def close(self) -> None:
-        """lxml asks for it."""
+        """Lxml asks for it."""

@@ -88,7 +88,8 @@ class FolderPages:
 
     def search(self, query: str, count: int) -> Results:
         """Ranked by BM25 (Robertson and Walker 1994: k1 = 1.2, b = 0.75, lengths in characters), the path and
-        the beginning of a page, where its title is, counting four times."""
+        the beginning of a page, where its title is, counting four times.
+        """
         words = sorted({*_WORD.findall(query.lower())})
         if not words:
             raise PageError("the query has no words")

@@ -148,7 +148,7 @@ class PythonTool:
         # HOME stays, so that the process can check that it is shut.
         environment = {"HOME": os.path.expanduser("~"), "TMPDIR": self._folder, "LANG": "C.UTF-8"}
         # Each thread of a numerical library would reserve address space.
-        environment |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:
             self._process = subprocess.Popen(
                 command,
@@ -205,7 +205,7 @@ class PythonTool:
                 last = last[-len(marker) :]
 
     def _too_large(self) -> bool:
-        """macOS does not enforce a limit on the address space."""
+        """MacOS does not enforce a limit on the address space."""
         if sys.platform != "darwin" or self._process is None:
             return False
         done = subprocess.run(

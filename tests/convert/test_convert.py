@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -502,7 +503,7 @@ def test_progress_ends_where_it_said_it_would(layouts: dict[str, Path], tmp_path
     seen: list[Progress] = []
     convert(layouts["hf"], tmp_path / "made", progress=seen.append)
     assert seen[-1].done == seen[-1].total > 0
-    assert all(a.done <= b.done for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.done <= b.done for a, b in itertools.pairwise(seen))
 
 
 # --- the small files

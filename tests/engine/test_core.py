@@ -351,7 +351,7 @@ def test_no_job_ends_the_thread(error: type[BaseException]) -> None:
 def test_a_full_queue_is_busy(folder: Path) -> None:
     with load(folder, kv_budget=8 * 2**20, max_running=1, max_waiting=2) as llm:
         streams = []
-        with pytest.raises(BusyError):
+        with pytest.raises(BusyError):  # noqa: PT012
             for i in range(200):
                 streams.append(llm.submit(prompt(i, 30), SamplingParams(stop_token_ids=(), max_tokens=200)))
         for stream in streams:

@@ -69,7 +69,7 @@ def test_a_draft_model_guesses_greedily_and_reads_only_what_is_new(limit: int) -
 
 
 def test_every_so_many_rounds_go_without_a_guess() -> None:
-    made, model = drafter()
+    made, _model = drafter()
     rounds = [bool(made.propose(prompt(1, 5), 2)) for _ in range(2 * PLAIN_EVERY)]
     assert [i + 1 for i, guessed in enumerate(rounds) if not guessed] == [PLAIN_EVERY, 2 * PLAIN_EVERY]
     assert not made.behind

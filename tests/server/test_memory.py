@@ -70,7 +70,7 @@ def result_of(ask: Ask, answer: Any) -> dict[str, Any]:
 def fresh(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedLLM, TestClient]]:
     """An application that remembers nothing yet."""
     llm = ScriptedLLM(tokenizer)
-    yield llm, TestClient(create_app(llm), base_url="http://localhost")  # type: ignore[arg-type]
+    return llm, TestClient(create_app(llm), base_url="http://localhost")  # type: ignore[arg-type]
 
 
 def sent(llm: ScriptedLLM) -> list[Message]:

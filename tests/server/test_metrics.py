@@ -21,7 +21,7 @@ pytest_plugins = ["tests.support.server_fixtures"]
 @pytest.fixture
 def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
     """An application that has counted nothing yet."""
-    yield TestClient(create_app(ScriptedLLM(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
+    return TestClient(create_app(ScriptedLLM(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
 
 
 def test_counters_and_sums_are_exact() -> None:

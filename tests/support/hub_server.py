@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def _serve(self) -> None:
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
 
-    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815 - the base class's names
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     # ---- plumbing
 

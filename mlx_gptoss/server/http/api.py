@@ -11,6 +11,8 @@ from mlx_gptoss.server.http.errors import ErrorShape, openai_error
 
 
 class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
     message: str
     type: str
     param: str | None = None

@@ -105,7 +105,7 @@ def check_key(headers: Headers, settings: ServerSettings, path: str) -> None:
         return hashlib.sha256(key.encode("latin-1", "replace")).digest()
 
     right = digest(settings.api_key)
-    if not any([hmac.compare_digest(digest(key), right) for key in given]):  # a list: both are compared
+    if not any([hmac.compare_digest(digest(key), right) for key in given]):  # noqa: C419 (a list: both are compared)
         raise ApiError(
             401,
             "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'.",

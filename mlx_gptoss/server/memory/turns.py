@@ -39,7 +39,8 @@ class TurnMemory:
 
     def remember(self, messages: Sequence[Message], text: str, history: bytes = b"") -> None:
         """Keep a turn that was sampled. `text` is its answer as the client got it, `history` the digest of
-        what it answered."""
+        what it answered.
+        """
         key = _key([m.call_id for m in messages if m.call_id], text, history)
         # An answer that was cut at a stop text has no tokens, and the turn is not whole without it.
         if key is None or not all(m.token_ids for m in messages):

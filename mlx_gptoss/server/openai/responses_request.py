@@ -127,7 +127,8 @@ def input_items(request: ResponsesRequest, state: ServerState) -> list[InputItem
 
 def translate(request: ResponsesRequest, items: list[InputItem], state: ServerState) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault, ApiError for what is not
-    stored."""
+    stored.
+    """
     request.refuse_unsupported()
     if request.background:
         raise RequestError("background is not supported: stream the response instead", "background")

@@ -27,7 +27,8 @@ _LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 
 def dumps(value: Any) -> str:
     """Compact JSON on one line. Lone surrogates, which no encoder takes, cannot occur in what a tokenizer
-    decodes."""
+    decodes.
+    """
     text = _encode(value)
     for character, escape in _LINE_ENDS.items():
         text = text.replace(character, escape)
