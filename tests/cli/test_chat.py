@@ -166,9 +166,7 @@ def test_a_stopped_answer_stays_in_the_conversation(talk: Talk, monkeypatch: pyt
 
 def test_a_chat_is_saved_and_loaded_again(talk: Talk, tmp_path: Path) -> None:
     name = str(tmp_path / "deep" / "talk")
-    shown, *_ = talk(
-        "/effort low", "/system Be ünique.", "one", f"/save {name}", "two", f"/save {name}"
-    )
+    shown, *_ = talk("/effort low", "/system Be ünique.", "one", f"/save {name}", "two", f"/save {name}")
     assert "saved" in shown and "exists already" not in shown
     text = (tmp_path / "deep" / "talk.md").read_text(encoding="utf-8")
     assert "## User\n\none" in text and "## Assistant\n\nYou said: two" in text and "Be ünique." in text

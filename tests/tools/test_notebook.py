@@ -107,7 +107,7 @@ def test_works_with(tool: PythonTool, package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module, pattern", [("test_json", "*"), ("test_re", "*"), ("test_datetime", "*TestDateTime_Fast*")]
+    ("module", "pattern"), [("test_json", "*"), ("test_re", "*"), ("test_datetime", "*TestDateTime_Fast*")]
 )
 def test_the_standard_librarys_own_tests_pass(tool: PythonTool, module: str, pattern: str) -> None:
     """But those that start another process, which is refused."""

@@ -141,7 +141,7 @@ def test_a_process_that_dies_is_reported_and_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    "code, told",
+    ("code", "told"),
     [
         ("import os\nfor fd in range(3, 30):\n try: os.write(fd, b'done\\n')\n except OSError: 0\nwhile 1: 0",
          "RuntimeError: the code reported its own end, went on, and was stopped. All variables are lost."),

@@ -77,7 +77,7 @@ def test_calls_of_another_architecture_end_the_process(machine: str) -> None:
 
 @machines
 @pytest.mark.parametrize(
-    "name, arguments, expected",
+    ("name", "arguments", "expected"),
     [
         ("kill", (PID, 9), ALLOWED),
         ("kill", (PID + 1, 9), "EPERM"),

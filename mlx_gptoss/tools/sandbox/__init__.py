@@ -7,3 +7,5 @@
 
 Supervisor and interpreter import the standard library only.
 """
+
+__all__: list[str] = []  # its modules are imported by name

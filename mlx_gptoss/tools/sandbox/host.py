@@ -73,7 +73,7 @@ class Sandbox:
         home = self.files if layers else os.path.expanduser("~")
         environment = {"HOME": home, "TMPDIR": self.files, "LANG": "C.UTF-8", "MPLBACKEND": "Agg"}
         # Each thread of a numerical library would reserve address space.
-        environment |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         limits = self._limits
         root = str(PACKAGE.parent)
         options = {

@@ -138,6 +138,7 @@ def serve(answers: int) -> None:
 
 
 def main() -> None:
+    """Shut this process in, and run cells."""
     options = json.loads(sys.argv[1])
     answers, layers = options["answers"], options["layers"]
     os.umask(0o077)

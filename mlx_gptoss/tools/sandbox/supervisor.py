@@ -230,4 +230,5 @@ class Supervisor:
 
 
 def main() -> None:
+    """Serve one caller, as the first argument says."""
     Supervisor(json.loads(sys.argv[1])).serve()

@@ -17,6 +17,8 @@ MAX_DEPTH = 64
 
 
 class Usage(NamedTuple):
+    """What a process takes."""
+
     memory: int  # bytes in memory or swapped out, with the page tables
     threads: int
 
