@@ -101,6 +101,7 @@ def convert(
     if shard_size < 1:
         raise ConversionError(f"shard size {shard_size} is not possible, expected bytes such as 5GB")
     opened = _open(source, revision, offline)
+    _require_outside(Path(target).expanduser(), opened)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
     jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
     layout = lay_out(jobs.outputs, shard_size)
@@ -170,6 +171,13 @@ def _entries(jobs: list[Job], journal: Journal) -> Iterator[tuple[str, TensorEnt
                 group_size=None if packing is None else packing.group_size,
             )
             yield output.name, entry
+
+
+def _require_outside(target: Path, source: Source) -> None:
+    """The result must not lie among the files that it is made of. Raises ConversionError."""
+    folder = source.folder.resolve()
+    if source.kind != "gguf" and target.resolve().is_relative_to(folder):
+        raise ConversionError(f"{target} lies inside the source {folder}: name a folder beside it")
 
 
 def _open(source: str | Path, revision: str | None, offline: bool) -> Source:

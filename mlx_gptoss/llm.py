@@ -72,7 +72,7 @@ def load(
     chosen = EngineOptions(**options)
     folder = resolve(model, revision=revision, offline=offline)
     checkpoint = Checkpoint(folder, dtype)
-    has_text = (folder / "tokenizer.json").is_file()
+    has_text = (folder / "tokenizer.json").exists()
     # What is wrong with them is told before the weights are read.
     stops = frozenset[int]() if has_text else configured_stops(folder)
     memory = plan_checkpoint(checkpoint)

@@ -8,12 +8,25 @@ it spells: special tokens are put into a sequence by id only.
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mlx_gptoss.errors import RequestError, TokenizerError
+from mlx_gptoss.errors import GptOssError, RequestError, TokenizerError
+from mlx_gptoss.files import read_limited
+
+MAX_BYTES = 64 * 2**20  # of tokenizer.json; OpenAI's has 28 MB
+# What a byte-level BPE tokenizer is made of. Other parts could rewrite a text, and let it grow without bound.
+_PARTS: dict[str, set[str | None]] = {
+    "normalizer": {None},
+    "pre_tokenizer": {None, "ByteLevel", "Split", "Sequence"},
+    "post_processor": {None, "ByteLevel", "TemplateProcessing", "Sequence"},
+    "decoder": {None, "ByteLevel"},
+    "model": {"BPE"},
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,17 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
-        if not path.is_file():
+        if not path.exists():
             raise TokenizerError(
                 f"{path.parent}: no tokenizer.json: text needs one; download it into the same folder, "
                 "or work on token ids"
             )
         try:
-            self._backend = Backend.from_file(str(path))
+            text = read_limited(path, MAX_BYTES).decode()
+            _check_parts(path, json.loads(text))
+            self._backend = Backend.from_str(text)
+        except GptOssError:
+            raise
         except Exception as error:  # the Rust core raises plain Exception for every malformed file
             raise TokenizerError(
                 f"{path}: not a usable tokenizer.json ({error}): download it again"
@@ -136,6 +153,20 @@ class StreamDetokenizer:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def _check_parts(path: Path, content: dict[str, Any]) -> None:
+    """Raise TokenizerError for a part that byte-level BPE does without."""
+    lists = {"pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+    for part, kinds in _PARTS.items():
+        found = content.get(part) or {}
+        for one in (found, *found.get(lists.get(part, ""), ())):
+            kind = one.get("type", "BPE" if part == "model" else None)
+            if kind not in kinds:
+                raise TokenizerError(
+                    f"{path}: its {part} is of type {kind!r:.40}, which byte-level BPE does without: "
+                    "download the model's own tokenizer.json"
+                )
 
 
 def check_text(text: str, what: str = "the text", field: str | None = None) -> None:

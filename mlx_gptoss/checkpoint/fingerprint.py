@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from mlx_gptoss.checkpoint.safetensors import read_folder
+from mlx_gptoss.files import open_regular
 
 # Of each tensor, the bytes read at both ends and in the middle; all of them would take minutes.
 SAMPLED = 1 << 12
@@ -20,7 +21,7 @@ def fingerprint(folder: Path, context: str = "") -> str:
     digest.update((folder / "config.json").read_bytes())
     for name, tensor in sorted(read_folder(folder).items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        with tensor.path.open("rb") as file:
+        with open_regular(tensor.path) as file:
             last = max(0, tensor.nbytes - SAMPLED)
             for at in (0, last // 2, last):
                 file.seek(tensor.start + at)

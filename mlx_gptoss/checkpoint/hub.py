@@ -245,7 +245,11 @@ def _download(repo: str, revision: str | None, names: Sequence[str], commit: str
             read_config(Path(hf_hub_download(repo, name, revision=commit)).parent)
         # The names are exact, but the library takes patterns: escape them.
         patterns = [glob.escape(name) for name in names]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        # By its branch, so that it is found offline; which may have moved since its config was read.
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        if commit is not None and snapshot.name != commit:
+            raise HubError(f"{repo!r} was changed while it was downloaded: run the same command again")
+        return snapshot
     except GptOssError:
         raise
     except Exception as error:

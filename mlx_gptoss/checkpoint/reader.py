@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.checkpoint.finite import not_finite
 from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.device import on_gpu, parse_dtype
@@ -40,6 +41,7 @@ class Checkpoint:
         self.tensors = read_folder(folder)
         self.layout = detect_layout(self.tensors, folder)
         self._quantization = _read_quantization(self.raw_config)
+        self._unchecked: list[tuple[str, mx.array]] = []
         self._files: dict[Path, dict[str, mx.array]] = {}
         self.specs = {spec.name: spec for spec in self.layout.tensors(self.config, self.quantization_of)}
         check_tensors(self.tensors, self.specs, folder)
@@ -63,7 +65,7 @@ class Checkpoint:
         return Embedding(self._matrix(self.layout.path("embedding"), cast=False), self.dtype)
 
     def norm(self) -> mx.array:
-        return self._vector(self.layout.path("norms.final"))
+        return self._floats(self.layout.path("norms.final"))
 
     def head(self) -> Projection:
         return self.projection("head")
@@ -75,17 +77,17 @@ class Checkpoint:
         attention = Attention(
             self.config,
             index,
-            norm=self._vector(path["norms.attention"]),
+            norm=self._floats(path["norms.attention"]),
             qkv=self.projection(*qkv, layer=index),
             qkv_bias=self._vectors([path[key] + ".bias" for key in qkv]),
             out=self.projection("attention.out", layer=index),
-            out_bias=self._vector(path["attention.out"] + ".bias"),
-            sinks=self._vector(path["attention.sinks"]),
+            out_bias=self._floats(path["attention.out"] + ".bias"),
+            sinks=self._floats(path["attention.sinks"]),
         )
         moe = MixtureOfExperts(
             self.config,
-            norm=self._vector(path["norms.experts"]),
-            router=self.projection("router", layer=index, bias=self._vector(path["router"] + ".bias")),
+            norm=self._floats(path["norms.experts"]),
+            router=self.projection("router", layer=index, bias=self._floats(path["router"] + ".bias")),
             experts=self.experts(index),
         )
         return Layer(attention, moe)
@@ -124,7 +126,7 @@ class Checkpoint:
         if form is Form.MATRICES:
             return self._matrix(path)
         if form is Form.TRANSPOSED:
-            return Matrix(self._vector(name).swapaxes(-1, -2))
+            return Matrix(self._floats(name).swapaxes(-1, -2))
         words = self._take(name).view(mx.uint32).flatten(-2)
         return Matrix(words, self._scales(path + self.layout.expert_scales), None, MXFP4)
 
@@ -142,22 +144,34 @@ class Checkpoint:
             self._files[path] = loaded
         return self._files[path].pop(name)
 
-    def _vector(self, name: str) -> mx.array:
-        return self._take(name).astype(self.dtype)
+    def _floats(self, name: str, *, cast: bool = True) -> mx.array:
+        """A tensor of floats, which `check_finite` looks at once it is evaluated."""
+        array = self._take(name)
+        array = array.astype(self.dtype) if cast else array
+        self._unchecked.append((name, array))
+        return array
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError for NaN or infinity in what was read and evaluated since the last call."""
+        unchecked, self._unchecked = self._unchecked, []
+        if name := not_finite(unchecked):
+            raise CheckpointError(
+                f"{self.folder}: {name} holds NaN or infinity: the file is corrupt, download it again"
+            )
 
     def _vectors(self, names: list[str]) -> mx.array:
         """Several side by side along the last axis."""
-        return mx.concatenate([self._vector(name) for name in names], axis=-1)
+        return mx.concatenate([self._floats(name) for name in names], axis=-1)
 
     def _matrix(self, path: str, *, cast: bool = True) -> Matrix:
         quantization = self.quantization_of(path)
-        weight = self._take(f"{path}.weight")
         if quantization is None:
-            return Matrix(weight.astype(self.dtype) if cast else weight)
+            return Matrix(self._floats(f"{path}.weight", cast=cast))
+        weight = self._take(f"{path}.weight")
         if quantization.mode != "affine":
             return Matrix(weight, self._scales(f"{path}.scales"), None, quantization)
         # MLX wants scales of the activations' dtype; a cast of 1/32 of the matrix, done once.
-        return Matrix(weight, self._vector(f"{path}.scales"), self._vector(f"{path}.biases"), quantization)
+        return Matrix(weight, self._floats(f"{path}.scales"), self._floats(f"{path}.biases"), quantization)
 
     def _scales(self, name: str) -> mx.array:
         """MXFP4 scale bytes; 255 stands for NaN and would poison every logit without a word."""
@@ -187,15 +201,18 @@ def read_model(checkpoint: Checkpoint, progress: Callable[[int, int], None] | No
     tell = progress or (lambda done, total: None)
     embedding = checkpoint.embedding()
     mx.eval(embedding.arrays())
+    checkpoint.check_finite()
     tell(1, total)
     layers = []
     for i in range(config.num_layers):
         layer = checkpoint.layer(i)
         mx.eval(layer.arrays())
+        checkpoint.check_finite()
         layers.append(layer)
         tell(i + 2, total)
     norm, head = checkpoint.norm(), checkpoint.head()
     mx.eval(norm, head.arrays())
+    checkpoint.check_finite()
     # Casting left buffers of the files' dtype in MLX's cache: they are of no more use.
     mx.clear_cache()
     tell(total, total)

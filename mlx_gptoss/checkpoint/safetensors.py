@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.files import open_regular, read_limited
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# gpt-oss-120b's largest header has some 100 kB; the format's own limit, 100 MB, takes a gigabyte to parse.
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
 
 # dtype -> numpy's, of the raw bits: bfloat16 and float8 come as unsigned integers.
 DTYPES: Mapping[str, np.dtype] = {
@@ -171,10 +173,8 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 def _read_raw_header(file: Path) -> tuple[int, bytes]:
     """File size and the header's bytes, checked to fit into the file."""
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{file}: not a regular file")
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{file}: {status.st_size} bytes is too short for a safetensors file")
@@ -182,7 +182,7 @@ def _read_raw_header(file: Path) -> tuple[int, bytes]:
             if length > min(status.st_size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{file}: says its header has {length} bytes, the file has {status.st_size}; "
-                    "it is truncated or no safetensors file, download it again"
+                    "it is truncated or not a model's safetensors file, download it again"
                 )
             raw = stream.read(length)
     except OSError as error:
@@ -247,7 +247,7 @@ def _check_entry(file: Path, name: str, entry: Any, base: int, size: int) -> Ten
 def _read_index(index: Path) -> dict[str, str]:
     """The index's weight_map: tensor name -> file name."""
     try:
-        raw = _inside(index.parent, index.name).read_bytes()
+        raw = read_limited(_inside(index.parent, index.name), MAX_INDEX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
     content = _parse_json(raw, str(index))

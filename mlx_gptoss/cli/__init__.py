@@ -75,7 +75,7 @@ def run(args: Sequence[str] | None = None) -> int:
         status = cli.main(args, prog_name="mlx-gptoss", standalone_mode=False)
         sys.stdout.flush()
     except GptOssError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"error: {_printable(str(error))}", err=True)
         return 1
     except click.ClickException as error:
         error.show()
@@ -86,10 +86,16 @@ def run(args: Sequence[str] | None = None) -> int:
         _flush_or_drop()
         return 1
     except OSError as error:
-        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
+        told = f"{error.filename or 'output'}: {error.strerror or error}"
+        click.echo(f"error: {_printable(told)}", err=True)
         _flush_or_drop()
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _printable(text: str) -> str:
+    """On one line, and without what could take over the terminal: files may have any name."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
 def _open_closed_streams() -> None:

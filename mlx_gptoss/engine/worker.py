@@ -7,6 +7,7 @@ and caches are freed here, and nowhere else. Jobs run between the steps of the s
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Worker:
         self.step: Callable[[], bool] | None = None
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._closed = False
+        self._pid = os.getpid()
         self._lock = threading.Lock()  # no job is put behind the end
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -41,6 +43,11 @@ class Worker:
 
     def post(self, job: Callable[[], object]) -> None:
         """Run a job soon, without waiting for it. Raises GptOssError when the worker is closed."""
+        if os.getpid() != self._pid:
+            raise GptOssError(
+                "the model was loaded before fork(), and its thread is not in this process: load it here, or "
+                "start processes with the method 'spawn'"
+            )
         with self._lock:
             if self._closed:
                 raise GptOssError("the engine is closed: load the model again")
@@ -66,7 +73,9 @@ class Worker:
         self._jobs.put(lambda: None)
 
     def close(self, last: Callable[[], object] | None = None) -> None:
-        """Run a last job and end the thread. Safe to call again."""
+        """Run a last job and end the thread. Safe to call again; in a forked process there is none."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._closed:
                 return

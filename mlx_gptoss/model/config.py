@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.errors import ConfigError
+from mlx_gptoss.files import read_limited
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
+MAX_BYTES = 8 * 2**20  # of a file of JSON; a published config has 2 kB
 MAX_SIZE = 2**31 - 1  # what MLX takes as a size
 MAX_LAYERS = 1000  # bounds the tables that have an entry a layer; gpt-oss-120b has 36
 SWIGLU_ALPHA = 1.702  # fixed in the published reference, and absent from its config
@@ -186,7 +188,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in one of a checkpoint's files. Raises ConfigError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_limited(path, MAX_BYTES))
     except FileNotFoundError:
         raise ConfigError(
             f"{path.parent}: no {path.name}: expected the folder of a gpt-oss checkpoint"
