@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
+from mlx_gptoss.convert.disk import sync_folder, write_file, writing
 from mlx_gptoss.convert.finite import not_finite
 from mlx_gptoss.convert.jobs import Chunk, Job, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
@@ -29,15 +30,7 @@ from mlx_gptoss.convert.recipes import Recipe, make_recipe
 from mlx_gptoss.convert.sidecars import find_sidecars
 from mlx_gptoss.convert.sources import Source, is_gguf, open_source
 from mlx_gptoss.convert.tensors import Extent
-from mlx_gptoss.convert.writer import (
-    Shard,
-    ShardLayout,
-    ShardWriter,
-    lay_out,
-    sync_folder,
-    write_error,
-    write_file,
-)
+from mlx_gptoss.convert.writer import Shard, ShardLayout, ShardWriter, lay_out
 from mlx_gptoss.errors import ConversionError
 
 SHARD_SIZE = 5_000_000_000
@@ -214,21 +207,17 @@ class _Workplace:
             raise ConversionError(
                 f"{self.target}: is not an empty folder; choose a new one, nothing was written"
             )
-        try:
+        with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.partial, error) from error
         return None
 
     def open_output(self, *, restart: bool) -> None:
         """Make the folder of results, or take up the one that is there. Needs the journal's lock."""
-        try:
+        with writing(self.output):
             if restart and self.output.exists() and not self.output.is_symlink():
                 shutil.rmtree(self.output)
             self.output.mkdir(exist_ok=True)
             self.check_output()
-        except OSError as error:
-            raise write_error(self.output, error) from error
 
     def check_output(self) -> None:
         """Raise ConversionError for anything in the folder of results that is no file of this conversion.
@@ -247,13 +236,10 @@ class _Workplace:
     def _check_partial(self) -> None:
         """Refuse a TARGET.partial that no conversion made: one that is neither empty nor has a journal."""
         journal = self.partial / JOURNAL_NAME
-        try:
+        with writing(self.partial):
             folder = self.partial.is_dir() and not self.partial.is_symlink()
-            ours = folder and (
-                not any(self.partial.iterdir()) or (journal.is_file() and not journal.is_symlink())
-            )
-        except OSError as error:
-            raise write_error(self.partial, error) from error
+            noted = journal.is_file() and not journal.is_symlink()
+            ours = folder and (noted or not any(self.partial.iterdir()))
         if os.path.lexists(self.partial) and not ours:
             raise ConversionError(
                 f"{self.partial}: was not made by a conversion, expected a folder with a {JOURNAL_NAME}; "
@@ -278,12 +264,10 @@ class _Workplace:
         """Give the finished folder its name, then forget the journal."""
         self.check_output()
         sync_folder(self.output)
-        try:
+        with writing(self.target):
             if self.target.exists():
                 self.target.rmdir()
             os.rename(self.output, self.target)
-        except OSError as error:
-            raise write_error(self.target, error) from error
         sync_folder(self.target.parent)
         self._forget()
 

@@ -83,7 +83,8 @@ def read_gguf(
     def packing_of(matrix: str) -> Quantization | None:
         return MXFP4 if f"{matrix}.scales" in raw else None
 
-    check_tensors(raw, {spec.name: spec for spec in GGUF.tensors(config, packing_of)}, path)
+    specs = {spec.name: spec for spec in GGUF.tensors(config, packing_of)}
+    check_tensors({name: (t.dtype, t.shape) for name, t in raw.items()}, specs, path)
     return GGUF, config, raw, packing_of
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.convert.writer import write_error
+from mlx_gptoss.convert.disk import writing
 from mlx_gptoss.errors import ConversionError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -47,10 +47,8 @@ class Journal:
     def __init__(self, folder: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self.path = folder / JOURNAL_NAME
         self.records: dict[str, Record] = {}
-        try:
+        with writing(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise write_error(self.path, error) from error
         try:
             self._lock()
             if restart:
@@ -107,9 +105,7 @@ class Journal:
             )
 
     def _append(self, entry: dict[str, Any]) -> None:
-        try:
-            line = memoryview(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        line = memoryview(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        with writing(self.path):
             while line:
                 line = line[os.write(self._file, line) :]
-        except OSError as error:
-            raise write_error(self.path, error) from error

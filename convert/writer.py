@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
+from mlx_gptoss.convert.disk import writing
 from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.jobs import Output
 from mlx_gptoss.convert.tensors import Extent
@@ -110,13 +111,14 @@ class ShardWriter:
         for shard in self._layout.shards:
             path = self._folder / shard.name
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-                self._files[shard.name] = descriptor
-                os.ftruncate(descriptor, shard.size)
-                _write_at(descriptor, memoryview(shard.header), 0)
-            except OSError as error:
+                with writing(path):
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+                    self._files[shard.name] = descriptor
+                    os.ftruncate(descriptor, shard.size)
+                    _write_at(descriptor, memoryview(shard.header), 0)
+            except ConversionError:
                 self.close()
-                raise write_error(path, error) from error
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,10 +136,8 @@ class ShardWriter:
         self._write(place.path.name, data, place.start + first * (len(data) // len(rows)))
 
     def _write(self, shard: str, data: memoryview, offset: int) -> None:
-        try:
+        with writing(self._folder / shard):
             _write_at(self._files[shard], data, offset)
-        except OSError as error:
-            raise write_error(self._folder / shard, error) from error
 
     def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> None:
         """Fill a tensor with a run of bytes of another file; `copied` is told of every piece."""
@@ -156,11 +156,12 @@ class ShardWriter:
         shard, start = place.path.name, extent.start + done
         count = min(COPY_BYTES, extent.length - done)
         if _HAS_COPY_FILE_RANGE:
-            try:
-                return os.copy_file_range(source, self._files[shard], count, start, place.start + done)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise write_error(self._folder / shard, error) from error
+            with writing(self._folder / shard):
+                try:
+                    return os.copy_file_range(source, self._files[shard], count, start, place.start + done)
+                except OSError as error:
+                    if error.errno not in _CANNOT_COPY:
+                        raise
         data = os.pread(source, count, start)
         self._write(shard, memoryview(data), place.start + done)
         return len(data)
@@ -190,10 +191,8 @@ class ShardWriter:
     def sync(self) -> None:
         """Wait until every shard is on the disk."""
         for name, descriptor in self._files.items():
-            try:
+            with writing(self._folder / name):
                 os.fsync(descriptor)
-            except OSError as error:
-                raise write_error(self._folder / name, error) from error
 
 
 def _open_source(path: Path) -> BinaryIO:
@@ -201,41 +200,6 @@ def _open_source(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read any more ({error.strerror})") from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """A small file, on the disk when this returns."""
-    try:
-        with open(path, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise write_error(folder, error) from error
-    finally:
-        os.close(descriptor)
-
-
-def write_error(path: Path, error: OSError) -> ConversionError:
-    """The one line for a disk that does not take what is written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        cure = "free some space and run the same command again, it goes on where it stopped"
-        return ConversionError(f"{path}: the disk is full; {cure}")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return ConversionError(f"{path}: cannot be written ({error.strerror}); choose another target")
-    return ConversionError(
-        f"{path}: cannot be written ({error.strerror}); what is done is kept, run the same command again"
-    )
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

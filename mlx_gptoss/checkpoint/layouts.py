@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Protocol
 
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.model.config import ModelConfig
@@ -225,27 +224,22 @@ _ROWS = (
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ROWS}
 
 
-class Found(Protocol):
-    """What is looked at of a tensor that is there."""
+def check_tensors(
+    found: Mapping[str, tuple[str, tuple[int, ...]]], specs: Mapping[str, TensorSpec], where: Path
+) -> None:
+    """Compare name -> (dtype, shape) with what must be there.
 
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def check_tensors(found: Mapping[str, Found], specs: Mapping[str, TensorSpec], where: Path) -> None:
-    """Raise CheckpointError, naming every tensor that is missing, extra, misshapen or of another dtype."""
+    Raises CheckpointError naming every tensor that is missing, extra, misshapen or of another dtype.
+    """
     problems = []
     for name, spec in specs.items():
-        tensor = found.get(name)
-        if tensor is None:
+        dtype, shape = found.get(name, (None, ()))
+        if dtype is None:
             problems.append(f"{name} is missing")
-        elif tensor.shape != spec.shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(spec.shape)}")
-        elif tensor.dtype not in spec.dtypes:
-            problems.append(f"{name} is {tensor.dtype}, expected {' or '.join(spec.dtypes)}")
+        elif shape != spec.shape:
+            problems.append(f"{name} has shape {list(shape)}, expected {list(spec.shape)}")
+        elif dtype not in spec.dtypes:
+            problems.append(f"{name} is {dtype}, expected {' or '.join(spec.dtypes)}")
     problems += [f"{name} is not part of the model" for name in found if name not in specs]
     if problems:
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""

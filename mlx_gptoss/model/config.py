@@ -25,6 +25,19 @@ MAX_SIZE = 2**31 - 1  # what MLX takes as a size
 MAX_LAYERS = 1000  # bounds the tables that have an entry a layer; gpt-oss-120b has 36
 SWIGLU_ALPHA = 1.702  # fixed in the published reference, and absent from its config
 
+# Sizes by their names in the configs, Hugging Face's first.
+_SIZES = {
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("intermediate_size",),
+    "num_experts": ("num_local_experts", "num_experts"),
+    "experts_per_token": ("num_experts_per_tok", "experts_per_token"),
+    "head_dim": ("head_dim",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "vocab_size": ("vocab_size",),
+    "sliding_window": ("sliding_window",),
+}
+
 
 @dataclass(frozen=True)
 class YarnConfig:
@@ -116,18 +129,11 @@ class ModelConfig:
         cls, get: _Reader, *, rms_norm_eps: float, rope_theta: float, rope: YarnConfig, max_position: int
     ) -> ModelConfig:
         """What both forms name alike, and what they do not."""
+        found = {field: get.whole(*names) for field, names in _SIZES.items()}
         layers = get.whole("num_hidden_layers", maximum=MAX_LAYERS)
         return cls(
+            **found,
             num_layers=layers,
-            hidden_size=get.whole("hidden_size"),
-            intermediate_size=get.whole("intermediate_size"),
-            num_experts=get.whole("num_local_experts", "num_experts"),
-            experts_per_token=get.whole("num_experts_per_tok", "experts_per_token"),
-            head_dim=get.whole("head_dim"),
-            num_attention_heads=get.whole("num_attention_heads"),
-            num_kv_heads=get.whole("num_key_value_heads"),
-            vocab_size=get.whole("vocab_size"),
-            sliding_window=get.whole("sliding_window"),
             layer_types=_layer_types(get.raw.get("layer_types"), layers),
             rms_norm_eps=rms_norm_eps,
             rope_theta=rope_theta,
@@ -142,23 +148,17 @@ class ModelConfig:
         # The published configs have no such key, and conversions of them stay as they are.
         other_alpha = {} if self.swiglu_alpha == SWIGLU_ALPHA else {"swiglu_alpha": self.swiglu_alpha}
         return {
+            **{names[0]: getattr(self, field) for field, names in _SIZES.items()},
             "architectures": ["GptOssForCausalLM"],
             "attention_bias": True,
             "attention_dropout": 0.0,
             "experts_per_token": self.experts_per_token,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "hidden_size": self.hidden_size,
             "initial_context_length": self.rope.original_max_position,
-            "intermediate_size": self.intermediate_size,
             "layer_types": list(self.layer_types),
             "max_position_embeddings": self.max_position,
             "model_type": "gpt_oss",
-            "num_attention_heads": self.num_attention_heads,
-            "num_experts_per_tok": self.experts_per_token,
             "num_hidden_layers": self.num_layers,
-            "num_key_value_heads": self.num_kv_heads,
-            "num_local_experts": self.num_experts,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_scaling": {
                 "beta_fast": self.rope.beta_fast,
@@ -169,11 +169,9 @@ class ModelConfig:
                 "truncate": self.rope.truncate,
             },
             "rope_theta": self.rope_theta,
-            "sliding_window": self.sliding_window,
             **other_alpha,
             "swiglu_limit": self.swiglu_limit,
             "tie_word_embeddings": False,
-            "vocab_size": self.vocab_size,
         }
 
 
