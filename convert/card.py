@@ -78,7 +78,7 @@ def _what_it_is(manifest: Manifest, base: str | None) -> str:
 
 
 def _source_name(manifest: Manifest) -> str:
-    """The source's name: its Hub id, or a local folder's last part (where it lay is nobody's business)."""
+    """The source's name: its Hub id, or a local folder's last part (the rest of the path is private)."""
     name = manifest.source.id
     return name if is_repo_id(name) else Path(name).name
 

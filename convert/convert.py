@@ -185,7 +185,7 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
 
 
 class _Workplace:
-    """TARGET, and TARGET.partial where it comes into being; `names` are the files that TARGET may get."""
+    """TARGET, and TARGET.partial where it is built; `names` are the files that TARGET may hold."""
 
     def __init__(self, target: Path, names: set[str]) -> None:
         if target.name in ("", "..") or target.is_mount():
@@ -212,7 +212,7 @@ class _Workplace:
         return None
 
     def open_output(self, *, restart: bool) -> None:
-        """Make the folder of results, or take up the one that is there. Needs the journal's lock."""
+        """Make the output folder, or take up the one that is there. Needs the journal's lock."""
         with writing(self.output):
             if restart and self.output.exists() and not self.output.is_symlink():
                 shutil.rmtree(self.output)
@@ -220,9 +220,9 @@ class _Workplace:
             self.check_output()
 
     def check_output(self) -> None:
-        """Raise ConversionError for anything in the folder of results that is no file of this conversion.
+        """Raise ConversionError for anything in the output folder that is not a file of this conversion.
 
-        Hidden files may lie there: a Mac makes them by itself.
+        Hidden files are allowed: macOS creates them on its own.
         """
         there = [self.output] if self.output.is_symlink() else sorted(self.output.iterdir())
         for path in there:
@@ -234,7 +234,7 @@ class _Workplace:
                 )
 
     def _check_partial(self) -> None:
-        """Refuse a TARGET.partial that no conversion made: one that is neither empty nor has a journal."""
+        """Refuse a TARGET.partial that is neither empty nor has a journal: no conversion made it."""
         journal = self.partial / JOURNAL_NAME
         with writing(self.partial):
             folder = self.partial.is_dir() and not self.partial.is_symlink()

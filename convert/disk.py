@@ -1,4 +1,4 @@
-"""Writing what must be whole: errors of the disk in one line, and data that is on it when a call returns."""
+"""Durable writes: disk errors as one line, data on the disk when a call returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_gptoss.errors import ConversionError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever the system refuses in here is a ConversionError about `path` that tells the cure."""
+    """Turns an OSError of the block into a one-line ConversionError about `path`, with the cure."""
     try:
         yield
     except OSError as error:

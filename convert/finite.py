@@ -1,4 +1,4 @@
-"""A tensor's bytes while they pass: their hash, and numbers that no checkpoint may hold."""
+"""Watching a tensor's bytes go by: their hash, and values that no checkpoint may hold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlx_gptoss.errors import CheckpointError
 
 
 class Watch:
-    """Sees a tensor's bytes, in runs of any length; `found` tells whether NaN or infinity was among them.
+    """Is shown a tensor's bytes, in runs of any length; `found` is set when NaN or infinity was among them.
 
-    Looked at are bfloat16, and the scales of MXFP4, whose byte 255 is NaN; every bit of the rest is a number.
+    Only bfloat16 and MXFP4 scales (byte 255 is NaN) are checked; in the rest every bit pattern is a number.
     """
 
     def __init__(self, name: str, dtype: str) -> None:
@@ -24,7 +24,7 @@ class Watch:
 
     @property
     def sha256(self) -> str:
-        """Of what was seen so far, in hex."""
+        """Of the bytes seen so far, in hex."""
         return self._digest.hexdigest()
 
     def see(self, data: memoryview | bytes) -> None:
@@ -42,7 +42,7 @@ class Watch:
 
 
 def not_finite(sources: Sequence[str]) -> CheckpointError:
-    """The error for a tensor made from these of the source."""
+    """The error for a tensor made from these source tensors."""
     return CheckpointError(
         f"{' and '.join(sources)}: holds NaN or infinity; the checkpoint is broken, download it again"
     )

@@ -1,4 +1,4 @@
-"""GGUF files of gpt-oss, read with the `gguf` package and shown as a layout like any other.
+"""GGUF files of gpt-oss, read with the `gguf` package and presented as one more layout.
 
 A GGUF block of MXFP4 is 17 bytes: the scale, then 16 bytes of which byte j holds value j in its low nibble
 and value j + 16 in its high one; experts are brought into OpenAI's byte order. Gate and up are apart. Dense
@@ -89,7 +89,7 @@ def read_gguf(
 
 
 def gguf_files(path: Path) -> tuple[Path, ...]:
-    """The files of one model, in order: a .gguf file, with its siblings where it is a part; or a folder's.
+    """The files of one model, in order: a .gguf file with its siblings, if it is split, or a folder's.
 
     Raises CheckpointError when a part is absent, and for a folder that holds no model or several.
     """

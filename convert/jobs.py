@@ -102,7 +102,7 @@ class Jobs:
         return [output for job in self.all for output in job.outputs]
 
     def note(self, text: str) -> None:
-        """A remark, once however many tensors of a part call for it."""
+        """A remark, made once however many tensors call for it."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -193,7 +193,7 @@ def _matrix_jobs(jobs: Jobs, tensor: SourceTensor, recipe: Recipe, search: bool)
         Output(f"{path}.scales", "BF16", (rows, columns // kept.group_size)),
         Output(f"{path}.biases", "BF16", (rows, columns // kept.group_size)),
     )
-    # MLX's quantiser takes bfloat16: what is not stored so is searched, which takes float32.
+    # MLX's quantiser takes bfloat16; a source in another format goes through the search, in float32.
     fast = not search and tensor.dtype == "BF16"
     chunk_rows = _chunk_rows(tensor)
     compute = partial(_fast_rows, tensor, kept, chunk_rows) if fast else partial(_searched_rows, tensor, kept)
@@ -207,14 +207,14 @@ def _wanted(jobs: Jobs, tensor: SourceTensor, recipe: Recipe) -> Quantization | 
     bits = recipe.bits(part)
     if bits is None:
         return None
-    columns, wished = tensor.shape[1], recipe.group_size
-    group = next((g for g in (wished, 64, 32) if g <= wished and columns % g == 0), None)
+    columns, wanted = tensor.shape[1], recipe.group_size
+    group = next((g for g in (wanted, 64, 32) if g <= wanted and columns % g == 0), None)
     if group is None:
         jobs.note(f"{part}: {columns} columns do not divide into groups of 32 or more, kept in bfloat16")
         return None
-    if group != wished:
+    if group != wanted:
         jobs.note(
-            f"{part}: {columns} columns do not divide into groups of {wished}, quantised in groups of {group}"
+            f"{part}: {columns} columns do not divide into groups of {wanted}, quantised in groups of {group}"
         )
     return Quantization("affine", bits, group)
 
@@ -272,7 +272,7 @@ def _chunk_rows(tensor: SourceTensor) -> int:
 
 
 def _square_sum(tensor: SourceTensor, values: np.ndarray) -> float:
-    """Sum of squares, which tells values that are not finite as well."""
+    """Sum of squares. Raises CheckpointError for values that are not finite."""
     flat = values.reshape(-1)
     total = float(np.einsum("i,i->", flat, flat))
     if not np.isfinite(total) and not np.isfinite(flat).all():

@@ -159,7 +159,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """Read and check a folder's manifest.  Raises ConversionError naming what is wrong in it."""
+    """Read and check a folder's manifest. Raises ConversionError naming the wrong field."""
     path = Path(folder) / MANIFEST_NAME
     try:
         return _MANIFEST.validate_json(path.read_bytes(), strict=True)

@@ -73,7 +73,7 @@ def make_recipe(
     head: int | None = None,
     group_size: int | None = None,
 ) -> Recipe:
-    """A recipe of the table with some values replaced, told in its name; 16 bits keeps a part as it is.
+    """A recipe of the table with some values replaced, which its name says; 16 bits keeps a part as it is.
 
     Raises ConversionError for a name, bits or group size that does not exist.
     """

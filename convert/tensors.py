@@ -59,7 +59,7 @@ class SourceTensor:
         return replace(self, name=name)
 
     def mapped(self, change: Callable[[np.ndarray], np.ndarray], **fields: Any) -> SourceTensor:
-        """The tensor whose rows are `change` of this one's; `fields` tells what else differs."""
+        """A tensor whose rows are `change` of this one's, with these fields changed as well."""
         read = self.read
         return replace(self, read=lambda first, last: change(read(first, last)), **{"extent": None} | fields)
 

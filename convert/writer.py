@@ -99,7 +99,7 @@ def _header(outputs: Sequence[Output]) -> bytes:
 class ShardWriter:
     """The open shards of a layout, in a folder of unfinished work. Safe to use from several threads.
 
-    `stop` is asked between pieces of a long copy; it raises to end it. Every method raises ConversionError
+    `stop` is called between pieces of a long copy and raises to end it. Every method raises ConversionError
     when the disk is full or refuses, and leaves what is written for a later run.
     """
 
@@ -140,7 +140,7 @@ class ShardWriter:
             _write_at(self._files[shard], data, offset)
 
     def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> None:
-        """Fill a tensor with a run of bytes of another file; `copied` is told of every piece."""
+        """Fill a tensor with a run of bytes of another file; `copied` is called with each piece's size."""
         place = self._layout.places[name]
         with _open_source(extent.path) as source:
             done = 0
@@ -167,7 +167,7 @@ class ShardWriter:
         return len(data)
 
     def read_back(self, name: str) -> Watch:
-        """A tensor's bytes as they are in the file now, seen by a Watch."""
+        """A Watch that has seen the tensor's bytes as they are in the file now."""
         place = self._layout.places[name]
         watch = Watch(name, place.dtype)
         self._read(place.path.name, place.start, place.end, watch.see)

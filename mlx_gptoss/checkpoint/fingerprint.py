@@ -1,4 +1,4 @@
-"""Which model a folder holds, told from its files without reading them whole."""
+"""An identity for the model in a folder, without reading its files whole."""
 
 from __future__ import annotations
 

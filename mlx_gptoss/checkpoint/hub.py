@@ -188,7 +188,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Pat
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except Exception as error:
-        # No connection, the Hub is down, a token has run out: what is in the cache is good enough.
+        # No connection, the Hub is down, an expired token: a whole copy in the cache will do.
         cached = _cached(repo, revision, gguf)
         if cached is not None:
             return cached
@@ -201,7 +201,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Pat
 
 
 def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
-    """Which of a repository's files to download: of the first place that holds weights, what is WANTED."""
+    """The files to download: those WANTED, from the first place in the repository that holds weights."""
     for prefix in ("", "original/"):
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         chosen = [
@@ -237,7 +237,7 @@ def _check_space(repo: str, size: int, cache: Path) -> None:
 
 
 def _download(repo: str, revision: str | None, names: Sequence[str], commit: str | None) -> Path:
-    """The snapshot with these files. config.json comes first: what is no gpt-oss model is refused by it."""
+    """The snapshot with these files. config.json comes first, so another kind of model is refused early."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:

@@ -1,7 +1,7 @@
-"""The layouts of gpt-oss checkpoints: what every tensor is called, how it is stored, what it is a part of.
+"""The layouts of gpt-oss checkpoints: every tensor's name, storage and part of the model.
 
-A layout is a row of LAYOUTS; reading, the memory plan, conversion and the model card go by it. Plain data:
-nothing here reads a file.
+A layout is a row of LAYOUTS; the reader, the memory plan, the converter and the model card all use it. Plain
+data: nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_gptoss.model.quantization import MXFP4, Quantization
 # The parts of the model, in its order. A tensor's key begins with the part it belongs to.
 PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
 FLOATS = ("BF16", "F16", "F32")
-MAX_LISTED = 10  # problems that one error tells
+MAX_LISTED = 10  # problems spelled out in one error
 
 PackingOf = Callable[[str], Quantization | None]
 """How the matrix at a path is packed; None when it is dense."""
@@ -83,7 +83,7 @@ class Layout:
 
     @property
     def mark(self) -> str:
-        """A tensor that no other layout has."""
+        """A tensor that only this layout has."""
         return self.path(self.gate_up[0]) + self.expert_weight
 
     def places(self, layers: int) -> Iterator[tuple[str, int]]:
@@ -94,7 +94,7 @@ class Layout:
         yield from (("norms.final", 0), ("head", 0))
 
     def tensors(self, config: ModelConfig, packing_of: PackingOf) -> Iterator[TensorSpec]:
-        """Everything a checkpoint of this shape holds."""
+        """Every tensor of a checkpoint of this shape."""
         size = sizes(config)
         for key, layer in self.places(config.num_layers):
             path, part, shape = self.path(key, layer), part_of(key), size[key]

@@ -1,7 +1,7 @@
 """Reading gpt-oss weights: strict checks from the headers, then layer by layer.
 
-Everything is checked before the first weight is read: names, shapes and dtypes, as the layout (layouts.py)
-has them. Weights are then read lazily and evaluated a layer at a time, so no second copy of more than one
+Everything is checked before the first weight is read: names, shapes and dtypes, against the layout
+(layouts.py). Weights are then read lazily and evaluated a layer at a time, so no second copy of more than one
 layer is ever alive. Expert blocks are viewed as MLX's uint32 words; they are never repacked.
 """
 
@@ -29,7 +29,7 @@ from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MXFP4
 
 
 class Checkpoint:
-    """A folder of weights whose headers were found right; parts are read when they are asked for.
+    """A folder of weights with checked headers; its parts are read on demand.
 
     Raises ConfigError or CheckpointError, naming every tensor that is missing, extra or misshapen.
     """
@@ -174,7 +174,7 @@ class Checkpoint:
         return Matrix(weight, self._floats(f"{path}.scales"), self._floats(f"{path}.biases"), quantization)
 
     def _scales(self, name: str) -> mx.array:
-        """MXFP4 scale bytes; 255 stands for NaN and would poison every logit without a word."""
+        """MXFP4 scale bytes; 255 stands for NaN and would silently poison every logit."""
         scales = self._take(name)
         largest = int(np.asarray(mx.max(scales))) if on_gpu() else int(np.asarray(scales).max())
         if largest == 255:
@@ -213,14 +213,14 @@ def read_model(checkpoint: Checkpoint, progress: Callable[[int, int], None] | No
     norm, head = checkpoint.norm(), checkpoint.head()
     mx.eval(norm, head.arrays())
     checkpoint.check_finite()
-    # Casting left buffers of the files' dtype in MLX's cache: they are of no more use.
+    # Casting left buffers of the files' dtype in MLX's cache; nothing will reuse them.
     mx.clear_cache()
     tell(total, total)
     return Model(config, embedding=embedding, layers=layers, norm=norm, head=head)
 
 
 def _applied(matrix: Matrix, bias: mx.array | None = None) -> Projection:
-    """The way that suits this device. A bias is the router's, whose few outputs are MLX's anyway."""
+    """The way that suits the device. Only the router has a bias; it is small enough to leave to MLX."""
     return Dense(matrix, bias) if on_gpu() or bias is not None else HostProjection(matrix)
 
 

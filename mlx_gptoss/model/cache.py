@@ -126,7 +126,7 @@ class FullCache(LayerCache):
         return self.capacity_for(self.offset + t) - self.capacity
 
     def release(self) -> None:
-        """Free the slabs; the cache is of no more use."""
+        """Free the slabs; the cache must not be used afterwards."""
         self._slabs = [slab[:, :, :0] for slab in self._slabs]
         mx.eval(self._slabs)
 

@@ -13,6 +13,7 @@ Large products are shared among threads of our own, and the BLAS keeps to one: i
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +28,14 @@ from mlx_gptoss.model.experts import ExpertWeights, by_pair
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
 
-# A switch between streams, or a wait for the array that the BLAS is to read, costs about 25 us: for one row,
-# only matrices of so many values are worth it.
+# Switching streams, or waiting for the array that the BLAS reads, costs about 25 us: for one row it pays from
+# this many values on.
 LARGE = 1 << 20
-# Matrices (or stacks) of fewer values stay with MLX, which is as fast for several rows.
+# Matrices (or stacks) of fewer values stay with MLX, which is as fast there for several rows.
 SMALL = 1 << 16
 # Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
 UNPACK_FROM = 4
+NEVER = sys.maxsize
 # Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
 UNPACK_ROWS = 128
 
@@ -91,22 +93,19 @@ class HostProjection:
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
-        self._large = _is_large(matrix)
-        self._small = matrix.outputs * matrix.inputs < SMALL
-        self._parts = _halves(matrix)
+        self._parts = _halves(matrix) if _is_large(matrix) else None
+        small = matrix.outputs * matrix.inputs < SMALL
+        self._blas_from = 1 if self._parts else NEVER if small else 2  # rows for which the BLAS pays
 
     def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         m = self.matrix
-        if m.weight.dtype == x.dtype == mx.float32 and self._pays(len(x)):
+        if m.weight.dtype == x.dtype == mx.float32 and len(x) >= self._blas_from:
             return mx.array(product(np.asarray(x), np.asarray(m.weight)))
-        if not self._large:
+        if self._parts is None:
             return m.apply(x)
         upper = self._parts[0].apply(x)
         lower = self._parts[1].apply(x, stream=_side_stream())
         return mx.concatenate([upper, lower], axis=-1)
-
-    def _pays(self, rows: int) -> bool:
-        return self._large or (rows > 1 and not self._small)
 
     def arrays(self) -> list[mx.array]:
         return self.matrix.arrays()

@@ -197,7 +197,7 @@ def yarn_inverse_frequencies(config: ModelConfig) -> np.ndarray:
         return frequency.astype(np.float32)
 
     def pair_that_turns(times: float) -> float:
-        """Index, counted in channels / 2, of the pair that turns so often within the original context."""
+        """The (fractional) index of the channel pair that turns this many times in the original context."""
         wavelength = rope.original_max_position / (times * 2 * math.pi)
         return c * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
