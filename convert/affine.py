@@ -10,9 +10,10 @@ bfloat16.  Deterministic, and independent of how rows are split into calls.
 
 from __future__ import annotations
 
-import threading
+from functools import cache
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
@@ -74,8 +75,6 @@ def search(weights: np.ndarray, bits: int, group_size: int) -> Quantized:
 
 def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) -> Quantized:
     """`mx.quantize` of bfloat16 bits (uint16 [rows, columns]), on the CPU so that every machine agrees."""
-    import mlx.core as mx
-
     stream = _cpu_stream()
     values = mx.array(weights).view(mx.bfloat16, stream=stream)
     weight, *fit = mx.quantize(values, group_size, bits, stream=stream)
@@ -88,16 +87,10 @@ def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) 
     return result._replace(squared_error=float(np.sum(np.square(difference), dtype=np.float64)))
 
 
-_local = threading.local()
-
-
-def _cpu_stream() -> Any:
-    """This thread's CPU stream: MLX gives each stream a thread of its own, so callers run side by side."""
-    if not hasattr(_local, "stream"):
-        import mlx.core as mx
-
-        _local.stream = mx.new_stream(mx.cpu)
-    return _local.stream
+@cache
+def _cpu_stream() -> mx.ThreadLocalStream:
+    """A CPU stream per thread: each has a core of its own, so callers run side by side."""
+    return mx.new_thread_local_stream(mx.cpu)
 
 
 def dequantize(
