@@ -32,7 +32,7 @@ def state_ends(scheduler: Scheduler, tokens: list[int]) -> list[int]:
     return ends
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_any_load_stays_within_its_memory_and_gets_its_tokens(seed: int) -> None:
     """Random arrivals, branches, limits, cancellations and budgets; at the end every count adds up."""
@@ -182,6 +182,21 @@ def test_moving_caches_to_the_store_takes_no_more_than_the_budget(monkeypatch: p
     assert len(peaks) == 12 and max(peaks) <= scheduler.budget and scheduler.counters.preempted == 0
 
 
+def test_window_states_count_once_they_are_kept() -> None:
+    """They are not counted while their sequence runs, and are when it ends."""
+    scheduler = make(HashModel(), chunk=512, message_start=MESSAGE)
+    long = [MESSAGE if i % STATE_MIN_DISTANCE == 0 else t for i, t in enumerate(prompt(1, 2000))]
+    first = Client(scheduler, long, max_tokens=5)
+    second = Client(scheduler, prompt(2, 5), max_tokens=50)
+    while len(first.tokens) < 2:
+        scheduler.step()
+    scheduler.budget = scheduler.live_bytes
+    while not second.end:
+        assert scheduler.live_bytes + scheduler.store.nbytes <= scheduler.budget
+        scheduler.step()
+    assert first.end and scheduler.store.nbytes and not scheduler.counters.preempted
+
+
 def test_memory_is_free_again_however_a_request_ends() -> None:
     def stop(token: int) -> bool:
         raise ValueError("no")
@@ -298,7 +313,7 @@ def test_a_resumed_sequence_resumes_a_little_before_its_states_as_well() -> None
         assert client.done.cached_tokens == (n if i == 0 else n - (WINDOW - 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 1400), max_size=12), st.integers(300, 1500), st.sampled_from([16, 100, 512, 2000])
 )

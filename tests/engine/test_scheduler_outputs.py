@@ -322,7 +322,9 @@ class Guesser:
 
     def propose(self, tokens: list[int], limit: int) -> list[int]:
         future = self._timeline[len(tokens) :][:limit]
-        told = [t if self._rng.random() < self._right else (t + 1) % VOCAB for t in future]
+        told = [
+            t if self._rng.random() < self._right else (t + self._rng.choice([-1, 1])) % VOCAB for t in future
+        ]
         self.asked.append((len(tokens), limit))
         self.told.append(told)
         return told
@@ -403,7 +405,8 @@ def test_guessing_goes_beside_prompts_and_requests_without_it() -> None:
     assert even.tokens == alone.tokens
 
 
-def test_a_round_is_judged_by_the_time_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_round_is_judged_by_the_time_of_its_forward(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
     """Only those of a sure token and its guesses count: what else is read costs time of its own."""
     recorded: list[tuple[int, int, float]] = []
     record = Speculation.record
@@ -415,8 +418,11 @@ def test_a_round_is_judged_by_the_time_of_its_forward(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Speculation, "record", watched)
     clock = iter(range(10**6))
     monkeypatch.setattr("mlx_gptoss.engine.scheduler.time.perf_counter", lambda: float(next(clock)))
-    scheduler = make(HashModel(), drafters=lambda: Guesser(prompt(1, 9), 1.0), draft_tokens=4)
+    guesser = Guesser(prompt(1, 9), 1.0)
+    if silent:  # rounds without a guess are timed as well, to compare
+        monkeypatch.setattr(guesser, "propose", lambda tokens, limit: [])
+    scheduler = make(HashModel(), drafters=lambda: guesser, draft_tokens=4)
     Client(scheduler, prompt(1, 9), 21)
     run(scheduler)
-    assert [r[:2] for r in recorded] == [(4, 4)] * 4
+    assert [r[:2] for r in recorded] == ([(0, 0)] * 20 if silent else [(4, 4)] * 4)
     assert all(0 < seconds < 9 for *_, seconds in recorded)

@@ -19,7 +19,7 @@ from mlx_gptoss.model.graph import Segment
 
 WINDOW = 16
 VOCAB = 211
-MESSAGE = VOCAB - 1  # a token to begin messages with
+MESSAGE = 100  # a token to begin messages with
 CONFIG = ModelConfig(
     num_layers=2,
     hidden_size=8,
@@ -48,8 +48,9 @@ def logits_of(context: Sequence[int], window: Sequence[int] | None = None) -> np
 
 
 def prompt_of(seed: int, n: int) -> list[int]:
-    """n tokens below MESSAGE; the first one is the seed, so that different prompts have nothing in common."""
-    return [seed, *np.random.default_rng(seed).integers(0, MESSAGE, n - 1).tolist()]
+    """n tokens without MESSAGE; the first one is the seed, so that different prompts share nothing."""
+    others = np.random.default_rng(seed).integers(0, VOCAB - 1, n - 1)
+    return [seed, *(others + (others >= MESSAGE)).tolist()]
 
 
 def expected(prompt: Sequence[int], n: int) -> list[int]:
