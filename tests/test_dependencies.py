@@ -15,7 +15,8 @@ import pytest
 from scripts.lowest import bounds
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"mlx_gptoss", "tests", "benchmarks", "demo", "scripts"}
 DISTRIBUTIONS = packages_distributions()
@@ -31,10 +32,9 @@ def declared(requirements: list[str]) -> set[str]:
     return names - {canonical(PROJECT["name"])}
 
 
-CORE, GGUF, TRAIN, TEST = (
-    declared(requirements)
-    for requirements in (PROJECT["dependencies"], EXTRAS["gguf"], EXTRAS["train"], EXTRAS["test"])
-)
+CORE = declared(PROJECT["dependencies"])
+GGUF, TRAIN, TEST, DEV = (declared(EXTRAS[extra]) for extra in ("gguf", "train", "test", "dev"))
+BUILD = declared(PYPROJECT["build-system"]["requires"])
 
 
 def imports(*folders: str, top_level: bool = False) -> Iterator[tuple[str, set[str]]]:
@@ -81,7 +81,8 @@ def test_an_extra_is_imported_only_where_it_is_used() -> None:
 
 
 def test_what_tests_benchmarks_and_scripts_import_is_declared() -> None:
-    assert not undeclared(CORE | TEST | GGUF | TRAIN, "tests", "benchmarks", "scripts")
+    assert not undeclared(CORE | TEST | GGUF | TRAIN, "tests", "benchmarks")
+    assert not undeclared(CORE | DEV, "scripts")
     assert not undeclared(CORE | TRAIN, "demo")
     assert not undeclared(CORE, "examples")
 
@@ -99,13 +100,15 @@ def test_what_is_declared_is_imported(requirements: set[str], folders: list[str]
     assert requirements <= imported(*folders)
 
 
-def test_what_the_tests_declare_they_import_or_run() -> None:
+def test_what_tests_and_developers_declare_they_import_or_run() -> None:
     assert imported("tests", "benchmarks") | commands("tests") >= TEST
+    make = set(re.findall(r"\$\(BIN\)/(\w+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert imported("scripts") | commands("scripts") | make | BUILD >= DEV
 
 
 def test_every_requirement_has_a_lower_bound() -> None:
     lowest = bounds(PROJECT, list(EXTRAS))
-    assert {canonical(name) for name in lowest} >= CORE | GGUF | TRAIN | TEST
+    assert {canonical(name) for name in lowest} >= CORE | GGUF | TRAIN | TEST | DEV
     with pytest.raises(ValueError, match="'numpy<3' has no lower bound"):
         bounds({"name": "x", "dependencies": ["numpy<3"]}, [])
     with pytest.raises(ValueError, match="numpy has two lower bounds"):

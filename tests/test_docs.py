@@ -76,7 +76,7 @@ def script(page: Path) -> str:
 def check_form(command: list[str]) -> bool:
     """Whether this sets up or trains, which is not run: then its targets, extras or modules must exist."""
     match command:
-        case ["make", target]:
+        case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no target {target}"
         case ["pip", "install", *arguments]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
