@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-PIP := $(BIN)/python $(PIP_INSTALL)
+# The versions that everybody develops with; `make LOCK=/dev/null test` takes the newest instead.
+LOCK := requirements-dev.lock
+PIP := $(BIN)/python $(PIP_INSTALL) --constraint $(LOCK)
 
-.PHONY: demo test check lowest fuzz mutants docs golden clients clean
+.PHONY: demo test check lowest lock fuzz mutants docs golden clients clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -25,6 +27,10 @@ check: $(VENV)/.installed-dev
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest
+
+# Write requirements-dev.lock again with the newest versions that pyproject.toml allows.
+lock: $(VENV)/.installed-dev
+	sh scripts/lock.sh $(BIN)/uv $(LOCK)
 
 # The parser of the chat format on 100,000 token sequences; the suite runs 3,000.
 fuzz: $(VENV)/.installed-test
@@ -54,15 +60,15 @@ clean:
 $(BIN)/python:
 	sh scripts/make_venv.sh $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(LOCK) | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml $(LOCK) | $(BIN)/python
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(LOCK) | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 

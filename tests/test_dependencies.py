@@ -26,6 +26,10 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def release(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
 def declared(requirements: list[str]) -> set[str]:
     """The canonical names of the distributions that these require, this one aside."""
     names = {canonical(re.split(r"[\[<>=;, ]", requirement)[0]) for requirement in requirements}
@@ -104,6 +108,13 @@ def test_what_tests_and_developers_declare_they_import_or_run() -> None:
     assert imported("tests", "benchmarks") | commands("tests") >= TEST
     make = set(re.findall(r"\$\(BIN\)/(\w+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
     assert imported("scripts") | commands("scripts") | make | BUILD >= DEV
+
+
+def test_the_lock_has_every_requirement_as_it_is_allowed() -> None:
+    lines = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
+    locked = {canonical(name): version for name, version in (re.split("==| ;", line)[:2] for line in lines)}
+    for name, bound in bounds(PROJECT, ["dev"]).items():
+        assert release(locked[canonical(name)]) >= release(bound), name
 
 
 def test_every_requirement_has_a_lower_bound() -> None:
