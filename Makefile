@@ -23,6 +23,7 @@ check: $(VENV)/.installed-dev
 	sh scripts/typecheck.sh $(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/make_cli_docs.py --check
+	$(BIN)/python scripts/check_dist.py build/dist
 
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 lowest: $(LOWEST)/.installed
