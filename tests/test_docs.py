@@ -232,6 +232,17 @@ def test_every_block_is_of_a_language_and_parses(page: Path) -> None:
                 tomllib.loads(code)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_page_leads_to_its_heading(page: Path) -> None:
+    for target, anchor in re.findall(
+        r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8")
+    ):
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_every_example_runs(example: Path, hub: HubServer, tmp_path: Path) -> None:
     assert Shell(tmp_path, hub).run([sys.executable, str(example)])
