@@ -49,10 +49,13 @@ def serve(source: ModelSource, model_name: str | None, **settings: Any) -> None:
 
     The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
     """
+    from mlx_gptoss.server.http.logs import LogFormatter
     from mlx_gptoss.server.run import serve as run_server
     from mlx_gptoss.server.settings import ServerSettings
 
     chosen = ServerSettings(model_name=model_name or Path(source.model).name, **settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     source = source.local()  # before the port opens
     run_server(source.load, chosen, lambda url: click.echo(f"listening on {url}", err=True))

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.http.errors import SHAPE, ApiError, error_response, openai_error
+from mlx_gptoss.server.http.logs import visible
 from mlx_gptoss.server.http.security import (
     allowed_origin,
     check_depth,
@@ -34,6 +35,7 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
+MAX_PATH = 100  # characters of an unknown path in the log
 CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 
 
@@ -95,7 +97,7 @@ class Gate:
             check_text(body)
             check_depth(body, settings.max_json_depth)
             if settings.log_prompts and body:
-                logger.info("body %s", body.decode("utf-8", "replace"))
+                logger.info("body %s", visible(body.decode("utf-8", "replace")))
             inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(inner, _replay(body, receive), send_checked)
         except Exception as error:
@@ -110,10 +112,11 @@ class Gate:
             self._note(scope, status, time.monotonic() - began)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        # Only known paths are named: what a caller makes up would fill the metrics and could forge log lines.
         known = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
-        path = next(known, "other")
-        self._state.metrics.requests.labels(path, str(status)).inc()
+        route = next(known, None)
+        # What a caller makes up would fill the metrics.
+        self._state.metrics.requests.labels(route or "other", str(status)).inc()
+        path = route or visible(scope["path"][:MAX_PATH])
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
 
 

@@ -128,10 +128,27 @@ def test_a_refusal_of_a_body_that_was_read_keeps_the_connection(scripted: TestCl
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "a b", "", "x@localhost"]
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "a b",
+        "",
+        "x@localhost",
+        "[::1]evil",
+        "[::1]evil:80",
+        "evil[::1]",
+        "localhost:99999",
+        "localhost:8x",
+        "localhost\\evil",
+        "localhost/evil",
+        "localhost..",
+        "\u212aocalhost",
+    ],
 )
 def test_a_host_that_is_not_ours_is_refused(scripted: TestClient, host: str) -> None:
-    response = scripted.post(CHAT, json=HI, headers={"Host": host})
+    response = scripted.post(CHAT, json=HI, headers={"Host": host.encode()})  # type: ignore[dict-item]
     assert response.status_code in (400, 403)
     assert code_of(response) in ("invalid_host", "host_not_allowed")
 
@@ -163,6 +180,17 @@ def test_requests_of_other_sites_without_an_origin_are_refused(scripted: TestCli
     assert scripted.get("/v1/models", headers=cross).status_code == 403
     followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert scripted.get("/", headers=followed).status_code == 200
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+@pytest.mark.parametrize("name", ["Origin", "Sec-Fetch-Site"])
+def test_headers_that_decide_who_calls_may_not_contradict_themselves(
+    scripted: TestClient, own_first: bool, name: str
+) -> None:
+    values = {"Origin": ["http://localhost", "http://evil.example"], "Sec-Fetch-Site": ["none", "cross-site"]}
+    pair = values[name] if own_first else values[name][::-1]
+    response = scripted.post(CHAT, json=HI, headers=[(name, value) for value in pair])  # type: ignore[arg-type]
+    assert (response.status_code, code_of(response)) == (403, "origin_not_allowed")
 
 
 def test_our_own_page_may_call(scripted: TestClient) -> None:
@@ -320,6 +348,44 @@ def test_prompts_are_logged_only_when_asked_for(
     with caplog.at_level(logging.INFO):
         client_of(tokenizer, log_prompts=True).post(CHAT, json=secret)
     assert "my secret" in caplog.text
+
+
+def test_nothing_that_a_client_sends_can_write_log_lines_or_steer_a_terminal(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = client_of(tokenizer, log_prompts=True)
+    with caplog.at_level(logging.INFO):
+        client.get("/nowhere%0d%0a2026 INFO GET / 200%1b[2J%e2%80%ae%c2%9b")
+        client.post(CHAT, content=b'{"messages":\n[],"x":"\x1b[2J\x7f\xe2\x80\xa8"}')
+    told = [record.getMessage() for record in caplog.records if record.name == "mlx_gptoss.server"]
+    assert len(told) == 3
+    assert all(line.isprintable() for line in told), told
+
+
+def test_the_log_names_paths_that_do_not_exist_in_moderation(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = client_of(tokenizer)
+    with caplog.at_level(logging.INFO):
+        client.get("/v2/chat")
+        client.get("/" + "x" * 5000)
+    lines = [record.getMessage() for record in caplog.records if record.name == "mlx_gptoss.server"]
+    assert lines[0].startswith("GET /v2/chat 404")
+    assert all(len(line) < 300 for line in lines)
+    assert "v2" not in client.get("/metrics").text
+
+
+def test_a_failure_in_the_log_keeps_to_its_own_lines() -> None:
+    from mlx_gptoss.server.http.logs import LogFormatter
+
+    try:
+        raise ValueError("bad\n2026 INFO forged\x1b[2J")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "it failed: %s", ("a\nb",), info)
+    first, *rest = LogFormatter("%(levelname)s %(message)s").format(record).split("\n")
+    assert first == "ERROR it failed: a\\x0ab"
+    assert rest and all(line.startswith("  ") and line.isprintable() for line in rest)
 
 
 # --- on the wire

@@ -14,7 +14,6 @@ import ipaddress
 import json
 import re
 import socket
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
@@ -26,22 +25,24 @@ OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})  # served without a key
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")
 
 
-def _split_host(value: str) -> str | None:
+# A name or an IPv4 address, or an IPv6 address in brackets, and perhaps a port (RFC 9110, section 7.2).
+_HOST = re.compile(
+    r"(?:\[([0-9a-f:.]+(?:%[\w.~%-]+)?)\]|([\w-]+(?:\.[\w-]+)*)\.?)(?::([0-9]{0,5}))?", re.ASCII | re.I
+)
+
+
+def _host_name(value: str) -> str | None:
     """The name in a Host header without its port, lower case; None when it is not one."""
-    try:
-        parts = urlsplit(f"//{value}")
-        _ = parts.port
-    except ValueError:
+    parts = _HOST.fullmatch(value)
+    if parts is None or int(parts[3] or 0) > 65535:
         return None
-    if not parts.hostname or parts.path or parts.query or parts.fragment or parts.username is not None:
-        return None
-    return parts.hostname.rstrip(".")
+    return str(parts[1] or parts[2]).lower()
 
 
 def check_host(headers: Headers, settings: ServerSettings) -> None:
     """Refuse a Host that is not the server's. An address cannot be rebound; a name must be known."""
     values = headers.getlist("host")
-    name = _split_host(values[0]) if len(values) == 1 else None
+    name = _host_name(values[0]) if len(values) == 1 else None
     if name is None:
         raise ApiError(400, "Send exactly one valid Host header.", code="invalid_host")
     if name in _own_names(settings):
@@ -76,12 +77,14 @@ def allowed_origin(headers: Headers, settings: ServerSettings) -> str | None:
 
     Raises ApiError 403 for any other origin.
     """
-    origin = headers.get("origin")
-    if origin is None:
-        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+    origins = headers.getlist("origin")
+    if not origins:
+        followed = headers.getlist("sec-fetch-mode") == ["navigate"]
+        if "cross-site" in headers.getlist("sec-fetch-site") and not followed:
             raise ApiError(403, "Requests from other sites are refused.", code="origin_not_allowed")
         return None
-    if origin in settings.cors_origins or "*" in settings.cors_origins:
+    origin = origins[0] if len(origins) == 1 else ""  # no browser sends two
+    if origin and (origin in settings.cors_origins or "*" in settings.cors_origins):
         return origin
     host = headers.get("host") or ""
     if origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower()):
