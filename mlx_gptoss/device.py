@@ -5,6 +5,7 @@ macOS on Apple Silicon (Metal) is the target; MLX's CUDA and CPU backends on Lin
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform as _platform
 import resource
@@ -94,6 +95,18 @@ def limit_memory(weights: int) -> None:
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
         mx.set_wired_limit(int(working_set) * 95 // 100)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's, where there is one: macOS returns what is free by itself."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+
+
+def release_memory() -> None:
+    """Return freed memory to the system, which glibc would keep after large allocations."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
 
 
 def peak_rss() -> int:

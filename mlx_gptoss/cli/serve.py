@@ -43,8 +43,9 @@ from mlx_gptoss.cli.options import ModelSource, model_options
 @click.option(
     "--request-timeout", type=float, default=3600, show_default=True, help="Seconds a request may take."
 )
+@click.option("--max-body", type=float, default=4, show_default=True, help="MiB that a request may have.")
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
-def serve(source: ModelSource, model_name: str | None, **settings: Any) -> None:
+def serve(source: ModelSource, model_name: str | None, max_body: float, **settings: Any) -> None:
     """Serve MODEL to OpenAI's and Anthropic's clients, with a chat page at /.
 
     The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
@@ -53,7 +54,8 @@ def serve(source: ModelSource, model_name: str | None, **settings: Any) -> None:
     from mlx_gptoss.server.run import serve as run_server
     from mlx_gptoss.server.settings import ServerSettings
 
-    chosen = ServerSettings(model_name=model_name or Path(source.model).name, **settings)
+    settings |= {"max_body_bytes": int(max_body * 2**20), "model_name": model_name or Path(source.model).name}
+    chosen = ServerSettings(**settings)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

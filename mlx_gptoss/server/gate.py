@@ -5,6 +5,7 @@ The log has method, route, status and time; never a body, unless asked for, and 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -13,18 +14,24 @@ from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_gptoss import device
 from mlx_gptoss.server.http.api import ApiRouter
+from mlx_gptoss.server.http.bodies import (
+    SMALL,
+    BodyBudget,
+    BodyLease,
+    check_structure,
+    check_text,
+    read_body,
+)
 from mlx_gptoss.server.http.errors import SHAPE, ApiError, error_response, openai_error
 from mlx_gptoss.server.http.logs import visible
 from mlx_gptoss.server.http.security import (
     allowed_origin,
-    check_depth,
     check_host,
     check_key,
-    check_text,
     cors_headers,
     preflight_headers,
-    read_body,
 )
 from mlx_gptoss.server.state import ServerState
 
@@ -49,6 +56,7 @@ class Gate:
         self._state = state
         self._routes = routes
         self._apis = apis
+        self._budget = BodyBudget(state.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,7 +71,9 @@ class Gate:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         status = CLIENT_GONE
+        lease = BodyLease(self._budget)
         unread = True  # whether some of the body may still come
+        body: bytes | None = None
         extra = list(HEADERS)
         settings = self._state.settings
 
@@ -85,7 +95,7 @@ class Gate:
             preflight = origin is not None and scope["method"] == "OPTIONS"
             if not preflight:
                 check_key(headers, settings, scope["path"])
-            body = await read_body(receive, headers, settings)
+            body = await read_body(receive, headers, settings, lease)
             if body is None:
                 return
             unread = False
@@ -94,12 +104,12 @@ class Gate:
                 await send_checked(start)
                 await send_checked({"type": "http.response.body", "body": b""})
                 return
+            check_structure(body, settings)
             check_text(body)
-            check_depth(body, settings.max_json_depth)
             if settings.log_prompts and body:
                 logger.info("body %s", visible(body.decode("utf-8", "replace")))
             inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-            await self._app(inner, _replay(body, receive), send_checked)
+            await self._app(inner, _replay(body, receive, lease), send_checked)
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.error("failed to answer %s: %s", scope["method"], type(error).__name__, exc_info=error)
@@ -109,7 +119,11 @@ class Gate:
                     response.headers["connection"] = "close"
                 await response(scope, receive, send_checked)
         finally:
+            lease.release()
             self._note(scope, status, time.monotonic() - began)
+            if body is not None and len(body) > SMALL and self._budget.idle:
+                # A little later, when what was made of the body is gone as well.
+                asyncio.get_running_loop().call_later(0.5, _tidy)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         known = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
@@ -120,11 +134,21 @@ class Gate:
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body that was read, and then whatever comes (the client's going away)."""
+def _tidy() -> None:
+    asyncio.get_running_loop().run_in_executor(None, device.release_memory)
+
+
+def _replay(body: bytes, receive: Receive, lease: BodyLease) -> Receive:
+    """A receive that gives the body that was read, and then whatever comes (the client's going away).
+
+    Who waits for that has done with the body, whose share of the budget is free then.
+    """
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
-        return waiting.pop() if waiting else await receive()
+        if waiting:
+            return waiting.pop()
+        lease.release()
+        return await receive()
 
     return replayed

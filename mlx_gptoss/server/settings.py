@@ -16,6 +16,8 @@ class ServerSettings:
     given. no_auth: allows an address other than loopback without a key. allowed_hosts: names beside the
     server's own that a Host header may carry. cors_origins: web origins other than the server's own page
     that may call the API; "*" for any.
+    max_body_bytes: of one body; max_bodies_bytes: of the large ones that are read or translated at a time;
+    max_json_containers: lists and objects in a body; max_json_values: what commas part in it.
     max_active: generations running or waiting; one more is answered 429. shutdown_grace: how long running
     generations may go on after a signal to stop. max_stored_responses: of /v1/responses; max_turns: sampled
     assistant turns kept to reuse their tokens. log_prompts: bodies of requests are logged.
@@ -28,8 +30,11 @@ class ServerSettings:
     no_auth: bool = False
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 4 * 2**20
+    max_bodies_bytes: int = 64 * 2**20
     max_json_depth: int = 64
+    max_json_containers: int = 50_000
+    max_json_values: int = 500_000
     max_messages: int = 10_000
     max_tools: int = 512
     max_schema_bytes: int = 256 * 1024
@@ -49,7 +54,14 @@ class ServerSettings:
             raise RequestError(f"port is {self.port}: expected 0 to 65535 (0 takes a free one)", "port")
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise RequestError("the API key is empty or not ASCII: give one of visible characters", "api_key")
-        for name in ("request_timeout", "header_timeout", "body_timeout", "heartbeat", "max_active"):
+        for name in (
+            "request_timeout",
+            "header_timeout",
+            "body_timeout",
+            "heartbeat",
+            "max_active",
+            "max_body_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name} is {getattr(self, name)}: expected more than 0", name)
         if not self.loopback and self.api_key is None and not self.no_auth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -251,9 +252,61 @@ def test_scanning_json_for_its_depth_takes_linear_time(
     locked: TestClient, authorized: dict[str, str]
 ) -> None:
     """Escaped quotes in a string that never ends are the bad case for a pattern."""
-    from mlx_gptoss.server.http.security import check_depth
+    from mlx_gptoss.server.http.bodies import check_structure
 
-    check_depth(b'["' + rb"\"" * 2_000_000 + b"[" * 100, 64)
+    check_structure(b'["' + rb"\"" * 2_000_000 + b"[" * 100, ServerSettings())
+
+
+COUNTED = {
+    "messages": '{"messages": [' + '{"role":"user","content":""},' * 60_000 + "{}]}",
+    "ignored objects": '{"messages": [], "x": [' + "{}," * 600_000 + "1]}",
+    "ignored numbers": '{"messages": [], "x": [' + "1," * 1_200_000 + "1]}",
+    "content parts": '{"messages": [{"role": "user", "content": ['
+    + '{"type":"text","text":""},' * 60_000
+    + "{}]}]}",
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_json_of_too_many_parts_is_refused_before_it_is_parsed(
+    scripted: TestClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was parsed")
+
+    headers = {"Content-Type": "application/json"}
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_gptoss.server.http.bodies.json.loads", parse)
+        response = scripted.post(CHAT, content=COUNTED[name], headers=headers)
+    assert (response.status_code, code_of(response)) == (400, "json_too_large")
+
+
+def test_brackets_and_commas_in_texts_are_not_counted(scripted: TestClient) -> None:
+    text = '[{,\\",' * 200_000
+    response = scripted.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": [0.5] * 400_000}),
+        ("/v1/completions", {"prompt": "a", "stop": [1] * 400_000}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): "x" for i in range(200_000)}}),
+        ("/v1/responses", {"input": [1] * 400_000}),
+        ("/v1/responses", {"input": "a", "metadata": {str(i): 1 for i in range(200_000)}}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [1] * 400_000}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * 400_000}]}),
+    ],
+)
+def test_a_list_of_wrong_values_is_refused_at_the_first(
+    scripted: TestClient, path: str, fields: dict[str, Any]
+) -> None:
+    began = time.process_time()
+    response = scripted.post(path, json=fields)
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(
@@ -261,6 +314,7 @@ def test_scanning_json_for_its_depth_takes_linear_time(
     [
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"messages": [{"role": "user", "content": "\\udc00\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "\\\\ud83d\\ude00"}]}',
         b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         '{"messages": [{"role": "user", "content": "x"}]}'.encode("utf-16"),
@@ -386,6 +440,32 @@ def test_a_failure_in_the_log_keeps_to_its_own_lines() -> None:
     first, *rest = LogFormatter("%(levelname)s %(message)s").format(record).split("\n")
     assert first == "ERROR it failed: a\\x0ab"
     assert rest and all(line.startswith("  ") and line.isprintable() for line in rest)
+
+
+def test_large_bodies_wait_for_room_and_small_ones_do_not(tokenizer: Tokenizer) -> None:
+    """Three at a time where two have room: all are answered, and while two stall a small one is, too."""
+    size = 300_000
+    settings = ServerSettings(port=0, max_body_bytes=size, max_bodies_bytes=2 * size, body_timeout=20)
+    with live(create_app(ScriptedLLM(tokenizer), settings)) as url:  # type: ignore[arg-type]
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "hi", "max_tokens": 1, "x": "y" * (size - 1000)}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with contextlib.ExitStack() as stack:
+            stalled = [stack.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(2)]
+            for connection in stalled:
+                connection.sendall(head + body[:-1])
+            small = send((host, int(port)), head.replace(b"%d" % len(body), b"15") + b'{"prompt": "a"}')
+            assert b"HTTP/1.1 200" in small
+            waiting = stack.enter_context(socket.create_connection((host, int(port)), 20))
+            waiting.sendall(head + body)
+            waiting.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                waiting.recv(1)
+            waiting.settimeout(20)
+            stalled[0].sendall(body[-1:])
+            for connection in (stalled[0], waiting):
+                assert connection.recv(15) == b"HTTP/1.1 200 OK"
 
 
 # --- on the wire

@@ -12,7 +12,7 @@ from mlx_gptoss.harmony import ReasoningEffort
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
-from mlx_gptoss.server.translate.request import ContentPart, RequestModel, part_text, text_of
+from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, part_text, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
@@ -25,13 +25,13 @@ class Block(ContentPart):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[ContentPart] | None = None
+    content: str | Items[ContentPart] | None = None
     is_error: bool | None = None
 
 
 class AnthropicMessage(RequestModel):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
 
 class AnthropicTool(RequestModel):
@@ -63,10 +63,10 @@ class OutputConfig(RequestModel):
 
 
 class CountTokensRequest(RequestModel):
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
+    messages: Annotated[Items[AnthropicMessage], Field(min_length=1)]
     model: str | None = None
-    system: str | list[ContentPart] | None = None
-    tools: list[AnthropicTool] | None = None
+    system: str | Items[ContentPart] | None = None
+    tools: Items[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -75,7 +75,7 @@ class CountTokensRequest(RequestModel):
 class MessagesRequest(CountTokensRequest, SamplingFields):
     max_tokens: int = bounded("max_tokens")
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
 
 
 def shows_thinking(request: CountTokensRequest) -> bool:

@@ -1,22 +1,18 @@
-"""Who may come in: Host, Origin, key and body checks, in front of every route.
+"""Who may come in: Host, Origin and key checks, in front of every route.
 
 A model on this machine can be reached by every web page that the user opens. So the Host header must be one
-of the server's own (against DNS rebinding), an Origin must be its own page (against other sites), and what
-is sent is bounded in size, depth and time before anything parses it.
+of the server's own (against DNS rebinding), an Origin must be its own page (against other sites).
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import re
 import socket
 
 from starlette.datastructures import Headers
-from starlette.types import Receive
 
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.settings import ServerSettings
@@ -134,64 +130,3 @@ def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
 def cors_headers(origin: str) -> list[tuple[bytes, bytes]]:
     """Let the page of an allowed origin read the response."""
     return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
-
-
-async def read_body(receive: Receive, headers: Headers, settings: ServerSettings) -> bytes | None:
-    """The whole body, bounded in bytes and in seconds; None when the client went away."""
-    limit = settings.max_body_bytes
-    too_large = ApiError(413, f"The body is larger than {limit:,} bytes.", code="body_too_large")
-    length = headers.get("content-length")
-    if length is not None and length.isdigit() and int(length) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise too_large
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise ApiError(
-            408, f"The body did not arrive within {settings.body_timeout:g} s.", code="body_timeout"
-        ) from None
-    return bytes(body)
-
-
-# Escapes or bytes of surrogates: nearly always pairs, so only what looks suspicious is decoded to find out.
-_SURROGATE = re.compile(rb"\\u[dD][89aAbB](?!..\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB]..)\\u[dD][c-fC-F]")
-
-
-def check_text(body: bytes | bytearray) -> None:
-    """Refuse what is not UTF-8, and escapes of half a character, which no tokenizer takes."""
-    broken = ApiError(400, "The body is not valid UTF-8 JSON text.", code="invalid_json")
-    if 0 in body:
-        raise broken
-    try:
-        body.decode()
-        if _SURROGATE.search(body):
-            json.dumps(json.loads(body), ensure_ascii=False).encode()
-    except UnicodeError:
-        raise broken from None
-    except (ValueError, RecursionError):
-        return  # not JSON at all: the parser behind this check says so better
-
-
-# A string, or one that never ends: matching the latter too keeps the scan linear.
-_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-_BRACKET = re.compile(rb"[\[\]{}]")
-
-
-def check_depth(body: bytes | bytearray, limit: int) -> None:
-    """Refuse JSON nested deeper than `limit`, by counting brackets outside strings, before it is parsed."""
-    if body.count(b"[") + body.count(b"{") <= limit:
-        return
-    depth = 0
-    for bracket in _BRACKET.finditer(_JSON_STRING.sub(b"", body)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > limit:
-            raise ApiError(400, f"The JSON body is nested deeper than {limit} levels.", code="json_too_deep")

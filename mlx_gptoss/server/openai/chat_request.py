@@ -11,7 +11,7 @@ from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
-from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
+from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, text_of
 from mlx_gptoss.server.translate.sampling_fields import bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
@@ -29,8 +29,8 @@ class ChatToolCall(RequestModel):
 
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ChatToolCall] | None = None
+    content: str | Items[ContentPart] | None = None
+    tool_calls: Items[ChatToolCall] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -60,17 +60,17 @@ class ChatFormat(RequestModel):
 
 
 class ChatRequest(ChoicesRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[ChatTool] | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    tools: Items[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: ChatFormat | None = None
     reasoning_effort: Effort | None = None
     max_completion_tokens: int | None = bounded("max_tokens", None)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     audio: dict[str, Any] | None = None
-    functions: list[Any] | None = None
+    functions: Items[Any] | None = None
     function_call: str | dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
 

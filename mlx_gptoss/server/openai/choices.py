@@ -14,7 +14,7 @@ from pydantic import Field
 from mlx_gptoss.server.http.errors import ApiError, openai_error
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.answer import Json, Writer
-from mlx_gptoss.server.translate.request import RequestModel
+from mlx_gptoss.server.translate.request import Items, RequestModel, Table
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded
 
 FINGERPRINT = f"mlx_gptoss-{version('gptoss-mlx')}"
@@ -25,8 +25,8 @@ class StreamOptions(RequestModel):
 
 
 class ChoicesRequest(SamplingFields):
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: str | Items[str] | None = None
+    logit_bias: Table[float] | None = None
     max_tokens: int | None = bounded("max_tokens", None)
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None

@@ -9,6 +9,7 @@ from pydantic import Field
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.openai.choices import ChoicesRequest
+from mlx_gptoss.server.translate.request import Items
 from mlx_gptoss.server.translate.sampling_fields import sampling_params
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -18,7 +19,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CompletionRequest(ChoicesRequest):
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | Items[TokenId] | Items[str] | Items[Items[TokenId]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None

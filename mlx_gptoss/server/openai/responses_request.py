@@ -14,7 +14,7 @@ from mlx_gptoss.harmony import Message
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
-from mlx_gptoss.server.translate.request import ContentPart, RequestModel, text_of
+from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, Table, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
@@ -28,7 +28,7 @@ class InputPart(ContentPart):
     model_config = ConfigDict(extra="allow")
 
 
-InputContent = str | list[InputPart]
+InputContent = str | Items[InputPart]
 
 
 class InputItem(RequestModel):
@@ -68,24 +68,24 @@ class Reasoning(RequestModel):
 
 
 class ResponsesRequest(SamplingFields):
-    input: str | list[InputItem] = Field(default_factory=list)
+    input: str | Items[InputItem] = Field(default_factory=list)
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_output_tokens: int | None = bounded("max_tokens", None)
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     background: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Table[str] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None

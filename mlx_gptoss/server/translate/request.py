@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlx_gptoss.errors import RequestError
+
+Entry = TypeVar("Entry")
+MAX_ENTRIES = 65_536  # of an object whose keys are the client's own
+
+
+def _few(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"has {len(value):,} entries, and at most {MAX_ENTRIES:,} are read")
+    return value
+
+
+# Lists are read up to their first wrong entry: to collect the errors of a million entries takes minutes.
+Items = Annotated[list[Entry], Field(fail_fast=True)]
+Table = Annotated[dict[str, Entry], BeforeValidator(_few)]
 
 
 class RequestModel(BaseModel):
