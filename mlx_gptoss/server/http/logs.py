@@ -23,9 +23,9 @@ def _escape(code: int) -> str:
 class LogFormatter(logging.Formatter):
     """A record's message in one line, its traceback indented below it, nothing in them unseen."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the standard library's name)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return visible(super().formatMessage(record))
 
-    def formatException(self, ei: object) -> str:  # noqa: N802
+    def formatException(self, ei: object) -> str:
         lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]
         return "\n".join(f"  {visible(line)}" for line in lines)
