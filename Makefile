@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-dev.lock
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint $(LOCK)
 
-.PHONY: demo test check lowest lock fuzz mutants docs golden clients clean
+.PHONY: demo test check lowest lock fuzz mutants docs golden clients page clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -54,6 +54,11 @@ golden: $(VENV)/.installed-test
 clients: $(VENV)/.installed-test
 	npm install --prefix tests/server/clients --no-audit --no-fund
 	$(BIN)/python -m pytest tests/server/test_clients.py
+
+# Fetch what the page's tests use of node's packages, and run them in a browser (chromium, chromedriver).
+page: $(VENV)/.installed-test
+	npm install --prefix tests/page --no-audit --no-fund
+	$(BIN)/python -m pytest tests/page tests/markdown
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

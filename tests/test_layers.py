@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "device": 1,
     "files": 1,
+    "markdown": 1,
     "sampling": 1,
     "tokenizer": 1,
     "model": 2,
