@@ -24,6 +24,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/make_cli_docs.py --check
 	$(BIN)/python scripts/check_dist.py build/dist
+	if [ -x tests/page/node_modules/.bin/tsc ]; then tests/page/node_modules/.bin/tsc -p tests/page/tsconfig.json; fi
 
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 lowest: $(LOWEST)/.installed

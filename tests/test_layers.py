@@ -43,6 +43,7 @@ SERVER_FLOORS = {
     "state": 4,
     "anthropic": 5,
     "openai": 5,
+    "page": 5,
     "status_routes": 5,
     "gate": 5,
     "app": 6,

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.settings import ServerSettings
 
-OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})  # served without a key
+OPEN_PATHS = ("/health", "/favicon.ico", "/static/")  # served without a key, as is the page itself
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")
 
 
@@ -94,7 +94,7 @@ def allowed_origin(headers: Headers, settings: ServerSettings) -> str | None:
 
 def check_key(headers: Headers, settings: ServerSettings, path: str) -> None:
     """Compare the caller's key (Authorization: Bearer, or x-api-key) in constant time."""
-    if settings.api_key is None or path in OPEN_PATHS:
+    if settings.api_key is None or path == "/" or path.startswith(OPEN_PATHS):
         return
     scheme, _, token = (headers.get("authorization") or "").partition(" ")
     # Some SDKs send a bearer token of their own beside the key.

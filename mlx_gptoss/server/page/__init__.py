@@ -1,0 +1,1 @@
+"""The chat page: its files, and the rendering of Markdown that it asks for."""

@@ -1,0 +1,293 @@
+// The chat that is shown: its messages, and what a person does with them.
+
+import * as answers from "./answers.js";
+import * as composer from "./composer.js";
+import { $, el, newId } from "./dom.js";
+import { speak, toast } from "./feedback.js";
+import { MessageView } from "./message.js";
+import { toEnd } from "./scrolling.js";
+import * as store from "./store.js";
+import { hear } from "./tabs.js";
+import { children, latestLeaf, path } from "./tree.js";
+
+/** @import { Call, Conversation, Message, Settings } from "./types.js" */
+
+const EDIT = "gptoss.edit.";
+const log = $("log", HTMLElement);
+/** @type {Conversation} */
+let chat = blank(newId());
+/** @type {Map<string, Message>} */
+let messages = new Map();
+/** @type {Map<string, MessageView>} */
+const views = new Map();
+/** @type {() => void} */
+let drawn = () => {};
+
+/**
+ * A chat that is not in the store yet.
+ * @param {string} id
+ * @returns {Conversation}
+ */
+function blank(id) {
+  const effort = localStorage.getItem("gptoss.effort") ?? "medium";
+  /** @type {Settings} */
+  const settings = { effort, instructions: "", temperature: null, top_p: null, max_tokens: null, schema: "", tools: "" };
+  return { id, title: "", created: Date.now(), updated: Date.now(), leaf: null, settings };
+}
+
+export const current = () => chat;
+export const shownPath = () => path(messages, chat.leaf);
+/** The answer at the end, while it is being written, here or in another tab. */
+export const runningAnswer = () => shownPath().find((message) => message.state === "running");
+
+/** Resolves when the chat that was asked for last is shown. */
+let opening = Promise.resolve();
+
+/**
+ * Show a chat; one that is not known is empty.
+ * @param {string} id
+ */
+export function open(id) {
+  composer.load(id); // at once: what is typed meanwhile is this chat's
+  return (opening = show(id));
+}
+
+/** @param {string} id */
+async function show(id) {
+  const [found, all] = await Promise.all([store.conversation(id), store.messages(id)]);
+  if (location.hash !== `#/${id}`) return; // another was opened meanwhile
+  chat = found ?? blank(id);
+  messages = all;
+  for (const key of all.keys()) messages.set(key, answers.beingWritten(key) ?? /** @type {Message} */ (all.get(key)));
+  if (!chat.leaf || !messages.has(chat.leaf)) chat.leaf = latestLeaf(messages, null);
+  views.clear();
+  draw();
+  toEnd();
+  composer.focus();
+}
+
+/** Read again what other tabs may have changed. */
+export async function refresh() {
+  await opening;
+  const { id } = chat;
+  const [found, all] = await Promise.all([store.conversation(id), store.messages(id)]);
+  if (chat.id !== id) return;
+  for (const [key, message] of all) if (!answers.beingWritten(key)) messages.set(key, message);
+  if (found) {
+    const { leaf } = chat;
+    const follows = found.leaf && (!leaf || path(messages, found.leaf).some((message) => message.id === leaf));
+    chat = { ...found, leaf: follows ? found.leaf : leaf };
+  }
+  draw();
+}
+
+let refreshing = 0;
+function refreshSoon() {
+  clearTimeout(refreshing);
+  refreshing = setTimeout(refresh, 100);
+}
+
+/** Show the messages as they are now. */
+export function draw() {
+  const shown = shownPath();
+  const nodes = shown.map((message, index) => {
+    const view = views.get(message.id) ?? new MessageView(message, actions);
+    views.set(message.id, view);
+    const siblings = children(messages, message.parent);
+    view.update(message, { index: siblings.indexOf(message), count: siblings.length, last: index === shown.length - 1 });
+    if (localStorage.getItem(EDIT + message.id) !== null && !view.node.querySelector(".editor")) openEditor(view);
+    return view.node;
+  });
+  if (nodes.length !== log.children.length || nodes.some((node, index) => log.children[index] !== node))
+    log.replaceChildren(...nodes);
+  $("empty", HTMLElement).hidden = shown.length > 0;
+  composer.setBusy(Boolean(runningAnswer()));
+  drawn();
+}
+
+let frame = 0;
+/** @param {Message} message */
+function answerChanged(message) {
+  if (message.conversation !== chat.id) return drawn();
+  messages.set(message.id, message);
+  const ended = message.state !== "running";
+  if (ended) {
+    draw();
+    speak(message.error ?? "The answer is complete.");
+  } else if (!frame)
+    frame = requestAnimationFrame(() => {
+      frame = 0;
+      draw();
+    });
+}
+
+/**
+ * @param {Partial<Message> & Pick<Message, "role" | "parent" | "state">} fields
+ * @returns {Message}
+ */
+function newMessage(fields) {
+  return { id: newId(), conversation: chat.id, content: "", created: Date.now(), ...fields };
+}
+
+/** Put the chat into the store, if it is not there. */
+async function keep() {
+  await store.changeConversation({ id: chat.id }, chat);
+}
+
+/** @param {composer.Draft} draft */
+async function send({ text, files }) {
+  await opening;
+  const asked = newMessage({ role: "user", parent: chat.leaf, state: "done", content: text, files });
+  await ask(asked);
+}
+
+/**
+ * Add a person's message and have it answered. Resolves when it is saved.
+ * @param {Message} asked
+ */
+async function ask(asked) {
+  messages.set(asked.id, asked);
+  await keep();
+  await store.saveMessage(asked);
+  const title = chat.title || (asked.content || asked.files?.[0]?.name || "").trim().split("\n")[0]?.slice(0, 80);
+  chat = { ...chat, title: title ?? "" };
+  await store.changeConversation({ id: chat.id, title: chat.title });
+  await answerTo(asked.id);
+  toEnd();
+}
+
+/**
+ * Begin an answer below a message. `again` is an answer without content, to be written anew.
+ * @param {string | null} parent
+ * @param {Message} [again]
+ */
+async function answerTo(parent, again) {
+  const answer = newMessage({ role: "assistant", parent, state: "running" });
+  if (again) answer.id = again.id;
+  const before = path(messages, parent);
+  messages.set(answer.id, answer);
+  views.delete(answer.id);
+  chat = { ...chat, leaf: answer.id, updated: Date.now() };
+  const writing = answers.write(chat, before, answer);
+  await store.changeConversation({ id: chat.id, leaf: chat.leaf, updated: chat.updated });
+  draw();
+  writing.then(refreshSoon, (error) => toast(String(error)));
+}
+
+/** @param {MessageView} view */
+function openEditor(view) {
+  const { message } = view;
+  const key = EDIT + message.id;
+  const field = el("textarea", { rows: 3, "aria-label": "Edit the message" });
+  field.value = localStorage.getItem(key) ?? message.content;
+  const close = () => {
+    localStorage.removeItem(key);
+    editor.remove();
+    view.node.classList.remove("editing");
+  };
+  const submit = async () => {
+    const text = field.value.trim();
+    if (!text || runningAnswer()) return;
+    await ask(newMessage({ role: "user", parent: message.parent, state: "done", content: text, files: message.files ?? [] }));
+    close();
+  };
+  field.addEventListener("input", () => localStorage.setItem(key, field.value));
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      event.stopPropagation();
+      close();
+    } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      submit();
+    }
+  });
+  const cancel = el("button", { type: "button", onclick: close }, "Cancel");
+  const editor = el("div", { class: "editor" }, field);
+  editor.append(el("div", { class: "buttons" }, cancel, el("button", { type: "button", class: "primary", onclick: submit }, "Send")));
+  view.node.classList.add("editing");
+  view.node.append(editor);
+  return field;
+}
+
+const actions = {
+  /** @param {Message} message */
+  edit(message) {
+    const view = views.get(message.id);
+    if (view && !view.node.querySelector(".editor")) openEditor(view).focus();
+  },
+  /** @param {Message} message */
+  again(message) {
+    if (runningAnswer()) return;
+    const empty = !message.content && !message.reasoning && !message.calls?.length;
+    answerTo(message.parent, empty ? message : undefined);
+  },
+  /**
+   * @param {Message} message
+   * @param {number} step
+   */
+  async turn(message, step) {
+    const siblings = children(messages, message.parent);
+    const other = siblings[siblings.findIndex((one) => one.id === message.id) + step];
+    if (!other) return;
+    chat = { ...chat, leaf: latestLeaf(messages, other.id) };
+    draw();
+    const label = step < 0 ? "Earlier version" : "Later version";
+    const button = views.get(other.id)?.node.querySelector(`[aria-label="${label}"]:not(:disabled)`);
+    if (button instanceof HTMLElement) button.focus();
+    await store.changeConversation({ id: chat.id, leaf: chat.leaf });
+  },
+  /**
+   * @param {Message} message
+   * @param {Call} call
+   * @param {string} result
+   */
+  async result(message, call, result) {
+    const calls = (message.calls ?? []).map((one) => (one.id === call.id ? { ...one, result } : one));
+    const changed = { ...message, calls };
+    messages.set(message.id, changed);
+    await store.saveMessage(changed);
+    if (calls.every((one) => one.result !== undefined)) await answerTo(message.id);
+    else draw();
+  },
+};
+
+/**
+ * Change the settings of the chat.
+ * @param {Partial<Settings>} fields
+ */
+export async function setSettings(fields) {
+  chat = { ...chat, settings: { ...chat.settings, ...fields } };
+  await store.changeConversation({ id: chat.id, settings: chat.settings }, chat);
+  drawn();
+}
+
+/** Edit the last message of the person. */
+export function editLast() {
+  const last = shownPath().findLast((message) => message.role === "user");
+  if (last) actions.edit(last);
+}
+
+export function stopAnswer() {
+  const running = runningAnswer();
+  if (running) answers.stop(running.id);
+}
+
+/**
+ * Begin; once.
+ * @param {() => void} onDraw
+ */
+export function startChat(onDraw) {
+  drawn = onDraw;
+  answers.onChange(answerChanged);
+  composer.startComposer(send, async (id, empty) => {
+    if (id === chat.id && !messages.size) await (empty && !chat.title ? store.erase(id) : keep());
+    drawn();
+  });
+  $("stop", HTMLButtonElement).addEventListener("click", stopAnswer);
+  hear("message", (note) => note.conversation === chat.id && refreshSoon());
+  hear("conversation", (note) => note.id === chat.id && refreshSoon());
+  setInterval(() => {
+    const running = runningAnswer();
+    if (running && !answers.beingWritten(running.id)) answers.settleOrphans().then(refreshSoon);
+  }, 3000);
+}

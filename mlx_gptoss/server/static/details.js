@@ -1,0 +1,51 @@
+// What is told about an answer: tokens, speed, and how it ended.
+
+import { el } from "./dom.js";
+
+/** @import { Message } from "./types.js" */
+
+const ENDS = new Map([
+  ["stop", "complete"],
+  ["length", "cut off at the longest answer or the end of the context"],
+  ["tool_calls", "waits for the result of a tool"],
+]);
+/** @param {number} value */
+const count = (value) => value.toLocaleString("en");
+
+/**
+ * A time in words.
+ * @param {number} milliseconds
+ */
+export function seconds(milliseconds) {
+  if (milliseconds < 60_000) return `${(milliseconds / 1000).toFixed(milliseconds < 9950 ? 1 : 0)} s`;
+  return `${Math.floor(milliseconds / 60_000)} min ${Math.round((milliseconds % 60_000) / 1000)} s`;
+}
+
+/**
+ * Tokens a second, or null while that means nothing.
+ * @param {Message} message
+ */
+export function speed({ usage, writing }) {
+  return usage && usage.completion > 1 && writing ? ((usage.completion - 1) / writing) * 1000 : null;
+}
+
+/**
+ * A list of all that is known.
+ * @param {Message} message
+ */
+export function detailList(message) {
+  const { usage, first, finish, model, state } = message;
+  const rate = speed(message);
+  /** @type {[string, string | null | undefined][]} */
+  const rows = [
+    ["Model", model],
+    ["Tokens", usage && `${count(usage.completion)} (${count(usage.reasoning)} of them reasoning)`],
+    ["Speed", rate ? `${rate.toFixed(1)} tokens/s` : null],
+    ["First token after", first === undefined ? null : seconds(first)],
+    ["Prompt", usage && `${count(usage.prompt)} tokens (${count(usage.cached)} from the cache)`],
+    ["Ended", state === "stopped" ? "stopped by you" : finish && (ENDS.get(finish) ?? finish)],
+    ["Written", new Date(message.created).toLocaleString()],
+  ];
+  const shown = rows.filter(([, value]) => value);
+  return el("dl", { class: "details" }, ...shown.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+}
