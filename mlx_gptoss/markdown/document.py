@@ -129,10 +129,17 @@ class _Renderer(RendererHTML):
         return f'<pre data-language="" tabindex="0"><code>{escape(tokens[idx].content)}</code></pre>\n'
 
     def heading_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return f"<{_heading(tokens[idx])}>"
+        token = tokens[idx]
+        levels: list[int] = env.setdefault("levels", [])
+        while levels and levels[-1] >= int(token.tag[1]):
+            levels.pop()
+        levels.append(int(token.tag[1]))
+        # The page has two levels of its own; an outline leaves none out, whatever the text begins with.
+        tag = env["heading"] = f"h{min(6, len(levels) + 2)}"
+        return f'<{tag} data-level="{token.tag[1]}">'
 
     def heading_close(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
-        return f"</{_heading(tokens[idx])}>\n"
+        return f"</{env['heading']}>\n"
 
     def table_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         return '<div class="table" tabindex="0" role="group" aria-label="Table"><table>\n'
@@ -197,11 +204,6 @@ def _written(formula: Token) -> str:
     """The formula with its delimiters, as the text has it."""
     closing = {"\\(": "\\)", "\\[": "\\]"}.get(formula.markup, formula.markup)
     return formula.markup + formula.content + closing
-
-
-def _heading(token: Token) -> str:
-    """The page has its own headings of the first two levels."""
-    return f"h{min(6, int(token.tag[1]) + 2)}"
 
 
 def _alignment(token: Token) -> str:

@@ -32,11 +32,15 @@ _ATTRIBUTES: dict[str, frozenset[str]] = {
     "sup": _names("id"),
     "li": _names("id"),
     "td": _names("data-align"),
+    "h3": _names("data-level"),
+    "h4": _names("data-level"),
+    "h5": _names("data-level"),
+    "h6": _names("data-level"),
     "th": _names("data-align scope"),
 }
-_TAGS = _names(
-    "p h1 h2 h3 h4 h5 h6 blockquote ul hr br strong em s sub kbd mark u code table thead tbody tr"
-) | frozenset(_ATTRIBUTES)
+_TAGS = _names("p blockquote ul hr br strong em s sub kbd mark u code table thead tbody tr") | frozenset(
+    _ATTRIBUTES
+)
 _SIZES = _names(
     "width height depth lspace rspace voffset minsize maxsize linethickness rowspacing columnspacing"
 )

@@ -153,7 +153,7 @@ def test_tables_tasks_and_footnotes_are_ready_for_the_page() -> None:
     assert '<td data-align="right">' in html and "1<br>2" in html
     assert '<li class="todo"><span class="task" role="img" aria-label="done">☑</span> done</li>' in html
     assert '<a href="#fn-0-1"' in html and 'id="fn-0-1"' in html
-    assert "<em><strong>both</strong></em>" in html and "<h3>Title</h3>" in html
+    assert "<em><strong>both</strong></em>" in html and '<h3 data-level="1">Title</h3>' in html
 
 
 @pytest.mark.parametrize("size", [1, 3, 17])
@@ -228,3 +228,9 @@ def test_any_text_renders_and_loses_no_word() -> None:
         text = "".join(rng.choice(pieces) + " " * rng.randrange(2) for _ in range(40))
         shown = re.sub(r"<[^>]*>", "", html_of(text))
         assert shown.count("word") == text.count("word"), text
+
+
+def test_headings_are_an_outline_whatever_they_begin_with() -> None:
+    html = html_of("### a\n\n# b\n\n#### c\n\n## d\n\n##### e")
+    found = re.findall(r'<(h\d) data-level="(\d)">(\w)</\1>', html)
+    assert found == [("h3", "3", "a"), ("h3", "1", "b"), ("h4", "4", "c"), ("h4", "2", "d"), ("h5", "5", "e")]

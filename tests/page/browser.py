@@ -20,12 +20,14 @@ from selenium.common.exceptions import (  # noqa: E402
     ElementNotInteractableException,
     JavascriptException,
     StaleElementReferenceException,
+    TimeoutException,
 )
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CONTROL = Keys.CONTROL
+__all__ = ["CONTROL", "Keys", "Page", "TimeoutException", "make_driver", "scripted"]
 
 
 def make_driver() -> Any:
@@ -83,7 +85,7 @@ class Page:
 
     def press(self, *keys: str) -> None:
         """Keys, to whatever has the focus."""
-        self.driver.switch_to.active_element.send_keys(*keys)
+        self.wait(lambda: (self.driver.switch_to.active_element.send_keys(*keys), True)[1])
 
     def write(self, text: str) -> None:
         self.one("#prompt").send_keys(text)

@@ -67,7 +67,7 @@ def test_markdown_is_drawn_and_nothing_in_it_runs(page: Page) -> None:
     page.engine.write = scripted(Script(reasoning="<b>x</b>", text=RICH))
     page.say("<img src=x onerror='window.hacked=4'>")
     for selector, text in {
-        "h4": "A heading",
+        "h3": "A heading",
         "em strong": "both",
         "ul ul li": "nested",
         "td": "1\n2",

@@ -117,7 +117,9 @@ function answerChanged(message) {
   } else if (!frame)
     frame = requestAnimationFrame(() => {
       frame = 0;
-      draw();
+      const view = views.get(message.id);
+      if (view?.node.isConnected) view.grow(message);
+      else draw();
     });
 }
 
@@ -129,26 +131,28 @@ function newMessage(fields) {
   return { id: newId(), conversation: chat.id, content: "", created: Date.now(), ...fields };
 }
 
-/** Put the chat into the store, if it is not there. */
+/** Put the chat into the store, if it is not there. Who writes in a chat that another tab deleted keeps it. */
 async function keep() {
-  await store.changeConversation({ id: chat.id }, chat);
+  await store.changeConversation({ id: chat.id, deleted: 0 }, chat);
 }
 
 /** @param {composer.Draft} draft */
 async function send({ text, files }) {
   await opening;
   const asked = newMessage({ role: "user", parent: chat.leaf, state: "done", content: text, files });
-  await ask(asked);
+  await ask(asked, () => composer.forgetDraft(asked.conversation));
 }
 
 /**
  * Add a person's message and have it answered. Resolves when it is saved.
  * @param {Message} asked
+ * @param {() => void} saved called as soon as it is
  */
-async function ask(asked) {
+async function ask(asked, saved) {
   messages.set(asked.id, asked);
   await keep();
   await store.saveMessage(asked);
+  saved();
   const title = chat.title || (asked.content || asked.files?.[0]?.name || "").trim().split("\n")[0]?.slice(0, 80);
   chat = { ...chat, title: title ?? "" };
   await store.changeConversation({ id: chat.id, title: chat.title });
@@ -188,8 +192,8 @@ function openEditor(view) {
   const submit = async () => {
     const text = field.value.trim();
     if (!text || runningAnswer()) return;
-    await ask(newMessage({ role: "user", parent: message.parent, state: "done", content: text, files: message.files ?? [] }));
-    close();
+    const { parent, files = [] } = message;
+    await ask(newMessage({ role: "user", parent, state: "done", content: text, files }), close);
   };
   field.addEventListener("input", () => localStorage.setItem(key, field.value));
   field.addEventListener("keydown", (event) => {
@@ -231,8 +235,8 @@ const actions = {
     if (!other) return;
     chat = { ...chat, leaf: latestLeaf(messages, other.id) };
     draw();
-    const label = step < 0 ? "Earlier version" : "Later version";
-    const button = views.get(other.id)?.node.querySelector(`[aria-label="${label}"]:not(:disabled)`);
+    const buttons = [...(views.get(other.id)?.node.querySelectorAll(".branch button:enabled") ?? [])];
+    const button = buttons.at(step < 0 ? 0 : -1); // the same way on, while there is one
     if (button instanceof HTMLElement) button.focus();
     await store.changeConversation({ id: chat.id, leaf: chat.leaf });
   },

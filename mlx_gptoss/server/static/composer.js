@@ -131,8 +131,8 @@ async function submit() {
   field.value = "";
   files = [];
   draw();
-  await send(draft); // the draft is kept until the message is
-  if (chat !== from || !field.value) forgetDraft(from);
+  await send(draft); // which forgets the draft when the message is saved
+  if (chat === from && field.value) keep(); // typed meanwhile
 }
 
 /**

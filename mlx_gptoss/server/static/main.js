@@ -42,7 +42,7 @@ async function route() {
 function drawAround() {
   const one = chat.current();
   const title = titleOf(one);
-  $("heading", HTMLElement).textContent = chat.shownPath().length ? title : "";
+  $("heading", HTMLElement).textContent = title;
   document.title = chat.shownPath().length ? `${title} – gpt-oss` : "gpt-oss";
   drawSettings();
   const { context, model } = server();

@@ -36,6 +36,7 @@ export class MessageView {
     this.rendered = new Rendered(this.body, message.id);
     const label = user ? "You" : "Assistant";
     this.node = el("article", { class: `turn ${message.role}`, "aria-label": label, "data-id": message.id });
+    this.node.append(el("h2", { class: "hidden" }, user ? "You said" : "Answer"));
     if (user) this.node.append(this.userText(message), this.bar);
     else this.node.append(this.reasoning.node, this.body, this.calls, this.wait, this.error, this.bar);
     this.drawn = "";
@@ -59,10 +60,8 @@ export class MessageView {
     this.message = message;
     const running = message.state === "running";
     if (message.role === "assistant") {
-      this.reasoning.update(message);
-      if (running) this.rendered.grow(message.content);
-      else this.rendered.finish(message.content);
-      this.wait.hidden = !running || Boolean(message.reasoning || message.content || message.calls?.length);
+      this.grow(message);
+      if (!running) this.rendered.finish(message.content);
       this.node.setAttribute("aria-busy", String(running));
     }
     // The rest is drawn when it changed, not with every token.
@@ -72,6 +71,18 @@ export class MessageView {
     this.calls.replaceChildren(...(message.calls ?? []).map((call) => this.callNode(call, place.last && !running)));
     this.error.replaceChildren(...this.failure(message, place.last));
     this.bar.replaceChildren(...(running ? [] : this.buttons(message, place)));
+  }
+
+  /**
+   * Show what came of an answer, as often as the screen is drawn.
+   * @param {Message} message
+   */
+  grow(message) {
+    const running = message.state === "running";
+    this.reasoning.update(message);
+    if (running) this.rendered.grow(message.content);
+    this.wait.hidden = !running || Boolean(message.reasoning || message.content || message.calls?.length);
+    if (running && message.calls?.length) this.calls.replaceChildren(...message.calls.map((call) => this.callNode(call, false)));
   }
 
   /**
