@@ -48,16 +48,28 @@ class RequestError(GptOssError):
 
 
 class ContextLengthError(RequestError):
-    """The prompt (with what is to be generated) is longer than the context. Counts are tokens."""
+    """The prompt (with what is to be generated) is longer than the context. Counts are tokens.
 
-    def __init__(self, prompt_tokens: int, max_context: int, field: str | None = "messages") -> None:
+    at_least: the prompt was not read to its end, and has `prompt_tokens` or more.
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        max_context: int,
+        field: str | None = "messages",
+        *,
+        at_least: bool = False,
+    ) -> None:
+        count = f"at least {prompt_tokens:,}" if at_least else f"{prompt_tokens:,}"
         super().__init__(
-            f"the prompt has {prompt_tokens:,} tokens and the context holds {max_context:,}: "
+            f"the prompt has {count} tokens and the context holds {max_context:,}: "
             "shorten the prompt, or load the model with a larger max_context",
             field,
         )
         self.prompt_tokens = prompt_tokens
         self.max_context = max_context
+        self.at_least = at_least
 
 
 class SchemaError(RequestError):

@@ -28,6 +28,11 @@ _PARTS: dict[str, set[str | None]] = {
     "model": {"BPE"},
 }
 
+LONG = 4096  # characters from which the backend is asked in the way that lets other threads run
+SLICE = 65_536  # characters counted at a time
+# What a cut inside a text may add to its tokens; no text tried has added more than two.
+CUT_SLACK = 16
+
 
 @dataclass(frozen=True)
 class Special:
@@ -102,7 +107,24 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text. Raises RequestError for text that UTF-8 cannot hold."""
         check_text(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def count_beyond(self, text: str, limit: int) -> int:
+        """A number of tokens, more than `limit`, that the text surely has; 0 when it may have fewer.
+
+        A long text is read no further than that takes, one of up to four characters a token not at all.
+        Raises RequestError for text that UTF-8 cannot hold.
+        """
+        if len(text) <= max(4 * limit, SLICE):
+            return 0
+        count = 0
+        for start in range(0, len(text), SLICE):
+            count += max(0, len(self.encode(text[start : start + SLICE])) - CUT_SLACK)
+            if count > limit:
+                return count
+        return 0
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that no text produces: markup and reserved ids."""

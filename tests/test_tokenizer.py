@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
 from mlx_gptoss.errors import RequestError, TokenizerError
 from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.byte_tokenizer import write_byte_tokenizer
@@ -92,3 +96,56 @@ def test_a_foreign_vocabulary_is_refused_with_what_it_lacks(tmp_path: Path) -> N
     path.write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match=r"lacks the special tokens <\|channel\|>"):
         Tokenizer.from_folder(tmp_path)
+
+
+def texts_that_are_hard_to_cut() -> list[str]:
+    rng = random.Random(0)
+    words = " ".join("".join(rng.choices("abcdeXYZ", k=rng.randint(1, 9))) for _ in range(30_000))
+    return [
+        words,
+        "a" * 200_000,
+        " " * 200_000,
+        "1234567890" * 20_000,
+        "\n \r" * 70_000,
+        "\U0001f600" * 100_000,
+        "".join(chr(rng.randint(0x4E00, 0x9FFF)) for _ in range(150_000)),
+        "!?;--" * 40_000,
+    ]
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_counting_in_slices_never_claims_more_than_there_is(index: int) -> None:
+    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)  # it has merges
+    text = texts_that_are_hard_to_cut()[index]
+    total = len(tokenizer.encode(text))
+    assert tokenizer.count_beyond(text, total) == 0
+    for limit in (0, 1000, total // 2, total * 9 // 10):
+        count = tokenizer.count_beyond(text, limit)
+        assert count == 0 or limit < count <= total
+    assert tokenizer.count_beyond(text, 1000)
+    assert tokenizer.count_beyond(text[:60_000], 1000) == 0, "so little is tokenised at once"
+
+
+def test_a_long_text_has_the_same_tokens_as_a_short_one(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("a b" * 5000) == tokenizer.encode("a b" * 1000) * 5
+
+
+def test_tokenising_a_long_text_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    text = "What is the meaning of all this? " * 60_000
+    gaps, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not over.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    tokenizer.encode(text)
+    took = time.perf_counter() - began
+    over.set()
+    watcher.join()
+    assert len(gaps) > 20 and max(gaps) < took / 2

@@ -68,7 +68,7 @@ def start_turn(
         sink=sink,
         on_done=prepare,
     )
-    tokens = render(conversation, tokenizer)
+    tokens = render(conversation, tokenizer, limit=engine.max_context)
     generation.attach(engine.submit(tokens, params, constraint=constraint, sink=generation.take))
     return generation
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from mlx_gptoss.errors import RequestError, SchemaError
+from mlx_gptoss.errors import ContextLengthError, RequestError, SchemaError
 from mlx_gptoss.harmony.json_text import lines
 from mlx_gptoss.harmony.types import (
     CHANNELS,
@@ -43,9 +43,13 @@ _START, _END = _Mark("start"), _Mark("end")
 _Piece: TypeAlias = str | Sequence[int]
 
 
-def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer) -> list[int]:
+def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, limit: int | None = None) -> list[int]:
     ids: list[int] = []
     for piece in pieces:
+        if limit is not None:
+            beyond = isinstance(piece, str) and tokenizer.count_beyond(piece, max(0, limit - len(ids)))
+            if beyond or len(ids) > limit:
+                raise ContextLengthError(len(ids) + beyond, limit, at_least=True)
         if isinstance(piece, _Mark):
             ids.append(getattr(tokenizer.special, piece))
         else:
@@ -74,16 +78,20 @@ def render(
     *,
     for_completion: bool = True,
     drop_analysis: bool = True,
+    limit: int | None = None,
 ) -> list[int]:
     """The prompt's token ids. With `for_completion` they end in `<|start|>assistant`.
+
+    limit: what is surely longer is not tokenised to its end; what is a little longer may be returned.
 
     `drop_analysis` applies the rule that once the assistant has answered, the reasoning before its first
     answer is left out; while it is still calling tools, reasoning stays.
 
-    Raises RequestError or ToolError for a conversation that does not hold together.
+    Raises RequestError or ToolError for a conversation that does not hold together, ContextLengthError for
+    one beyond the limit.
     """
     pieces = _conversation(conversation, tokenizer.special, for_completion, drop_analysis)
-    return _encode(pieces, tokenizer)
+    return _encode(pieces, tokenizer, limit)
 
 
 def render_for_training(

@@ -20,6 +20,8 @@ from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
 
+COUNTED_CONTEXTS = 8  # a client counts to learn how much too long its conversation is
+
 
 def router(state: ServerState) -> ApiRouter:
     """The routes, bound to a server."""
@@ -41,9 +43,11 @@ def router(state: ServerState) -> ApiRouter:
 
     @routes.post("/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
-        """How many tokens a conversation has when it is rendered."""
-        tokenizer = state.ready().tokenizer
+        """How many tokens a conversation has when it is rendered, up to a few contexts."""
+        llm = state.ready()
         conversation = read(body, state).conversation()
-        return {"input_tokens": len(await asyncio.to_thread(render, conversation, tokenizer))}
+        limit = COUNTED_CONTEXTS * llm.max_context
+        tokens = await asyncio.to_thread(render, conversation, llm.tokenizer, limit=limit)
+        return {"input_tokens": len(tokens)}
 
     return routes

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mlx_gptoss.errors import RequestError
+from mlx_gptoss.errors import ContextLengthError, RequestError
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.translate.request import Items
@@ -45,16 +45,19 @@ def sampling_of(request: CompletionRequest) -> SamplingParams:
     )
 
 
-def read_prompts(prompt: Any, tokenizer: Tokenizer) -> dict[str, list[int]]:
+def read_prompts(prompt: Any, tokenizer: Tokenizer, max_context: int) -> dict[str, list[int]]:
     """One or several prompts as token ids, under the names that the request has for them.
 
-    Texts that spell special tokens are ordinary text.
+    Texts that spell special tokens are ordinary text. Raises ContextLengthError before a text that is surely
+    longer than the context has been tokenised to its end.
     """
     several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     listed = prompt if several else [prompt]
     prompts = {}
     for index, one in enumerate(listed):
         where = f"prompt[{index}]" if len(listed) > 1 else "prompt"
+        if isinstance(one, str) and (beyond := tokenizer.count_beyond(one, max_context)):
+            raise ContextLengthError(beyond, max_context, where, at_least=True)
         tokens = tokenizer.encode(one) if isinstance(one, str) else one
         if not tokens:
             raise RequestError(f"{where} is empty: send a text or token ids", where)

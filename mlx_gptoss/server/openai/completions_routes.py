@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 from fastapi import Request
@@ -29,7 +30,7 @@ def router(state: ServerState) -> ApiRouter:
         """Go on from a prompt."""
         llm = state.ready()
         params = sampling_of(body)
-        prompts = read_prompts(body.prompt, llm.tokenizer)
+        prompts = await asyncio.to_thread(read_prompts, body.prompt, llm.tokenizer, llm.max_context)
         count = body.n or 1
         at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)

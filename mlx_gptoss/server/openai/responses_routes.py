@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from fastapi import Query, Request
 from fastapi.responses import Response
 
 from mlx_gptoss.errors import ContextLengthError, RequestError
-from mlx_gptoss.harmony import Reply
+from mlx_gptoss.harmony import Reply, render
 from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.memory.responses import StoredResponse
 from mlx_gptoss.server.openai.responses_request import (
@@ -98,11 +99,14 @@ async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> t
         try:
             return asked, await state.start(asked)
         except ContextLengthError as error:
-            excess, conversation = error.prompt_tokens - error.max_context, asked.conversation
+            conversation = asked.conversation
+            if not truncate:
+                raise
+            tokens = error.prompt_tokens
+            if error.at_least:
+                tokens = len(await asyncio.to_thread(render, conversation, state.ready().tokenizer))
             # One token too many counts as well: room for the answer's first is needed.
-            kept = (
-                drop_oldest(conversation.messages, max(1, excess), error.prompt_tokens) if truncate else None
-            )
+            kept = drop_oldest(conversation.messages, max(1, tokens - error.max_context), tokens)
             if kept is None:
                 raise
             asked = replace(asked, conversation=replace(conversation, messages=kept))
