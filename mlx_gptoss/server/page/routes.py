@@ -44,12 +44,16 @@ NO_CACHE = {"Cache-Control": "no-cache"}
 
 
 class RenderText(BaseModel):
+    """A Markdown text. name: which of a page's it is; growing: whether more of it will come."""
+
     text: Annotated[str, Field(max_length=1_000_000)]
     name: Annotated[str, Field(max_length=80)] = "0"
     growing: bool = False
 
 
 class RenderRequest(BaseModel):
+    """What the page wants as HTML."""
+
     texts: Annotated[list[RenderText], Field(max_length=50)]
 
 
