@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_gptoss import device
-from mlx_gptoss.server.http.api import ApiRouter
+from mlx_gptoss.server.http.api import CALLER, ApiRouter
 from mlx_gptoss.server.http.bodies import (
     SMALL,
     BodyBudget,
@@ -94,7 +94,7 @@ class Gate:
                 extra += cors_headers(origin)
             preflight = origin is not None and scope["method"] == "OPTIONS"
             if not preflight:
-                check_key(headers, settings, scope["path"])
+                scope[CALLER] = check_key(headers, settings, scope["path"])
             body = await read_body(receive, headers, settings, lease)
             if body is None:
                 return

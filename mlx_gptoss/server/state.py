@@ -58,9 +58,12 @@ class ServerState:
             )
         return self.llm
 
-    def new_turn(self, history: Sequence[Message] = (), preface: Sequence[str] = ()) -> TurnBuilder:
+    def new_turn(
+        self, caller: str, history: Sequence[Message] = (), preface: Sequence[str] = ()
+    ) -> TurnBuilder:
         """A builder for the turn that a request asks for, or for one that goes on from an earlier request."""
-        return TurnBuilder(self.settings, self.turns.recall, self.today(), list(history), list(preface))
+        recall = partial(self.turns.recall, caller)
+        return TurnBuilder(self.settings, recall, self.today(), list(history), list(preface))
 
     async def start(self, asked: TurnRequest, count: int = 1) -> Job:
         """Start the turn that is asked for, once for each choice.

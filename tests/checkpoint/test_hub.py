@@ -314,3 +314,21 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
 
 def assert_one_line(error: Exception) -> None:
     assert "\n" not in str(error) and len(str(error)) < 320
+
+
+def test_a_repository_that_moves_while_it_is_downloaded_is_not_loaded(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_repo(REPO, FILES)
+    read = hub.read_config
+
+    def moved(folder: Path) -> object:
+        found = read(folder)
+        server.add_repo(REPO, FILES | {"model.safetensors": b"of a stranger"})
+        return found
+
+    monkeypatch.setattr(hub, "read_config", moved)
+    with pytest.raises(HubError, match="changed while it was downloaded"):
+        hub.resolve(REPO)
+    monkeypatch.setattr(hub, "read_config", read)
+    assert (hub.resolve(REPO) / "model.safetensors").read_bytes() == b"of a stranger"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.scripted_engine import Script, ScriptedEngine, Write
+from tests.support.scripted_llm import Script, ScriptedLLM, Write
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the page's tests need selenium")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -43,7 +43,7 @@ def make_driver() -> Any:
 class Page:
     """What a person does with the page, and sees."""
 
-    def __init__(self, driver: Any, engine: ScriptedEngine, url: str) -> None:
+    def __init__(self, driver: Any, engine: ScriptedLLM, url: str) -> None:
         self.driver = driver
         self.engine = engine
         self.url = url

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_engine import ScriptedEngine, answer
+from tests.support.scripted_llm import ScriptedLLM, answer
 from tests.support.server_help import live
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def opened(tokenizer: Tokenizer) -> Iterator[Page]:
     """A browser for the tests of a module."""
     from tests.page.browser import Page, make_driver
 
-    engine = ScriptedEngine(tokenizer)
+    engine = ScriptedLLM(tokenizer)
     driver = make_driver()
     try:
         with live(create_app(engine, ServerSettings(port=0))) as url:  # type: ignore[arg-type]

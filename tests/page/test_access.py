@@ -8,7 +8,7 @@ import pytest
 
 from tests.page.browser import CONTROL, Keys, Page, scripted
 from tests.page.test_chat import RICH, last
-from tests.support.scripted_engine import Script, answer
+from tests.support.scripted_llm import Script, answer
 
 pytest_plugins = ["tests.support.server_fixtures"]
 AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"

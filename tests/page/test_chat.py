@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.page.browser import CONTROL, Keys, Page, scripted
-from tests.support.scripted_engine import Script, answer
+from tests.support.scripted_llm import Script, answer
 
 pytest_plugins = ["tests.support.server_fixtures"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.page.browser import Keys, Page, scripted
-from tests.support.scripted_engine import Script
+from tests.support.scripted_llm import Script
 
 pytest_plugins = ["tests.support.server_fixtures"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.page.browser import Page, TimeoutException, make_driver
-from tests.support.scripted_engine import Script, ScriptedEngine
+from tests.support.scripted_llm import Script, ScriptedLLM
 from tests.support.server_help import live
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -144,7 +144,7 @@ class _People:
 
 
 def test_nothing_is_lost_and_nothing_shown_twice(tokenizer: Tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer)
+    engine = ScriptedLLM(tokenizer)
     engine.write = lambda conversation, _: Script(text="A few words. " * 40, delay=0.004)  # half a second
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

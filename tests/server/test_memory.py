@@ -154,13 +154,13 @@ def test_an_edit_before_a_turn_makes_another_history() -> None:
 
     said = Message("assistant", "b", channel="final", token_ids=(1, 2))
     memory = TurnMemory(9)
-    memory.remember([said], "b", digest(conversation("a")))
+    memory.remember("", [said], "b", digest(conversation("a")))
     turn = AssistantTurn(text="b")
-    assert memory.recall(turn, digest(conversation("a"))) == [said]
+    assert memory.recall("", turn, digest(conversation("a"))) == [said]
     others = (conversation(), conversation("A"), conversation("a", "a"), conversation("a", instructions="x"))
     for other in others:
-        assert memory.recall(turn, digest(other)) is None
-    assert memory.recall(turn) is None
+        assert memory.recall("", turn, digest(other)) is None
+    assert memory.recall("", turn) is None
 
 
 def test_a_history_is_digested_message_by_message_and_without_reasoning() -> None:
@@ -177,8 +177,8 @@ def test_a_history_is_digested_message_by_message_and_without_reasoning() -> Non
 def test_a_turn_with_calls_needs_no_history() -> None:
     memory = TurnMemory(9)
     call = Message("assistant", "{}", "commentary", "functions.f", call_id="c", token_ids=(1,))
-    memory.remember([call], "", b"some history")
-    assert memory.recall(AssistantTurn(calls=[Call("c", "f", "{}")])) == [call]
+    memory.remember("", [call], "", b"some history")
+    assert memory.recall("", AssistantTurn(calls=[Call("c", "f", "{}")])) == [call]
 
 
 def test_a_preamble_may_come_back_as_content_as_its_own_part_or_as_reasoning() -> None:
@@ -186,16 +186,16 @@ def test_a_preamble_may_come_back_as_content_as_its_own_part_or_as_reasoning() -
     sampled = [Message(**{**vars(message), "token_ids": (1,)}) for message in said]
     memory = TurnMemory(9)
     for text in ("p\n\nt", "pt", "t"):  # as chat, Anthropic's API and a request with a format answer it
-        memory.remember(sampled, text)
+        memory.remember("", sampled, text)
     for turn in (
         AssistantTurn("r", text="p\n\nt"),
         AssistantTurn(text="pt"),
         AssistantTurn("r", preamble="p", text="t"),
         AssistantTurn("rp", text="t"),
     ):
-        assert memory.recall(turn) == sampled
+        assert memory.recall("", turn) == sampled
     for turn in (AssistantTurn("x", text="t"), AssistantTurn(preamble="x", text="t")):
-        assert memory.recall(turn) is None
+        assert memory.recall("", turn) is None
 
 
 def sampled(text: str, call_id: str | None = None) -> Message:
@@ -206,21 +206,31 @@ def sampled(text: str, call_id: str | None = None) -> Message:
 def test_turns_are_bounded_in_number_and_in_tokens() -> None:
     memory = TurnMemory(max_turns=2, max_tokens=100)
     for text in ("a", "b"):
-        memory.remember([sampled(text)], text)
-    assert memory.recall(AssistantTurn(text="a"))
-    memory.remember([sampled("c")], "c")
-    assert memory.recall(AssistantTurn(text="b")) is None
-    assert memory.recall(AssistantTurn(text="a"))
+        memory.remember("", [sampled(text)], text)
+    assert memory.recall("", AssistantTurn(text="a"))
+    memory.remember("", [sampled("c")], "c")
+    assert memory.recall("", AssistantTurn(text="b")) is None
+    assert memory.recall("", AssistantTurn(text="a"))
     small = TurnMemory(max_turns=100, max_tokens=5)
     for text in ("a", "b"):
-        small.remember([sampled(text)], text)
+        small.remember("", [sampled(text)], text)
     assert len(small) == 1
 
 
 def test_a_turn_is_recalled_by_each_call_and_never_when_changed() -> None:
     memory = TurnMemory(max_turns=9)
-    memory.remember([sampled("{}", "c1"), sampled("{}", "c2")], "")
+    memory.remember("", [sampled("{}", "c1"), sampled("{}", "c2")], "")
     both = [Call("c1", "f", "{}"), Call("c2", "f", "{ }")]
-    assert memory.recall(AssistantTurn(calls=both))
+    assert memory.recall("", AssistantTurn(calls=both))
     for calls in (both[:1], both[::-1], [Call("c1", "g", "{}"), both[1]], [Call("c1", "f", "[]"), both[1]]):
-        assert memory.recall(AssistantTurn(calls=calls)) is None
+        assert memory.recall("", AssistantTurn(calls=calls)) is None
+
+
+def test_what_was_sampled_for_one_caller_is_not_recalled_for_another() -> None:
+    memory = TurnMemory(9)
+    memory.remember("alice", [sampled("{}", "c1")], "")
+    memory.remember("alice", [sampled("a")], "a")
+    for turn in (AssistantTurn(calls=[Call("c1", "f", "{}")]), AssistantTurn(text="a")):
+        assert memory.recall("alice", turn)
+        for other in ("bob", "", "alice:call"):
+            assert memory.recall(other, turn) is None

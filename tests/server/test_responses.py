@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 from mlx_gptoss.errors import ContextLengthError, SchemaError
+from mlx_gptoss.harmony import Message
+from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore, StoredResponse
 from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
@@ -217,23 +220,55 @@ def test_what_a_response_answered_is_listed_as_the_sdk_types_it(
 
 
 def test_input_items_come_in_pages(ask: Callable[..., Any], scripted: TestClient) -> None:
-    turns = [{"role": "user", "id": f"item_{number}", "content": "x"} for number in range(25)]
+    turns = [{"role": "user", "content": f"text {number}"} for number in range(25)]
     url = f"{PATH}/{ask(turns)['id']}/input_items"
+    ids = [item["id"] for item in scripted.get(url, params={"order": "asc", "limit": 100}).json()["data"]]
 
     def page(**params: Any) -> tuple[list[int], bool]:
         body = scripted.get(url, params=params).json()
-        ids = [item["id"] for item in body["data"]]
-        assert [body["first_id"], body["last_id"]] == ([ids[0], ids[-1]] if ids else ["", ""])
-        return [int(name.removeprefix("item_")) for name in ids], body["has_more"]
+        found = [item["id"] for item in body["data"]]
+        assert [body["first_id"], body["last_id"]] == ([found[0], found[-1]] if found else ["", ""])
+        texts = [item["content"][0]["text"] for item in body["data"]]
+        assert [f"text {ids.index(name)}" for name in found] == texts
+        return [ids.index(name) for name in found], body["has_more"]
 
     assert page() == (list(range(24, 4, -1)), True)
-    assert page(after="item_5") == (list(range(4, -1, -1)), False)
-    assert page(order="asc", limit=2, after="item_3") == ([4, 5], True)
+    assert page(after=ids[5]) == (list(range(4, -1, -1)), False)
+    assert page(order="asc", limit=2, after=ids[3]) == ([4, 5], True)
     assert page(order="asc", limit=100) == (list(range(25)), False)
-    assert page(after="item_0") == ([], False)
+    assert page(after=ids[0]) == ([], False)
     for params in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "nowhere"}):
         refused = scripted.get(url, params=params)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, *params)
+
+
+def test_ids_are_never_taken_from_clients(ask: Callable[..., Any], scripted: TestClient) -> None:
+    mine = ask([USER | {"id": "msg_1"}, {"role": "user", "id": "msg_1", "content": "a secret"}])
+    ask([{"type": "item_reference", "id": "msg_1"}], status=404)
+    items = scripted.get(f"{PATH}/{mine['id']}/input_items").json()["data"]
+    names = {item["id"] for item in (*items, *mine["output"])}
+    assert len(names) == 2 + len(mine["output"]) and "msg_1" not in names
+    assert all(len(name.partition("_")[2]) == 32 for name in (*names, mine["id"]))
+    again = ask([USER, *mine["output"]])
+    items = scripted.get(f"{PATH}/{again['id']}/input_items").json()["data"]
+    assert not names & {item["id"] for item in items}
+
+
+def test_what_one_caller_stored_is_never_another_s() -> None:
+    store = ResponseStore(9)
+    item = {"id": "item_1", "type": "message"}
+    store.put("alice", StoredResponse.of({"id": "resp_1", "output": []}, [item], [Message.user("x")]))
+    for other in ("bob", ""):
+        for ask in (
+            lambda who: store.get(who, "resp_1"),
+            lambda who: store.delete(who, "resp_1"),
+            lambda who: store.item(who, "item_1", "input[0].id"),
+        ):
+            with pytest.raises(ApiError, match="not stored"):
+                ask(other)
+    store.put("bob", StoredResponse.of({"id": "resp_1", "output": []}, [], []))
+    assert store.get("alice", "resp_1").input_items == [item]
+    assert store.item("alice", "item_1", "input[0].id") == item
 
 
 def test_an_item_can_be_referred_to_as_long_as_a_response_holds_it(
@@ -435,23 +470,62 @@ def test_what_the_llm_finds_wrong_has_the_name_that_the_client_gave_it(
     assert param("tools[0].parameters", tools=[{"type": "web_search"}, WEATHER]) == "tools[1].parameters"
 
 
-def test_the_store_is_bounded_in_number_and_in_size() -> None:
-    from mlx_gptoss.harmony import Message
+def stored(name: str, **fields: Any) -> StoredResponse:
+    parts: dict[str, Any] = {"body": {}, "input_items": [], "history": [], "preface": []} | fields
+    return StoredResponse.of(**parts | {"body": {"id": name, **parts["body"]}})
 
-    def response(name: str, size: int = 1) -> StoredResponse:
-        return StoredResponse({"id": name}, [], (Message.user("x" * size),))
 
-    store = ResponseStore(max_responses=2, max_characters=100)
+def test_the_store_is_bounded_in_number() -> None:
+    store = ResponseStore(max_responses=2)
     for name in ("a", "b"):
-        store.put(response(name))
-    store.get("a")
-    store.put(response("c"))
-    assert len(store) == 2 and store.get("a")
-    with pytest.raises(Exception, match="'b' is not stored"):
-        store.get("b")
-    store.put(response("d", 99))
-    assert len(store) == 2
-    store.put(response("e", 100))
-    assert len(store) == 1
-    store.put(StoredResponse({"id": "f"}, [{"id": "item", "type": "message", "extra": "x" * 99}], ()))
-    assert len(store) == 1, "what clients send besides counts as well"
+        store.put("", stored(name))
+    store.get("", "a")
+    store.put("", stored("c"))
+    assert len(store) == 2 and store.get("", "a")
+    with pytest.raises(ApiError, match="'b' is not stored"):
+        store.get("", "b")
+
+
+BIG = "x" * 100_000
+PLACES: dict[str, dict[str, Any]] = {
+    "metadata": {"body": {"metadata": {"a": BIG}}},
+    "many small values": {"body": {"metadata": {str(i): "x" for i in range(10_000)}}},
+    "instructions": {"body": {"instructions": BIG}},
+    "tools": {"body": {"tools": [{"type": "web_search", "x": BIG}]}},
+    "output": {"body": {"output": [{"id": "o", "text": BIG}]}},
+    "items": {"input_items": [{"id": "i", "extra": BIG}]},
+    "many items": {"input_items": [{"id": f"item_{i}"} for i in range(2_000)]},
+    "history": {"history": [Message.user(BIG)]},
+    "wide characters": {"history": [Message.user("\U0001f600" * 25_000)]},
+    "tokens": {"history": [Message("assistant", "x", channel="final", token_ids=(1,) * 3_000)]},
+    "many messages": {"history": [Message.user("x")] * 200},
+    "preface": {"preface": [BIG]},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_store_is_bounded_in_bytes_wherever_they_are(place: str) -> None:
+    store = ResponseStore(max_responses=100, max_bytes=500_000)
+    for number in range(20):
+        store.put("", stored(f"r{number}", **PLACES[place]))
+    assert 1 <= len(store) <= 5
+    for number in range(20):
+        store.put("", stored(f"small {number}"))
+    assert len(store) >= 20, "room is made by those used longest ago"
+
+
+def test_the_bytes_that_are_counted_are_those_that_are_taken() -> None:
+    metadata = {f"key {i}": f"value {i}" for i in range(300)}
+    history = [Message.user(f"text {i} " * 20) for i in range(50)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = [
+            stored(f"r{n}", body={"metadata": metadata}, history=[replace(m, name=f"{n}") for m in history])
+            for n in range(50)
+        ]
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    counted = sum(response.size for response in kept)
+    assert taken < 1.2 * counted

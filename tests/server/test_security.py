@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,27 @@ def test_a_wrong_key_is_refused_everywhere(locked: TestClient, headers: Any) -> 
 )
 def test_the_key_is_taken_in_both_places(locked: TestClient, headers: dict[str, str]) -> None:
     assert locked.post(CHAT, json=HI, headers=headers).status_code == 200
+
+
+def test_what_was_stored_under_one_key_is_not_found_under_another(tokenizer: Tokenizer) -> None:
+    """As after a change of keys, or with several: the state outlives a key."""
+    app = create_app(ScriptedLLM(tokenizer), ServerSettings(api_key="alice"))  # type: ignore[arg-type]
+    client = TestClient(app, base_url="http://localhost")
+    alice, bob = ({"x-api-key": name} for name in ("alice", "bob"))
+    body = client.post("/v1/responses", json={"input": "hi"}, headers=alice).json()
+    path, item = f"/v1/responses/{body['id']}", {"type": "item_reference", "id": body["output"][0]["id"]}
+    assert client.get(path, headers=alice).status_code == 200
+    app.state.server.settings = replace(app.state.server.settings, api_key="bob")
+    for answered in (
+        client.get(path, headers=bob),
+        client.get(f"{path}/input_items", headers=bob),
+        client.delete(path, headers=bob),
+        client.post("/v1/responses", json={"input": "x", "previous_response_id": body["id"]}, headers=bob),
+        client.post("/v1/responses", json={"input": [item]}, headers=bob),
+    ):
+        assert answered.status_code == 404
+    app.state.server.settings = replace(app.state.server.settings, api_key="alice")
+    assert client.get(path, headers=alice).json() == body
 
 
 def test_a_refusal_that_left_the_body_unread_closes_the_connection(locked: TestClient) -> None:

@@ -84,23 +84,23 @@ def shows_thinking(request: CountTokensRequest) -> bool:
     return thinking is not None and thinking.type != "disabled" and thinking.display != "omitted"
 
 
-def translate(request: MessagesRequest, state: ServerState) -> TurnRequest:
+def translate(request: MessagesRequest, state: ServerState, caller: str) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault."""
-    builder = read(request, state)
+    builder = read(request, state, caller)
     names = {"stop": "stop_sequences"}
     params = sampling_params(request, names, max_tokens=request.max_tokens, stop=request.stop_sequences)
     budget = request.thinking.budget_tokens if request.thinking else None
     return builder.build(params, names, reasoning_budget=budget)
 
 
-def read(request: CountTokensRequest, state: ServerState) -> TurnBuilder:
+def read(request: CountTokensRequest, state: ServerState, caller: str) -> TurnBuilder:
     """All of a request that its prompt shows. Raises RequestError naming the field at fault."""
     if request.messages[-1].role == "assistant":
         raise RequestError(
             "the last message is the assistant's: gpt-oss cannot go on from it; end with a user message",
             "messages",
         )
-    builder = state.new_turn()
+    builder = state.new_turn(caller)
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     builder.instructions(text_of(request.system, "system"))
     for index, message in enumerate(request.messages):

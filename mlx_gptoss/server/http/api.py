@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from mlx_gptoss.server.http.errors import ErrorShape, openai_error
+
+CALLER = "gptoss.caller"  # the key of a scope under which the gate puts who calls
+
+
+def caller_of(request: Request) -> str:
+    """Who sent a request, as check_key told them apart."""
+    caller: str = request.scope[CALLER]
+    return caller
 
 
 class ErrorDetail(BaseModel):

@@ -92,10 +92,13 @@ def allowed_origin(headers: Headers, settings: ServerSettings) -> str | None:
     )
 
 
-def check_key(headers: Headers, settings: ServerSettings, path: str) -> None:
-    """Compare the caller's key (Authorization: Bearer, or x-api-key) in constant time."""
+def check_key(headers: Headers, settings: ServerSettings, path: str) -> str:
+    """Compare the caller's key (Authorization: Bearer, or x-api-key) in constant time.
+
+    Returns who calls: a digest of the key, "" where none is asked for.
+    """
     if settings.api_key is None or path == "/" or path.startswith(OPEN_PATHS):
-        return
+        return ""
     scheme, _, token = (headers.get("authorization") or "").partition(" ")
     # Some SDKs send a bearer token of their own beside the key.
     given = [headers.get("x-api-key") or "", token.strip() if scheme.lower() == "bearer" else ""]
@@ -104,13 +107,15 @@ def check_key(headers: Headers, settings: ServerSettings, path: str) -> None:
         return hashlib.sha256(key.encode("latin-1", "replace")).digest()
 
     right = digest(settings.api_key)
-    if not any([hmac.compare_digest(digest(key), right) for key in given]):  # noqa: C419 (a list: both are compared)
+    matches = [hmac.compare_digest(digest(key), right) for key in given]  # a list: both are compared
+    if not any(matches):
         raise ApiError(
             401,
             "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+    return right.hex()
 
 
 def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:

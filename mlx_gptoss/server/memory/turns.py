@@ -4,7 +4,8 @@ Clients return an assistant's turn as text. Rendered anew it may become other to
 headers in another order than the renderer, and a tokenizer has more than one way to spell a text), and the KV
 cache would be lost from there on. So a turn is remembered under its tool calls' ids, or under its text and
 the conversation before it, and given back when nothing in it was changed. A text alone names no turn: others
-end in "OK." as well, and what their turns hold besides is not for this client.
+end in "OK." as well, and what their turns hold besides is not for this client. Nor is what was sampled for
+another caller.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ class TurnMemory:
     def __len__(self) -> int:
         return len(self._turns)
 
-    def remember_reply(self, reply: Reply, text: str, conversation: Conversation) -> None:
+    def remember_reply(self, caller: str, reply: Reply, text: str, conversation: Conversation) -> None:
         """Keep a reply that ended by itself, whose answer the client got as `text`."""
         if reply.finish_reason in ("stop", "tool_calls"):
-            self.remember(reply.messages, text, digest(conversation))
+            self.remember(caller, reply.messages, text, digest(conversation))
 
-    def remember(self, messages: Sequence[Message], text: str, history: bytes = b"") -> None:
+    def remember(self, caller: str, messages: Sequence[Message], text: str, history: bytes = b"") -> None:
         """Keep a turn that was sampled. `text` is its answer as the client got it, `history` the digest of
         what it answered.
         """
-        key = _key([m.call_id for m in messages if m.call_id], text, history)
+        key = _key(caller, [m.call_id for m in messages if m.call_id], text, history)
         # An answer that was cut at a stop text has no tokens, and the turn is not whole without it.
         if key is None or not all(m.token_ids for m in messages):
             return
@@ -56,24 +57,22 @@ class TurnMemory:
     def _forget(self, key: str) -> None:
         self._tokens -= _count(self._turns.pop(key, ()))
 
-    def recall(self, turn: AssistantTurn, history: bytes = b"") -> list[Message] | None:
+    def recall(self, caller: str, turn: AssistantTurn, history: bytes = b"") -> list[Message] | None:
         """The sampled messages of a turn after a history, or None when it is unknown or was edited."""
-        key = _key([call.call_id for call in turn.calls], turn.text, history)
+        key = _key(caller, [call.call_id for call in turn.calls], turn.text, history)
         if key is None or not _same(turn, self._turns.get(key, ())):
             return None
         self._turns.move_to_end(key)
         return list(self._turns[key])
 
 
-def _key(call_ids: Sequence[str], text: str, history: bytes) -> str | None:
-    """What names a turn: its first call's id, or its text and what it answered."""
+def _key(caller: str, call_ids: Sequence[str], text: str, history: bytes) -> str | None:
+    """What names a turn of a caller: its first call's id, or its text and what it answered."""
     if call_ids:
-        return f"call:{call_ids[0]}"
-    return (
-        "text:" + hashlib.sha256(history + text.encode("utf-8", "surrogatepass")).hexdigest()
-        if text
-        else None
-    )
+        return f"{caller}:call:{call_ids[0]}"
+    if not text:
+        return None
+    return f"{caller}:text:{hashlib.sha256(history + text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def _same(turn: AssistantTurn, messages: Sequence[Message]) -> bool:

@@ -82,7 +82,7 @@ class ChatRequest(ChoicesRequest):
     }
 
 
-def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
+def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault."""
     request.refuse_unsupported()
     if request.modalities not in (None, ["text"]):
@@ -92,7 +92,7 @@ def translate(request: ChatRequest, state: ServerState) -> TurnRequest:
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     at_most(state.settings.max_choices, request.n or 1, "choices", "n")
-    builder = state.new_turn()
+    builder = state.new_turn(caller)
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")

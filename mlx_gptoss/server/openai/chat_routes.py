@@ -6,7 +6,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from mlx_gptoss.harmony import Reply
-from mlx_gptoss.server.http.api import ApiRouter
+from mlx_gptoss.server.http.api import ApiRouter, caller_of
 from mlx_gptoss.server.openai.chat_request import ChatRequest, translate
 from mlx_gptoss.server.openai.chat_writer import ChatWriter
 from mlx_gptoss.server.running.answer import answer
@@ -21,12 +21,13 @@ def router(state: ServerState) -> ApiRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         llm = state.ready()
-        asked = translate(body, state)
+        asked = translate(body, state, caller_of(request))
         structured = asked.options.response_format is not None
         writer = ChatWriter(body, state.model_name, llm.tokenizer, structured=structured)
 
         def remember(index: int, reply: Reply) -> None:
-            state.turns.remember_reply(reply, writer.choices[index].text, asked.conversation)
+            text = writer.choices[index].text
+            state.turns.remember_reply(caller_of(request), reply, text, asked.conversation)
 
         writer.on_reply = remember
         return await answer(await state.start(asked, body.n or 1), writer, request, body.stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import uuid
+import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -112,30 +112,35 @@ class ResponsesRequest(SamplingFields):
         return what in (self.include or ())
 
 
-def input_items(request: ResponsesRequest, state: ServerState) -> list[InputItem]:
-    """The items of the input, with what references stand for. Raises ApiError for what is not stored."""
+def input_items(request: ResponsesRequest, state: ServerState, caller: str) -> list[InputItem]:
+    """The items of the input, with what references stand for. Raises ApiError for what is not stored.
+
+    Their ids are the server's own: an id that a client chose could be another's.
+    """
     if isinstance(request.input, str):
-        return [InputItem(role="user", content=request.input)]
+        return [InputItem(id=new_item_id(), role="user", content=request.input)]
     at_most(state.settings.max_messages, len(request.input), "items", "input")
     return [
-        InputItem.model_validate(state.responses.item(item.id, f"input[{index}].id"))
+        InputItem.model_validate(state.responses.item(caller, item.id, f"input[{index}].id"))
         if item.type == "item_reference"
-        else item
+        else item.model_copy(update={"id": new_item_id()})
         for index, item in enumerate(request.input)
     ]
 
 
-def translate(request: ResponsesRequest, items: list[InputItem], state: ServerState) -> TurnRequest:
+def translate(
+    request: ResponsesRequest, items: list[InputItem], state: ServerState, caller: str
+) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault, ApiError for what is not
     stored.
     """
     request.refuse_unsupported()
     if request.background:
         raise RequestError("background is not supported: stream the response instead", "background")
-    builder = state.new_turn()
+    builder = state.new_turn(caller)
     if request.previous_response_id:
-        before = state.responses.get(request.previous_response_id, "previous_response_id")
-        builder = state.new_turn(before.history, before.preface)
+        before = state.responses.get(caller, request.previous_response_id, "previous_response_id")
+        builder = state.new_turn(caller, before.history, before.preface)
     _add_items(builder, items)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
@@ -218,10 +223,14 @@ def _add_items(builder: TurnBuilder, items: list[InputItem]) -> None:
     flush()
 
 
+def new_item_id() -> str:
+    """An id that nobody can guess."""
+    return f"item_{secrets.token_hex(16)}"
+
+
 def listed(item: InputItem) -> dict[str, Any]:
     """An item as GET …/input_items lists it: as it came, with what OpenAI's types ask for besides."""
     fields = item.model_dump(exclude_none=True)
-    fields["id"] = item.id or f"item_{uuid.uuid4().hex}"
     if item.type == "reasoning":
         fields.setdefault("summary", [])
     else:

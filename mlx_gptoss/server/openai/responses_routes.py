@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from mlx_gptoss.errors import ContextLengthError, RequestError
 from mlx_gptoss.harmony import Reply, render
-from mlx_gptoss.server.http.api import ApiRouter
+from mlx_gptoss.server.http.api import ApiRouter, caller_of
 from mlx_gptoss.server.memory.responses import StoredResponse
 from mlx_gptoss.server.openai.responses_request import (
     ResponsesRequest,
@@ -35,8 +35,9 @@ def router(state: ServerState) -> ApiRouter:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input; the answer can be gone on from by its id."""
         llm = state.ready()
-        items = input_items(body, state)
-        asked = translate(body, items, state)
+        caller = caller_of(request)
+        items = input_items(body, state, caller)
+        asked = translate(body, items, state, caller)
         writer = ResponseWriter(
             body,
             state.model_name,
@@ -47,37 +48,39 @@ def router(state: ServerState) -> ApiRouter:
         asked, job = await _start(asked, state, truncate=body.truncation == "auto")
 
         def keep(_: int, reply: Reply) -> None:
-            state.turns.remember_reply(reply, writer.answer, asked.conversation)
+            state.turns.remember_reply(caller, reply, writer.answer, asked.conversation)
             if writer.response["store"]:
                 history = (*asked.conversation.messages, *reply.messages)
                 shown = [listed(item) for item in items]
-                state.responses.put(StoredResponse(writer.response, shown, history, asked.preface))
+                kept = StoredResponse.of(writer.response, shown, history, asked.preface)
+                state.responses.put(caller, kept)
 
         writer.on_reply = keep
         return await answer(job, writer, request, body.stream)
 
     @routes.get("/{response_id}")
-    async def retrieve_response(response_id: str, stream: bool = False) -> dict[str, Any]:
+    async def retrieve_response(request: Request, response_id: str, stream: bool = False) -> dict[str, Any]:
         """A stored response."""
         if stream:
             raise RequestError("stream is not supported for stored responses: get it in one piece", "stream")
-        return state.responses.get(response_id).body
+        return state.responses.get(caller_of(request), response_id).body
 
     @routes.delete("/{response_id}")
-    async def delete_response(response_id: str) -> dict[str, Any]:
+    async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
         """Forget a stored response."""
-        state.responses.delete(response_id)
+        state.responses.delete(caller_of(request), response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @routes.get("/{response_id}/input_items")
     async def list_input_items(
+        request: Request,
         response_id: str,
         order: Literal["asc", "desc"] = "desc",
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> dict[str, Any]:
         """What a stored response answered, a page at a time, the latest item first."""
-        items = state.responses.get(response_id).input_items
+        items = state.responses.get(caller_of(request), response_id).input_items
         if order == "desc":
             items = items[::-1]
         if after is not None:
