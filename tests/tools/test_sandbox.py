@@ -236,6 +236,30 @@ def test_an_interrupted_cell_does_not_run_on_and_its_files_stay(sandbox: Sandbox
     assert sandbox.run("open('kept.txt').read()").text == "'kept'\n"
 
 
+@linux
+def test_limits_that_are_lower_already_stay(sandbox: Sandbox) -> None:
+    """The shell's ulimit may allow less than the sandbox would."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+from mlx_gptoss.tools.sandbox.host import Limits, Sandbox
+sandbox = Sandbox(Limits(), {sandbox.layers!r})
+print(sandbox.run("import resource; resource.getrlimit(resource.RLIMIT_NOFILE)").text)
+sandbox.close()"""
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "(100, 100)", done.stderr
+
+
+def test_threads_that_are_left_and_a_closed_output_go_together(sandbox: Sandbox) -> None:
+    code = """
+import sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+sys.stdout.close()"""
+    assert sandbox.run(code).ended == "done"
+    assert sandbox.run("kept = 1").ended == "done"
+
+
 def test_processor_time_is_limited_too(sandbox: Sandbox) -> None:
     text = sandbox.run("import resource; resource.getrlimit(resource.RLIMIT_CPU)[1] > 0").text
     assert text == "True\n"

@@ -82,9 +82,11 @@ def limit(options: dict[str, Any]) -> None:
             resource.RLIMIT_MEMLOCK: 0,
         }
     for kind, value in limits.items():
+        allowed = resource.getrlimit(kind)[1]
+        value = value if allowed == resource.RLIM_INFINITY else min(value, allowed)
         try:
             resource.setrlimit(kind, (value, value))
-        except (ValueError, OSError):  # lower already; or not this one, on macOS
+        except (ValueError, OSError):
             if sys.platform != "darwin":
                 raise
 
@@ -127,11 +129,13 @@ def serve(answers: int) -> None:
         number += 1
         run_cell(message["cell"], f"<cell {number}>", namespace)
         before, threads = threads, threading.active_count()
-        if threads > before:
-            print("[threads of this cell have not ended: they stand still until the next one]")
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
+                if threads > before and stream is sys.stdout:
+                    os.write(
+                        1, b"[threads of this cell have not ended: they stand still until the next one]\n"
+                    )
             except (OSError, ValueError):  # closed by the cell: its output ends here all the same
                 continue
         os.write(answers, b"done\n")
