@@ -3,3 +3,5 @@
 `parser` configures markdown-it; `document` turns a text into blocks of HTML, `formula` and `code` are its
 mathematics and its highlighting; `worker` does that in a process of its own, which can be stopped.
 """
+
+__all__: list[str] = []

@@ -17,7 +17,7 @@ from markdown_it.utils import EnvType, OptionsDict
 
 from mlx_gptoss.markdown.code import highlighted
 from mlx_gptoss.markdown.formula import mathml
-from mlx_gptoss.markdown.parser import MAX_NESTING, make_parser
+from mlx_gptoss.markdown.parser import MAX_NESTING, make_parser, written
 from mlx_gptoss.markdown.safe import LINK, safe
 
 MAX_LENGTH = 200_000  # characters of a text: a longer one is shown as it was written
@@ -155,24 +155,25 @@ class _Renderer(RendererHTML):
 
     def math_inline(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         found = mathml(tokens[idx].content, display=False)
-        return f'<span class="math">{found or escape(_written(tokens[idx]))}</span>'
+        return f'<span class="math">{found or escape(written(tokens[idx]))}</span>'
 
     def math_inline_double(
         self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
     ) -> str:
         found = mathml(tokens[idx].content, display=True)
-        return f'<span class="math">{found or escape(_written(tokens[idx]))}</span>'
+        return f'<span class="math">{found or escape(written(tokens[idx]))}</span>'
 
     def math_block(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]
-        return self._display(token.content, _written(token), token.info)
+        return self._display(token.content, written(token), token.info)
 
     def amsmath(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         return self._display(tokens[idx].content, tokens[idx].content)
 
-    def _display(self, latex: str, written: str, after: str = "") -> str:
+    def _display(self, latex: str, as_written: str, after: str = "") -> str:
         found = mathml(latex, display=True)
-        return f'<div class="math" tabindex="0">{found or escape(written)}{escape(after)}</div>\n'
+        shown = found + escape(after) if found else escape(as_written)
+        return f'<div class="math" tabindex="0">{shown}</div>\n'
 
     def footnote_ref(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         note, again = _note(tokens[idx], env)
@@ -198,12 +199,6 @@ class _Renderer(RendererHTML):
     def footnote_anchor(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         note, again = _note(tokens[idx], env)
         return f' <a class="back" href="#fnref-{note}{again}">↩</a>'
-
-
-def _written(formula: Token) -> str:
-    """The formula with its delimiters, as the text has it."""
-    closing = {"\\(": "\\)", "\\[": "\\]"}.get(formula.markup, formula.markup)
-    return formula.markup + formula.content + closing
 
 
 def _alignment(token: Token) -> str:

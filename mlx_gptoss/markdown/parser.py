@@ -6,6 +6,7 @@ import re
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
 from mdit_py_plugins.amsmath import amsmath_plugin
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.footnote import footnote_plugin
@@ -39,6 +40,14 @@ def make_parser() -> MarkdownIt:
     md.use(brackets_plugin)
     md.inline.ruler.before("html_inline", "tag", _tag)
     return md
+
+
+def written(formula: Token) -> str:
+    """A formula with its delimiters, as the text has it."""
+    closing = {"\\(": "\\)", "\\[": "\\]"}.get(formula.markup, formula.markup)
+    after = formula.info if formula.type == "math_block" else ""
+    delimited = formula.type != "amsmath"
+    return formula.markup + formula.content + closing + after if delimited else formula.content
 
 
 def _tag(state: StateInline, silent: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A browser with the page open, and the scripted engine behind it. Skipped where there is no Chromium."""
+"""A browser with the page open, and the scripted LLM behind it. Skipped where there is no Chromium."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def make_driver() -> Any:
 class Page:
     """What a person does with the page, and sees."""
 
-    def __init__(self, driver: Any, engine: ScriptedLLM, url: str) -> None:
+    def __init__(self, driver: Any, llm: ScriptedLLM, url: str) -> None:
         self.driver = driver
-        self.engine = engine
+        self.llm = llm
         self.url = url
 
     def open(self, path: str = "/") -> None:
@@ -125,5 +125,5 @@ class Page:
 
 
 def scripted(script: Script) -> Write:
-    """An engine that always answers this."""
+    """An LLM that always answers this."""
     return lambda *_: script

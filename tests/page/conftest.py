@@ -21,11 +21,11 @@ def opened(tokenizer: Tokenizer) -> Iterator[Page]:
     """A browser for the tests of a module."""
     from tests.page.browser import Page, make_driver
 
-    engine = ScriptedLLM(tokenizer)
+    llm = ScriptedLLM(tokenizer)
     driver = make_driver()
     try:
-        with live(create_app(engine, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
-            yield Page(driver, engine, url)
+        with live(create_app(llm, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
+            yield Page(driver, llm, url)
     finally:
         driver.quit()
 
@@ -33,8 +33,8 @@ def opened(tokenizer: Tokenizer) -> Iterator[Page]:
 @pytest.fixture
 def page(opened: Page) -> Iterator[Page]:
     """The page, wide and light, in a browser that has kept nothing."""
-    opened.engine.write = answer
-    opened.engine.seen.clear()
+    opened.llm.write = answer
+    opened.llm.seen.clear()
     driver = opened.driver
     driver.get(opened.url + "/static/icon.svg")
     origin = {"origin": opened.url, "storageTypes": "all"}

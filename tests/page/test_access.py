@@ -32,15 +32,15 @@ def test_axe_finds_nothing(page: Page, width: int, scheme: str) -> None:
     page.scheme(scheme)
     assert violations(page) == [], "empty"
     calls = [("get_weather", '{"city": "Paris"}')]
-    page.engine.write = scripted(Script(text=RICH))
+    page.llm.write = scripted(Script(text=RICH))
     page.say("rich")
     page.click(".turn:last-child .acts [aria-label=Details]")
     page.js("document.querySelector('.reasoning').open = true")
     assert violations(page) == [], "an answer"
-    page.engine.write = scripted(Script(calls=calls))
+    page.llm.write = scripted(Script(calls=calls))
     page.say("call")
     assert violations(page) == [], "a call"
-    page.engine.write = scripted(Script(text="no", fail_after=2))
+    page.llm.write = scripted(Script(text="no", fail_after=2))
     page.say("fail")
     page.write("a draft")
     assert violations(page) == [], "a failure"
@@ -98,15 +98,15 @@ def test_a_keyboard_alone_does_everything(page: Page) -> None:
     page.press(Keys.ENTER)
     page.wait(lambda: page.text(".turn:last-child .branch") == "1/2")
     assert focused() == "Later version", "the focus stays at the branch"
-    page.engine.write = scripted(Script(text="word " * 3000, delay=0.01))
+    page.llm.write = scripted(Script(text="word " * 3000, delay=0.01))
     page.press(CONTROL, Keys.SHIFT, "o")
     page.wait(lambda: not page.find(".turn") and focused() == "prompt")
     page.press("go on", Keys.ENTER)
     page.wait(lambda: "word" in last(page))
     page.press(Keys.ESCAPE)
-    page.wait(lambda: page.engine.running[-1].ended.is_set())
+    page.wait(lambda: page.llm.running[-1].ended.is_set())
     page.finished()
-    page.engine.write = answer
+    page.llm.write = answer
     page.press(CONTROL, "k")
     page.wait(lambda: focused() == "search")
     page.press("first")

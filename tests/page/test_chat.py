@@ -64,7 +64,7 @@ def test_an_answer_comes_with_its_reasoning_folded_and_its_details(page: Page) -
 
 
 def test_markdown_is_drawn_and_nothing_in_it_runs(page: Page) -> None:
-    page.engine.write = scripted(Script(reasoning="<b>x</b>", text=RICH))
+    page.llm.write = scripted(Script(reasoning="<b>x</b>", text=RICH))
     page.say("<img src=x onerror='window.hacked=4'>")
     for selector, text in {
         "h3": "A heading",
@@ -89,7 +89,7 @@ def test_markdown_is_drawn_and_nothing_in_it_runs(page: Page) -> None:
 
 
 def test_code_is_copied_also_without_https(page: Page) -> None:
-    page.engine.write = scripted(Script(text="```js\nlet a = 1;\n```"))
+    page.llm.write = scripted(Script(text="```js\nlet a = 1;\n```"))
     page.say("code")
     page.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     page.js(
@@ -104,15 +104,15 @@ def test_code_is_copied_also_without_https(page: Page) -> None:
 
 
 def test_a_long_answer_can_be_stopped_and_made_again(page: Page) -> None:
-    page.engine.write = scripted(Script(text="word " * 4000, delay=0.01))
+    page.llm.write = scripted(Script(text="word " * 4000, delay=0.01))
     page.write("go on" + Keys.ENTER)
     page.wait(lambda: "word" in last(page))
     assert not page.one("#send").is_displayed()
     page.click("#stop")
-    page.wait(lambda: page.engine.running[-1].ended.is_set())
+    page.wait(lambda: page.llm.running[-1].ended.is_set())
     page.finished()
     assert "word" in last(page)
-    page.engine.write = answer
+    page.llm.write = answer
     page.click(".turn:last-child [aria-label='Answer again']")
     page.wait(lambda: last(page) == "You said: go on")
     page.finished()
@@ -134,7 +134,7 @@ def test_an_edit_begins_a_branch_and_keeps_the_other(page: Page) -> None:
     field.send_keys(Keys.ENTER)
     page.wait(lambda: last(page) == "You said: first again")
     page.finished()
-    assert [m.content for m in page.engine.seen[-1][0].messages] == ["first again"]
+    assert [m.content for m in page.llm.seen[-1][0].messages] == ["first again"]
     assert len(page.find(".turn")) == 2
     page.driver.execute_script("document.querySelector('[aria-label=\"Earlier version\"]').click()")
     page.wait(lambda: last(page) == "You said: second")
@@ -143,14 +143,14 @@ def test_an_edit_begins_a_branch_and_keeps_the_other(page: Page) -> None:
 
 
 def test_switching_lets_an_answer_go_on(page: Page) -> None:
-    page.engine.write = scripted(Script(text="word " * 100, delay=0.01))
+    page.llm.write = scripted(Script(text="word " * 100, delay=0.01))
     page.write("long" + Keys.ENTER)
     page.wait(lambda: "word" in last(page))
     page.click("#new")
     page.wait(lambda: not page.find(".turn"))
-    page.engine.write = answer
+    page.llm.write = answer
     page.say("meanwhile")
-    page.wait(lambda: page.engine.running[0].ended.is_set())
+    page.wait(lambda: page.llm.running[0].ended.is_set())
     page.wait(lambda: page.chats()[:2] and "long" in page.chats())
     page.click("#list a[title=long]")
     page.wait(lambda: last(page).count("word") == 100)
@@ -159,13 +159,13 @@ def test_switching_lets_an_answer_go_on(page: Page) -> None:
 
 
 def test_a_reload_keeps_what_an_answer_had_and_offers_a_retry(page: Page) -> None:
-    page.engine.write = scripted(Script(text="word " * 2000, delay=0.01))
+    page.llm.write = scripted(Script(text="word " * 2000, delay=0.01))
     page.write("long" + Keys.ENTER)
     page.wait(lambda: last(page).count("word") > 60)
     page.driver.refresh()
     page.wait(lambda: "closed or reloaded" in last(page, ".failure p"))
     page.wait(lambda: last(page).count("word") >= 20)
-    page.engine.write = answer
+    page.llm.write = answer
     page.click(".failure button")
     page.wait(lambda: last(page) == "You said: long")
 
@@ -185,7 +185,7 @@ def test_drafts_and_settings_outlive_a_reload(page: Page) -> None:
         "document.querySelector('#effort').dispatchEvent(new Event('change'))"
     )
     page.say(", whole")
-    conversation, options = page.engine.seen[-1]
+    conversation, options = page.llm.seen[-1]
     assert (conversation.instructions, conversation.reasoning_effort) == ("Be brief.", "low")
     assert options["params"].temperature == 0.5
     assert conversation.messages[0].content == "half a thought, whole"
@@ -208,18 +208,18 @@ def test_a_schema_and_tools_are_sent_and_results_given_by_hand(page: Page) -> No
     page.click(".call .primary")
     page.wait(lambda: len(page.find(".turn.assistant")) == 2)
     page.finished()
-    conversation, _ = page.engine.seen[-1]
+    conversation, _ = page.llm.seen[-1]
     assert [m.role for m in conversation.messages][-1] == "tool"
     assert conversation.messages[-1].content == "12 degrees"
     assert [tool.name for tool in conversation.tools] == ["get_weather"]
-    assert page.engine.seen[0][1]["schema"] == {"type": "object"}
+    assert page.llm.seen[0][1]["schema"] == {"type": "object"}
 
 
 def test_errors_are_told_in_words_with_a_retry(page: Page) -> None:
-    page.engine.write = scripted(Script(text="never shown in full", fail_after=6))
+    page.llm.write = scripted(Script(text="never shown in full", fail_after=6))
     page.say("hm")
     assert last(page, ".failure p") == "the engine failed"
-    page.engine.write = answer
+    page.llm.write = answer
     page.click(".failure button")
     page.wait(lambda: last(page) == "You said: hm")
 
@@ -282,13 +282,13 @@ def test_text_files_become_part_of_the_message(page: Page, tmp_path: Path) -> No
     page.driver.refresh()
     page.wait(lambda: "notes.py" in page.text(".file"))
     page.say("What does it do?")
-    sent = page.engine.seen[-1][0].messages[0].content
+    sent = page.llm.seen[-1][0].messages[0].content
     assert sent == "File notes.py:\n\n```py\nprint('hi')\n\n```\n\nWhat does it do?"
     assert page.text(".attached summary") == "notes.py"
 
 
 def test_scrolling_up_is_respected(page: Page) -> None:
-    page.engine.write = scripted(Script(text="A paragraph of words.\n\n" * 150, delay=0.003))
+    page.llm.write = scripted(Script(text="A paragraph of words.\n\n" * 150, delay=0.003))
     page.write("long" + Keys.ENTER)
     page.wait(lambda: page.js("return document.querySelector('#scroll').scrollTop") > 300)
     page.js("document.querySelector('#scroll').scrollTop = 50")
@@ -318,7 +318,7 @@ def test_the_composer_grows_and_shift_enter_begins_a_line(page: Page) -> None:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_screen_and_fingers_can_hit_it(page: Page, width: int, scheme: str) -> None:
     wide = "\n\n| " + "cell | " * 30 + "\n|" + "---|" * 30 + "\n\n```\n" + "x" * 500 + "\n```\n\n" + "y" * 400
-    page.engine.write = scripted(Script(text=RICH + wide + r"\[" + "a + " * 80 + r"b\]"))
+    page.llm.write = scripted(Script(text=RICH + wide + r"\[" + "a + " * 80 + r"b\]"))
     page.sizes(width, 844)
     page.scheme(scheme)
     page.say("wide " + "z" * 300)

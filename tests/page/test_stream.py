@@ -30,7 +30,7 @@ def part_{n}(x: int) -> int:
 def test_5000_tokens_never_block_the_page_and_are_shown_at_once(page: Page) -> None:
     text = "".join(PART.format(n=n) for n in range(60)) + "THE END"
     assert len(text) >= 4 * 4000 and 4 * 5000 - len(text) < 4000  # about 5,000 deltas of four characters
-    page.engine.write = scripted(Script(text=text, delay=0.002))
+    page.llm.write = scripted(Script(text=text, delay=0.002))
     # The page's longest task, when the last delta came, and when it was on the screen.
     page.js(
         "window.long = [0];"

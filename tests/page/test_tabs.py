@@ -144,8 +144,8 @@ class _People:
 
 
 def test_nothing_is_lost_and_nothing_shown_twice(tokenizer: Tokenizer) -> None:
-    engine = ScriptedLLM(tokenizer)
-    engine.write = lambda conversation, _: Script(text="A few words. " * 40, delay=0.004)  # half a second
+    llm = ScriptedLLM(tokenizer)
+    llm.write = lambda conversation, _: Script(text="A few words. " * 40, delay=0.004)  # half a second
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = ServerSettings(port=port, shutdown_grace=0.1)
@@ -153,10 +153,10 @@ def test_nothing_is_lost_and_nothing_shown_twice(tokenizer: Tokenizer) -> None:
     server = contextlib.ExitStack()
 
     def start() -> str:
-        return server.enter_context(live(create_app(engine, settings)))  # type: ignore[arg-type]
+        return server.enter_context(live(create_app(llm, settings)))  # type: ignore[arg-type]
 
     try:
-        page = Page(driver, engine, start())
+        page = Page(driver, llm, start())
         page.open()
         tabs = [driver.current_window_handle]
         for kind in ("tab", "window"):

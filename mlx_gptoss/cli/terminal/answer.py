@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.text import Text
 
-from mlx_gptoss.cli.terminal.markdown import one_line, plain, split_blocks
+from mlx_gptoss.cli.terminal.markdown import TerminalMarkdown, one_line, plain, split_blocks
 from mlx_gptoss.cli.terminal.screen import Screen
 from mlx_gptoss.harmony import (
     Done,
@@ -159,7 +158,7 @@ class AnswerView:
     def _blocks(self, markdown: str) -> Iterator[list[str]]:
         """The lines of each block."""
         for block in split_blocks(markdown):
-            if lines := self._screen.render(Markdown(block, code_theme=CODE_THEME)):
+            if lines := self._screen.render(TerminalMarkdown(block, CODE_THEME)):
                 yield lines
 
     def _dim(self, line: str) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from io import StringIO
 from itertools import pairwise
 
-from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.markdown import Markdown
+
+from mlx_gptoss.markdown.parser import make_parser, written
 
 # Everything a terminal could take for a command, except line feed and tab.
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 _CONTROL[ord("\r")] = ""
-# Of blocks alone, with what rich draws of them.
-_PARSER = MarkdownIt().enable("table").disable("inline")
+_PARSER = make_parser()
+_BLOCKS = make_parser().disable("inline")
 
 
 def plain(text: str) -> str:
@@ -35,6 +38,56 @@ def split_blocks(text: str) -> list[str]:
     All but the last stay as they are when whole lines are appended to the text.
     """
     lines = list(StringIO(text))
-    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
+    starts = [token.map[0] for token in _BLOCKS.parse(text) if token.level == 0 and token.map]
     edges = [0, *starts[1:], len(lines)]
     return ["".join(lines[begin:end]) for begin, end in pairwise(edges)]
+
+
+class TerminalMarkdown(Markdown):
+    """A text as rich draws it, read by the page's parser: what rich has no element for is written out."""
+
+    def __init__(self, text: str, code_theme: str) -> None:
+        super().__init__(text, code_theme=code_theme)
+        self.parsed = _drawable(_PARSER.parse(text))
+
+
+def _drawable(tokens: list[Token]) -> list[Token]:
+    """The tokens in those that rich knows: formulas as written, boxes of tasks, numbers of footnotes."""
+    result = []
+    mark = ""  # for the beginning of the next text
+    for token in tokens:
+        if token.type in ("math_block", "amsmath"):
+            result += _paragraph(written(token))
+        elif token.type == "footnote_open":
+            mark = f"[{token.meta['id'] + 1}] "
+        elif token.type == "inline":
+            token.children = [_drawable_inline(child) for child in token.children or ()]
+            if mark:
+                token.children.insert(0, _text(mark))
+                mark = ""
+            result.append(token)
+        elif not token.type.startswith("footnote"):
+            if "checked" in token.meta:
+                mark = "☑ " if token.meta["checked"] else "☐ "
+            result.append(token)
+    return result
+
+
+def _drawable_inline(token: Token) -> Token:
+    match token.type:
+        case "math_inline" | "math_inline_double":
+            return _text(written(token))
+        case "footnote_ref":
+            return _text(f"[{token.meta['id'] + 1}]")
+        case "html_inline":
+            return Token("hardbreak", "br", 0) if token.content.startswith("<br") else _text("")
+    return token
+
+
+def _text(content: str) -> Token:
+    return Token("text", "", 0, content=content)
+
+
+def _paragraph(content: str) -> list[Token]:
+    inline = Token("inline", "", 0, content=content, children=[_text(content)])
+    return [Token("paragraph_open", "p", 1), inline, Token("paragraph_close", "p", -1)]
