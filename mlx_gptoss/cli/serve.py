@@ -44,12 +44,16 @@ from mlx_gptoss.cli.options import ModelSource, model_options
     "--request-timeout", type=float, default=3600, show_default=True, help="Seconds a request may take."
 )
 @click.option("--max-body", type=float, default=4, show_default=True, help="MiB that a request may have.")
+@click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
-def serve(source: ModelSource, model_name: str | None, max_body: float, **settings: Any) -> None:
+def serve(
+    source: ModelSource, model_name: str | None, max_body: float, open_page: bool, **settings: Any
+) -> None:
     """Serve MODEL to OpenAI's and Anthropic's clients, with a chat page at /.
 
     The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
     """
+    from mlx_gptoss.cli.invitation import announce
     from mlx_gptoss.server.http.logs import LogFormatter
     from mlx_gptoss.server.run import serve as run_server
     from mlx_gptoss.server.settings import ServerSettings
@@ -60,4 +64,4 @@ def serve(source: ModelSource, model_name: str | None, max_body: float, **settin
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     source = source.local()  # before the port opens
-    run_server(source.load, chosen, lambda url: click.echo(f"listening on {url}", err=True))
+    run_server(source.load, chosen, lambda url: announce(url, chosen.api_key, open_page=open_page))

@@ -52,7 +52,7 @@ def test_axe_finds_nothing(page: Page, width: int, scheme: str) -> None:
         page.wait(lambda: page.js("return !document.querySelector('#main').inert"))
     for button, dialog in (("tune", "settings"), ("help", "shortcuts")):
         page.js("document.getElementById(arguments[0]).click()", button)
-        page.wait(lambda dialog=dialog: page.one(f"#{dialog}").is_displayed())
+        page.wait(page.one(f"#{dialog}").is_displayed)
         assert violations(page) == [], dialog
         page.press(Keys.ESCAPE)
 
