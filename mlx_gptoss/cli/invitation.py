@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 import webbrowser
 from io import StringIO
 from urllib.parse import quote, urlsplit
@@ -21,7 +22,7 @@ def announce(url: str, api_key: str | None, *, open_page: bool) -> None:
     address = reachable(url)
     if address != url:
         click.echo(f"in this network: {address}", err=True)
-    if not _is_loopback(address) and click.get_text_stream("stderr").isatty():
+    if not _is_loopback(address) and sys.stderr.isatty():
         click.echo(code(invitation(address, api_key)), err=True)
     if open_page:
         webbrowser.open(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
