@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlx_gptoss.chat.generation import Cancellable
@@ -56,7 +57,7 @@ class Job:
                 self._handles[-1].cancel()
 
         for index, start in enumerate(starts):
-            await asyncio.to_thread(begin_one, index, start)
+            await self._loop.run_in_executor(self._jobs.starters, begin_one, index, start)
 
     def _hand_over(self, index: int, event: Any) -> None:
         """Take an event of a generation; called on the engine's thread."""
@@ -162,6 +163,8 @@ class Jobs:
         self.metrics = metrics
         self._jobs: set[Job] = set()
         self._draining = False
+        # A thread for each: schemas are tried one after the other, and plain requests do not wait for them.
+        self.starters = ThreadPoolExecutor(settings.max_active, "start")
         metrics.gauge("gptoss_active_generations", "Generations running or waiting.", lambda: self.active)
 
     @property
