@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0,
     "device": 1,
-    "files": 1,
+    "files": 0,
     "markdown": 1,
     "sampling": 1,
     "tokenizer": 1,

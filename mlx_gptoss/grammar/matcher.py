@@ -6,6 +6,7 @@ A mask is uint32 [ceil(vocab / 32)], bit i % 32 of word i // 32 set when token i
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,8 @@ from mlx_gptoss.grammar.guard import GUARD
 from mlx_gptoss.tokenizer import Tokenizer
 
 KEPT_GRAMMARS = 512  # compiled grammars kept per vocabulary: a request's tools and headers are used again
+# Of all that are kept, the time it took to compile them: what takes long takes up to hundreds of MB, too.
+KEPT_SECONDS = 1.0
 
 
 class Vocabulary:
@@ -31,7 +34,7 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         text = tokenizer.path.read_text(encoding="utf-8")
         self._ll = LLTokenizer(text, n_vocab=self.size, eos_token=tokenizer.special.endoftext)
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, tuple[LLMatcher, float]] = OrderedDict()
         self._lock = threading.Lock()
         bits = np.ones(self.words * 32, bool)
         bits[[i for i in range(bits.size) if i >= self.size or tokenizer.is_special(i)]] = False
@@ -73,10 +76,10 @@ class Vocabulary:
         Raises ValueError with llguidance's words when the grammar cannot be used.
         """
         with self._lock:
-            prototype = self._compiled.get(grammar)
-            if prototype is not None:
+            if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
-                return Matcher(self, prototype.deep_copy())
+                return Matcher(self, self._compiled[grammar][0].deep_copy())
+        began = time.perf_counter()
         prototype = LLMatcher(self._ll, grammar, log_level=0)
         if prototype.is_error():
             raise ValueError(prototype.get_error())
@@ -84,9 +87,10 @@ class Vocabulary:
         if not any(probe.compute_bitmask()) or probe.is_error():
             raise ValueError("it matches no text at all")
         with self._lock:
-            self._compiled[grammar] = prototype
-            while len(self._compiled) > KEPT_GRAMMARS:
-                self._compiled.popitem(last=False)
+            self._compiled[grammar] = prototype, time.perf_counter() - began
+            seconds = sum(spent for _, spent in self._compiled.values())
+            while len(self._compiled) > 1 and (len(self._compiled) > KEPT_GRAMMARS or seconds > KEPT_SECONDS):
+                seconds -= self._compiled.popitem(last=False)[1][1]
             return Matcher(self, prototype.deep_copy())
 
 
