@@ -215,7 +215,9 @@ class Server:
 @contextmanager
 def demo_server() -> Iterator[Server]:
     """The demo model, served as from the command line."""
-    command = [sys.executable, "-m", "mlx_gptoss", "serve", "demo", "--port", "0", "--max-context", "1024"]
+    # Kept prefixes are memory that is given on purpose; with little of it the rest can be seen.
+    limits = ["--max-context", "1024", "--kv-budget", "16MB"]
+    command = [sys.executable, "-m", "mlx_gptoss", "serve", "demo", "--port", "0", *limits]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -297,6 +298,7 @@ def test_folders_in_folders_are_searched_however_deep(tmp_path: Path) -> None:
         os.chdir(here)
     (tmp_path / "top.md").write_text("bees")
     assert "top.md" in results(call(BrowserTool(FolderPages(tmp_path)), "search", query="bees"))
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # too deep for pytest to clear away later
 
 
 @pytest.mark.parametrize("name", ["id", "cursor", "loc", "num_lines"])
