@@ -28,7 +28,10 @@ def test_the_chunk_is_shared_evenly_and_used_up(lengths: list[int], chunk: int) 
     left = list(lengths)
     for shares in model.forwards:
         got = {
-            p[0]: len(tokens) for p in prompts for at, tokens in shares if tokens == p[at : at + len(tokens)]
+            p[0]: len(tokens)
+            for p, n in zip(prompts, left, strict=True)
+            for at, tokens in shares
+            if n and at == len(p) - n and tokens == p[at : at + len(tokens)]
         }
         needs = {p[0]: n for p, n in zip(prompts, left, strict=True) if n}
         assert got.keys() == needs.keys()
