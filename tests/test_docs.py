@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from mlx_gptoss.convert.recipes import make_recipe
 from tests.support.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 DEMO = ROOT / "mlx_gptoss" / "demo_model"
 LANGUAGES = {"sh", "python", "text", "js", "json", "toml", "yaml"}
 ADDRESS = "127.0.0.1:8000"
@@ -52,9 +53,9 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
-        first = text.count("\n", 0, match.start(2)) + 1
-        yield Block(match[1], first, tuple(match[2].splitlines()))
+    for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S):
+        first = text.count("\n", 0, match.start(3)) + 1
+        yield Block(match[2], first, tuple(textwrap.dedent(match[3]).splitlines()))
 
 
 def commands(page: Path) -> list[str]:
