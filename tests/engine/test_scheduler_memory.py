@@ -14,6 +14,7 @@ from mlx_gptoss.engine.prefix_store import PrefixStore
 from mlx_gptoss.engine.runner import KVCache
 from mlx_gptoss.engine.scheduler import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK, Scheduler
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.hash_model import MESSAGE, WINDOW, HashModel, expected
 from tests.support.hash_model import prompt_of as prompt
@@ -146,8 +147,8 @@ def test_giving_way_changes_no_draw() -> None:
 
 def test_kept_prefixes_give_way_before_any_sequence_does() -> None:
     scheduler = make(HashModel())
-    for i in range(12):
-        Client(scheduler, prompt(10 + i, 100), max_tokens=1)
+    for i in range(30):
+        Client(scheduler, prompt(10 + i, 30), max_tokens=1)  # window states are half of it
         run(scheduler)
     clients = [Client(scheduler, prompt(i, 250), max_tokens=20) for i in range(2)]
     while not all(c.tokens for c in clients):
@@ -165,21 +166,28 @@ def test_kept_prefixes_give_way_before_any_sequence_does() -> None:
     assert scheduler.counters.preempted == 0
 
 
-def test_moving_caches_to_the_store_takes_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moving_caches_to_and_from_the_store_takes_no_more_than_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Room is made before: for a moment there are the caches, those that run, and what is kept."""
     scheduler = make(HashModel())
-    insert, peaks = PrefixStore.insert, list[int]()
+    insert, load, peaks = PrefixStore.insert, SequenceCache.load, list[int]()
 
     def watched(store: PrefixStore, tokens: np.ndarray, cache: KVCache, *rest: Any) -> None:
         peaks.append(store.nbytes + cache.committed + scheduler.live_bytes)
         insert(store, tokens, cache, *rest)
 
+    def loading(cache: SequenceCache, *rest: Any) -> int:
+        peaks.append(scheduler.store.nbytes + cache.committed + scheduler.live_bytes)
+        return load(cache, *rest)
+
     monkeypatch.setattr(PrefixStore, "insert", watched)
+    monkeypatch.setattr(SequenceCache, "load", loading)
     scheduler.budget = 5 * cache_bytes(HashModel(), 256)
     for i in range(12):
         Client(scheduler, prompt(i, 200), max_tokens=20)
     run(scheduler)
-    assert len(peaks) == 12 and max(peaks) <= scheduler.budget and scheduler.counters.preempted == 0
+    assert len(peaks) == 24 and max(peaks) <= scheduler.budget and scheduler.counters.preempted == 0
 
 
 def test_window_states_count_once_they_are_kept() -> None:
@@ -195,6 +203,17 @@ def test_window_states_count_once_they_are_kept() -> None:
         assert scheduler.live_bytes + scheduler.store.nbytes <= scheduler.budget
         scheduler.step()
     assert first.end and scheduler.store.nbytes and not scheduler.counters.preempted
+
+
+def test_a_request_that_is_cancelled_in_line_ends_at_the_next_step() -> None:
+    scheduler = make(HashModel(), max_running=1)
+    Client(scheduler, prompt(1, 9), max_tokens=50)
+    waiting = [Client(scheduler, prompt(2 + i, 9)) for i in range(3)]
+    waiting[0].request.cancelled = waiting[2].request.cancelled = True
+    scheduler.step()
+    assert [c.end is not None for c in waiting] == [True, False, True]
+    assert waiting[0].done.finish_reason == "cancelled" and scheduler.counters.cancelled == 2
+    assert len(scheduler.waiting) == 1 and not waiting[0].request.computed_tokens
 
 
 def test_memory_is_free_again_however_a_request_ends() -> None:
@@ -284,6 +303,9 @@ def test_a_branch_leaves_a_state_also_where_it_began_without_a_replay() -> None:
     run(scheduler)
     assert client.done.cached_tokens == 280
     assert state_ends(scheduler, document) == [280, 300]
+    # Both with all the history that there was.
+    first = 300 - (WINDOW - 1) - STATE_SLACK
+    assert {s.start for n in scheduler.store.nodes() for s in n.states.values() if s.end <= 280} == {first}
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -302,11 +324,13 @@ def test_a_conversation_goes_on_without_a_replay(running: bool) -> None:
     assert second.tokens == expected(second.request.prompt, 5)
 
 
-def test_a_resumed_sequence_resumes_a_little_before_its_states_as_well() -> None:
+@pytest.mark.parametrize("written", [0, 60])
+def test_a_resumed_sequence_resumes_a_little_before_its_states_as_well(written: int) -> None:
+    """Those of a prompt's end as well as those of an answer's."""
     scheduler = make(HashModel())
-    document = prompt(1, 200)
-    Client(scheduler, document, max_tokens=1)
+    first = Client(scheduler, prompt(1, 200 - written), max_tokens=written + 1)
     run(scheduler)
+    document = [*first.request.prompt, *first.tokens[:written]]
     for i, n in enumerate((200 - STATE_SLACK, 200 - STATE_SLACK - 1)):
         client = Client(scheduler, [*document[:n], *prompt(2 + i, 5)], max_tokens=1)
         run(scheduler)

@@ -120,6 +120,7 @@ def test_a_constraint_that_fails_ends_its_own_request_only(where: str, n: int) -
     assert len(bad.tokens) == n
     for client, seed in ((before, 1), (after, 3)):
         assert client.tokens == expected(prompt(seed, 5), 12)
+        assert client.request.computed_tokens == 5 + 11  # nothing was read again
     assert scheduler.counters.failed == 1 and scheduler.counters.preempted == 0 and not scheduler.live_bytes
 
 
@@ -144,8 +145,9 @@ def test_the_first_end_counts_and_nothing_follows_it(drafted: bool) -> None:
         scheduler = make(HashModel(), drafters=drafters)
         client = Client(scheduler, prompt(1, 5), **{"max_tokens": 10, **options})
         run(scheduler)
-        # What is kept of the timeline is sound.
+        # What is kept of the timeline is sound, and all of it but a last token that was not computed.
         timeline = [*prompt(1, 5), *client.tokens]
+        assert scheduler.store.common(np.array(timeline, np.int32)) >= len(timeline) - 1
         again = Client(scheduler, timeline, max_tokens=3)
         run(scheduler)
         assert again.tokens == expected(timeline, 3)
