@@ -369,7 +369,7 @@ def attack(server: Server, bodies: int, schemas: int, senders: int, seed: int) -
     return statuses
 
 
-def settled(server: Server, goal: int, seconds: float = 10.0) -> int:
+def settled(server: Server, goal: int, seconds: float) -> int:
     """The memory of a server once it stays, or has come to the goal."""
     deadline = time.monotonic() + seconds
     while (now := server.resident()) > goal and time.monotonic() < deadline:
@@ -378,19 +378,21 @@ def settled(server: Server, goal: int, seconds: float = 10.0) -> int:
 
 
 def run(bodies: int, schemas: int, senders: int = 4, seed: int = 0, quiet: float = 3.0) -> Outcome:
-    """Attack a new server. A few of each kind go before, so that caches and pools have their working size."""
+    """Attack a new server. A few of each kind go before, so that caches and pools have their working size.
+
+    quiet: seconds of a stream before; five times as many are waited for memory to come back.
+    """
     with demo_server() as server:
         attack(server, len(BODIES), len(SCHEMAS), senders, seed + 1000)
         with Stream(server) as stream:
             time.sleep(quiet)
         quiet_gap = stream.worst
-        time.sleep(1.0)
-        before = server.resident()
+        before = settled(server, 0, 5 * quiet)
         # From another process: making bodies must not delay the clock.
         with ProcessPoolExecutor(1, get_context("spawn")) as other, Stream(server) as stream:
             statuses = other.submit(attack, server, bodies, schemas, senders, seed).result()
         alive = status(server, "/health", b"", "GET") == 200
-        after = settled(server, before) if alive else 0
+        after = settled(server, before, 5 * quiet) if alive else 0
         return Outcome(statuses, quiet_gap, stream.worst, stream.tokens, before, after, alive, stream.failure)
 
 

@@ -20,8 +20,10 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from mlx_gptoss.checkpoint.layouts import LAYOUTS
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.files import read_limited
 
 MANIFEST_NAME = "manifest.json"
+MAX_BYTES = 32 * 2**20  # of it; that of 120b has 1 MB
 SOURCE_KINDS = (*(layout.kind for layout in LAYOUTS.values()), "gguf")
 
 Action = Literal["copy", "relayout", "cast", "affine", "affine-search", "mxfp4", "mxfp4-search"]
@@ -162,7 +164,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read and check a folder's manifest. Raises ConversionError naming the wrong field."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        return _MANIFEST.validate_json(path.read_bytes(), strict=True)
+        return _MANIFEST.validate_json(read_limited(path, MAX_BYTES), strict=True)
     except FileNotFoundError:
         raise ConversionError(f"{folder}: no {MANIFEST_NAME}; it was not converted by this tool") from None
     except OSError as error:

@@ -22,12 +22,14 @@ import numpy as np
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.convert.manifest import Quality, read_manifest
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.files import read_limited
 from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.projection import Projection
 from mlx_gptoss.tokenizer import Tokenizer
 
 DEFAULT_TEXT = "Alice's Adventures in Wonderland, chapter I (Lewis Carroll, 1865)"
+MAX_TEXT = 64 * 2**20  # bytes of a text to compare on
 WINDOW = 512  # tokens of context that a prediction sees at most
 HEAD_ROWS = 64  # positions whose logits are in memory at once: 64 x 201,088 x 4 bytes = 51 MB a model
 
@@ -53,7 +55,7 @@ def compare_on_text(
         text, name = default_text(), DEFAULT_TEXT
     else:
         try:
-            text, name = Path(text_file).read_text(encoding="utf-8"), Path(text_file).name
+            text, name = read_limited(Path(text_file), MAX_TEXT).decode(), Path(text_file).name
         except (OSError, UnicodeDecodeError) as error:
             raise ConversionError(f"{text_file}: cannot be read as UTF-8 text ({error})") from error
     tokens = Tokenizer.from_folder(home).encode(text)

@@ -9,7 +9,9 @@ from typing import Any
 from mlx_gptoss.checkpoint.hub import TERMS, TOKENIZER_FILES
 from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.files import open_regular, read_limited
 from mlx_gptoss.model.config import read_object
+from mlx_gptoss.tokenizer import MAX_BYTES
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -49,7 +51,7 @@ def _read(places: list[Path], names: tuple[str, ...]) -> dict[str, bytes]:
         path = next((p / name for p in places if (p / name).is_file()), None)
         if path is not None:
             try:
-                found[name] = path.read_bytes()
+                found[name] = read_limited(path, MAX_BYTES)
             except OSError as error:
                 raise ConversionError(f"{path}: cannot be read ({error.strerror})") from error
     return found
@@ -72,8 +74,8 @@ def _added_tokens(path: Path) -> dict[str, int]:
     """Added tokens of a tokenizer.json by text. They stand before the vocabulary: the rest is not parsed."""
     key = '"added_tokens"'
     try:
-        with open(path, encoding="utf-8") as stream:
-            head = stream.read(1 << 20)
+        with open_regular(path) as stream:
+            head = stream.read(1 << 20).decode("utf-8", "ignore")
         start = head.index("[", head.index(key) + len(key))
         tokens, _ = json.JSONDecoder().raw_decode(head, start)
         return {token["content"]: token["id"] for token in tokens}

@@ -27,6 +27,7 @@ from mlx_gptoss.convert.tensors import (
     transposed,
 )
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.files import open_regular
 from mlx_gptoss.model.config import ModelConfig
 
 
@@ -121,7 +122,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def _head_digest(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.sha256(stream.read(1 << 20)).hexdigest()
 
 

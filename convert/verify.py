@@ -31,6 +31,7 @@ from mlx_gptoss.convert.manifest import (
 )
 from mlx_gptoss.convert.sources import is_gguf
 from mlx_gptoss.errors import CheckpointError, ConversionError, VerificationError
+from mlx_gptoss.files import open_regular
 
 CHUNK = 4 << 20  # bytes read at a time
 CARD_NAME = "README.md"  # a share adds it, and a download brings it along
@@ -232,7 +233,7 @@ def hash_file(path: Path, tensors: list[TensorInfo], tick: Progress) -> tuple[st
 
     buffers = [bytearray(CHUNK), bytearray(CHUNK)]
     position = 0
-    with open(path, "rb", buffering=0) as stream, ThreadPoolExecutor(2) as pool:
+    with open_regular(path) as stream, ThreadPoolExecutor(2) as pool:
         pending: list[Future[None]] = []
         while True:
             count = stream.readinto(buffers[0])

@@ -23,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Freed buffers that MLX may keep for reuse, bytes.
 CACHE_MIN = 64 * 2**20
 CACHE_MAX = 1024 * 2**20
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -98,15 +99,27 @@ def limit_memory(weights: int) -> None:
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's, where there is one: macOS returns what is free by itself."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+def _glibc() -> ctypes.CDLL | None:
+    """Where it is the C library: its malloc keeps what was freed, which macOS's returns by itself."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "malloc_trim") else None
 
 
-def release_memory() -> None:
-    """Return freed memory to the system, which glibc would keep after large allocations."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
+def release_memory(*, buffers: bool = True) -> None:
+    """Return freed memory to the system. buffers: also those that MLX keeps for its next arrays."""
+    if buffers:
+        mx.clear_cache()
+    if (glibc := _glibc()) is not None:
+        glibc.malloc_trim(0)
+
+
+def share_arenas() -> None:
+    """Let the threads of this process allocate from few places, so that what they free can be returned.
+
+    To be called before there are threads. glibc otherwise gives a server's threads an arena each.
+    """
+    if (glibc := _glibc()) is not None:
+        glibc.mallopt(M_ARENA_MAX, 2)
 
 
 def peak_rss() -> int:

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 from mlx_gptoss.checkpoint.safetensors import read_folder
-from mlx_gptoss.files import open_regular
+from mlx_gptoss.files import open_regular, read_limited
+from mlx_gptoss.model.config import MAX_BYTES
 
 # Of each tensor, the bytes read at both ends and in the middle; all of them would take minutes.
 SAMPLED = 1 << 12
@@ -18,7 +19,7 @@ def fingerprint(folder: Path, context: str = "") -> str:
     Raises OSError and CheckpointError.
     """
     digest = hashlib.sha256(context.encode())
-    digest.update((folder / "config.json").read_bytes())
+    digest.update(read_limited(folder / "config.json", MAX_BYTES))
     for name, tensor in sorted(read_folder(folder).items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         with open_regular(tensor.path) as file:

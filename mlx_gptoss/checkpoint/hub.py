@@ -14,7 +14,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_gptoss.checkpoint.safetensors import MAX_INDEX_BYTES
 from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
+from mlx_gptoss.files import read_limited
 from mlx_gptoss.model.config import read_config
 
 DEMO = "demo"
@@ -279,8 +281,8 @@ def _is_whole(folder: Path) -> bool:
         return any(folder.glob("*.safetensors"))
     for index in indexes:
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            shards = set(json.loads(read_limited(index, MAX_INDEX_BYTES))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return True  # present but broken: the checkpoint's reader names what is wrong with it
         if not all((folder / str(shard)).exists() for shard in shards):
             return False

@@ -19,7 +19,7 @@ from mlx_gptoss.tokenizer import Tokenizer
 
 KEPT_GRAMMARS = 512  # compiled grammars kept per vocabulary: a request's tools and headers are used again
 # Of all that are kept, the time it took to compile them: what takes long takes up to hundreds of MB, too.
-KEPT_SECONDS = 1.0
+KEPT_SECONDS = 0.5
 
 
 class Vocabulary:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.routing import Route
@@ -43,6 +44,8 @@ HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 MAX_PATH = 100  # characters of an unknown path in the log
+# Seconds without a request after which memory is returned, and after a large body beside other requests.
+IDLE, SOON = 5.0, 0.5
 CLIENT_GONE = 499  # nginx's status for the log; nobody receives it
 
 
@@ -57,6 +60,8 @@ class Gate:
         self._routes = routes
         self._apis = apis
         self._budget = BodyBudget(state.settings)
+        self._open = 0  # requests that are being answered
+        self._tidying: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,7 +71,13 @@ class Gate:
         else:
             path = scope["path"]
             shapes = (api.error_shape for api in self._apis if path.startswith(api.prefix))
-            await self._http({**scope, SHAPE: next(shapes, openai_error)}, receive, send)
+            self._open += 1
+            try:
+                await self._http({**scope, SHAPE: next(shapes, openai_error)}, receive, send)
+            finally:
+                self._open -= 1
+                if self._open == 0:
+                    self._tidy_after(IDLE)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
@@ -123,7 +134,22 @@ class Gate:
             self._note(scope, status, time.monotonic() - began)
             if body is not None and len(body) > SMALL and self._budget.idle:
                 # A little later, when what was made of the body is gone as well.
-                asyncio.get_running_loop().call_later(0.5, _tidy)
+                self._tidy_after(SOON)
+
+    def _tidy_after(self, seconds: float) -> None:
+        """Return memory then, or when it is to be returned anyway."""
+        loop = asyncio.get_running_loop()
+        if self._tidying is not None:
+            if self._tidying.when() <= loop.time() + seconds:
+                return
+            self._tidying.cancel()
+
+        def tidy() -> None:
+            self._tidying = None
+            # Generations go on with the buffers that MLX keeps.
+            loop.run_in_executor(None, partial(device.release_memory, buffers=self._open == 0))
+
+        self._tidying = loop.call_later(seconds, tidy)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         known = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
@@ -132,10 +158,6 @@ class Gate:
         self._state.metrics.requests.labels(route or "other", str(status)).inc()
         path = route or visible(scope["path"][:MAX_PATH])
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
-
-
-def _tidy() -> None:
-    asyncio.get_running_loop().run_in_executor(None, device.release_memory)
 
 
 def _replay(body: bytes, receive: Receive, lease: BodyLease) -> Receive:

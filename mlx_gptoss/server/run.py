@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from mlx_gptoss import device
 from mlx_gptoss.server.app import create_app
 from mlx_gptoss.server.http.slow_clients import protocol_class
 from mlx_gptoss.server.settings import ServerSettings
@@ -82,6 +83,7 @@ def serve(
 
     `on_listening` is told the server's address when the port is open.
     """
+    device.share_arenas()
     app = create_app(None, settings)
     state: ServerState = app.state.server
     server = make_server(app, on_listening)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME, read_folder, read_header, read_rows
 from mlx_gptoss.convert.convert import convert
+from mlx_gptoss.convert.manifest import read_manifest
+from mlx_gptoss.convert.quality import compare_on_text
 from mlx_gptoss.convert.recipes import make_recipe
 from mlx_gptoss.errors import CheckpointError, ConfigError, ConversionError, GptOssError
 from tests.support.byte_tokenizer import write_byte_tokenizer
@@ -266,6 +269,26 @@ def test_a_broken_source_is_one_clear_error_and_nothing_is_written(
         convert(folder, tmp_path / "made")
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "LICENSE"])
+def test_a_file_that_grew_without_bound_is_refused_before_it_is_read(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    (folder / name).touch()
+    os.truncate(folder / name, 1 << 40)
+    with pytest.raises(GptOssError, match=f"{name}.*(larger|not readable)"):
+        convert(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_pipes_in_place_of_files_are_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ConversionError, match=r"manifest\.json: cannot be read"):
+        read_manifest(tmp_path)
+    os.mkfifo(tmp_path / "text.txt")
+    with pytest.raises(ConversionError, match=r"text\.txt: cannot be read"):
+        compare_on_text(folder, folder, text_file=tmp_path / "text.txt")
 
 
 def test_there_are_at_least_forty_cases() -> None:
