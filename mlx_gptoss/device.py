@@ -139,6 +139,7 @@ def describe() -> dict[str, str]:
 
     return {
         "machine": _platform.machine(),
+        "chip": str(mx.device_info().get("device_name", "unknown")),
         "system": f"{_platform.system()} {_platform.release()}",
         "cores": str(os.cpu_count()),
         "memory_gb": f"{total_memory() / 1e9:.1f}",

@@ -28,6 +28,7 @@ FLOORS = {
     "chat": 5,
     "llm": 6,
     "convert": 6,
+    "doctor": 7,
     "server": 7,
     "cli": 8,
     "__init__": 9,

@@ -61,6 +61,7 @@ def test_public_names_are_pinned():
 # What a room offers as a whole; of the others the modules are imported by name.
 EXPORTS = {
     "mlx_gptoss.cli": ["COMMANDS", "cli", "main", "run"],
+    "mlx_gptoss.doctor": ["Finding", "Verdict", "examine"],
     "mlx_gptoss.server": ["ServerSettings", "create_app"],
     "mlx_gptoss.tools": ["BUILTIN", "BuiltinTool", "builtin_tools"],
 }

@@ -28,6 +28,7 @@ COMMANDS = {
     "share": "Publish a converted folder on the Hub.",
     "inspect": "Show a checkpoint's layout, sizes and memory needs.",
     "bench": "Measure a model's speed on this machine.",
+    "doctor": "Examine this machine, and try what runs on it.",
     "demo": "Run the built-in demo model, no download needed.",
 }
 

@@ -1,0 +1,77 @@
+"""`mlx-gptoss doctor`: what this machine can do, and whether everything works on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss.doctor import Finding
+
+# The mark of a verdict, and its style.
+MARKS = {
+    "ok": ("ok", "green"),
+    "info": ("", ""),
+    "warning": ("note", "yellow"),
+    "failed": ("FAILED", "bold red"),
+    "none": ("--", "dim"),
+}
+
+
+@click.command()
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a Markdown report.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def doctor(report: Path | None, as_json: bool) -> None:
+    """Examine this machine: memory, disk, versions, the demo model's answers, the sandbox.
+
+    Takes some seconds. The exit status is 1 when something has failed. The report holds no names of people
+    or folders: it can be pasted into an issue.
+    """
+    from mlx_gptoss.doctor import examine
+
+    found = []
+    try:
+        for finding in examine():
+            found.append(finding)
+            if not as_json:
+                _show(finding, first=len(found) == 1 or found[-2].section != finding.section)
+    finally:
+        if report is not None and found:
+            report.write_text(markdown(found), encoding="utf-8")
+    failed = sum(finding.verdict == "failed" for finding in found)
+    if as_json:
+        click.echo(json.dumps([finding._asdict() for finding in found], indent=2))
+    else:
+        click.echo(f"\n{failed} of {len(found)} failed" if failed else "\neverything that applies here works")
+    sys.exit(1 if failed else 0)
+
+
+def _show(finding: Finding, first: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if first:
+        console.print(Text(finding.section, "bold"))
+    mark, style = MARKS[finding.verdict]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for width in (6, 16):
+        table.add_column(width=width)
+    table.add_column(ratio=1)
+    table.add_row(Text(mark, style), finding.name, Text(finding.detail))
+    console.print(table)
+
+
+def markdown(found: Iterable[Finding]) -> str:
+    """The findings as a table to paste into an issue."""
+    rows = ["| | | | |", "|---|---|---|---|"]
+    for section, name, verdict, detail in found:
+        cells = (cell.replace("|", r"\|") for cell in (section, name, MARKS[verdict][0], detail))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"

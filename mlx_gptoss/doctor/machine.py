@@ -1,0 +1,77 @@
+"""The machine, its memory, its packages, its disk, and whether the Hub can be reached."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mlx_gptoss import device
+from mlx_gptoss.doctor.finding import Finding, Verdict
+
+PACKAGES = ("gptoss-mlx", "mlx", "mlx-lm", "huggingface_hub", "llguidance")
+NEEDED = 11.2e9  # bytes of 20b in 4 bits: its weights, and its download
+PATIENCE = 3.0  # seconds for the Hub to answer
+
+
+def findings() -> Iterator[Finding]:
+    """Facts, and warnings where 20b would not fit."""
+    facts = device.describe()
+    told = f"{facts['chip']}, {facts['cores']} cores, {facts['memory_gb']} GB"
+    yield Finding("machine", "chip", "info", told)
+    yield Finding("machine", "system", "info", facts["system"])
+    yield Finding("machine", "Python", "info", facts["python"])
+    yield Finding("machine", "packages", "info", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    yield _gpu()
+    yield _memory()
+    yield _disk()
+    yield _hub()
+
+
+def _gpu() -> Finding:
+    if device.on_gpu():
+        return Finding("machine", "GPU", "ok", "MLX computes on it")
+    told = "MLX has none here and computes on the CPU; Apple Silicon has Metal"
+    return Finding("machine", "GPU", "none", told)
+
+
+def _memory() -> Finding:
+    room = device.available_memory()
+    detail = f"{room / 1e9:.1f} GB for a model and its cache"
+    if room >= NEEDED:
+        return Finding("machine", "memory", "ok", detail)
+    cure = "20b takes 11.2 GB in 4 bits"
+    if device.on_gpu() and device.total_memory() > 1.2 * NEEDED:
+        megabytes = int(device.total_memory() * 0.85) >> 20
+        cure += f"; until the next restart `sudo sysctl iogpu.wired_limit_mb={megabytes}` gives the GPU more"
+    return Finding("machine", "memory", "warning", f"{detail}; {cure}")
+
+
+def _disk() -> Finding:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = Path(HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    verdict: Verdict = "ok" if free > 2 * NEEDED else "warning"
+    cure = "" if verdict == "ok" else "; 20b needs 13.8 GB to download, and 11.2 GB more to convert"
+    return Finding("machine", "disk", verdict, f"{free / 1e9:.1f} GB free where the Hub's cache is{cure}")
+
+
+def _hub() -> Finding:
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return Finding("machine", "Hub", "none", "HF_HUB_OFFLINE is set: models that are here are used")
+    where = urlsplit(ENDPOINT)
+    port = where.port or (80 if where.scheme == "http" else 443)
+    try:
+        socket.create_connection((where.hostname or "", port), PATIENCE).close()
+    except OSError as error:
+        told = f"not reachable ({error.strerror or error}); models that are here work without it"
+        return Finding("machine", "Hub", "warning", told)
+    return Finding("machine", "Hub", "ok", "reachable")

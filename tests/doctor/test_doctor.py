@@ -1,0 +1,127 @@
+"""`mlx-gptoss doctor`: what works is told as such, and what was tampered with is found and named."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_gptoss import cli, device
+from mlx_gptoss.checkpoint import hub
+from mlx_gptoss.cli import doctor as command
+from mlx_gptoss.doctor import Finding, answers, machine, sandbox
+from mlx_gptoss.errors import ToolError
+from mlx_gptoss.tools.sandbox import selftest
+from mlx_gptoss.tools.sandbox.selftest import Check
+from scripts.make_doctor_answers import TARGET
+
+
+def by_name(found: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in found}
+
+
+def test_the_demo_model_answers_as_stored() -> None:
+    found = by_name(list(answers.findings()))
+    assert {finding.verdict for finding in found.values()} == {"ok"}
+    assert set(found) == {"greedy replies", "logits"}
+
+
+def test_the_stored_answers_are_long_enough_to_tell() -> None:
+    kept = answers.stored()
+    assert len(kept) == len(answers.PROMPTS) == len({tuple(answer.reply) for answer in kept})
+    assert all(len(answer.logits) > 5 for answer in kept) and TARGET.exists()
+
+
+@pytest.mark.parametrize(
+    ("tamper", "name"),
+    [
+        (lambda answer: replace(answer, reply=[*answer.reply[:-2], 5, answer.reply[-1]]), "greedy replies"),
+        (lambda answer: replace(answer, logits=[answer.logits[0] + 0.1, *answer.logits[1:]]), "logits"),
+    ],
+)
+def test_a_stored_answer_that_was_changed_is_found(
+    monkeypatch: pytest.MonkeyPatch, tamper: Callable[[answers.Answer], answers.Answer], name: str
+) -> None:
+    first, *others = answers.stored()
+    monkeypatch.setattr(answers, "stored", lambda: [tamper(first), *others])
+    assert [f.name for f in answers.findings() if f.verdict == "failed"] == [name]
+
+
+def test_a_weight_that_was_changed_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    edited = shutil.copytree(hub.DEMO_FOLDER, tmp_path / "demo")
+    weights = str(edited / "model.safetensors")
+    tensors, metadata = mx.load(weights, return_metadata=True)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.1
+    mx.eval(tensors)
+    mx.save_safetensors(weights, tensors, metadata)
+    monkeypatch.setattr(hub, "DEMO_FOLDER", edited)
+    assert "failed" in {finding.verdict for finding in answers.findings()}
+
+
+def test_a_model_that_does_not_load_is_one_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub, "DEMO_FOLDER", tmp_path / "gone")
+    (found,) = answers.findings()
+    assert found.verdict == "failed" and "\n" not in found.detail
+
+
+def test_an_open_door_of_the_sandbox_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        Check("reads a file", True, "", True),
+        Check("kills a process", False, "it was killed", True),
+        Check("sees the time", False, "it did", False),
+    ]
+    monkeypatch.setattr(selftest, "run", lambda: checks)
+    found = by_name(list(sandbox.findings()))
+    assert found["python tool"].verdict == found["kills a process"].verdict == "failed"
+    assert found["sees the time"].verdict == "warning" and "1 of 3" in found["python tool"].detail
+
+
+def test_no_sandbox_at_all_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> list[Check]:
+        raise ToolError("seccomp is off", "python")
+
+    monkeypatch.setattr(selftest, "run", refuse)
+    (found,) = sandbox.findings()
+    assert found.verdict == "failed" and "seccomp is off" in found.detail
+
+
+def test_little_memory_and_disk_are_told_with_what_20b_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: 5_000_000_000)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = by_name(list(machine.findings()))
+    assert found["memory"].verdict == found["disk"].verdict == "warning"
+    assert "5.0 GB" in found["memory"].detail and "11.2 GB" in found["memory"].detail
+    assert "1.0 GB free" in found["disk"].detail
+
+
+def test_the_command_prints_a_report_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(selftest, "run", lambda: [Check("reads a file", True, "", True)])
+    report = tmp_path / "report.md"
+    shown = CliRunner().invoke(cli.cli, ["doctor", "--report", str(report)])
+    assert shown.exit_code == 0 and "everything that applies here works" in shown.output
+    written = report.read_text()
+    for told in ("mlx " + mx.__version__, "greedy replies", "python tool"):
+        assert told in written
+    for private in (str(Path.home()), str(tmp_path), f" {getpass.getuser()} "):
+        assert private not in written
+
+
+def test_a_failure_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "run", lambda: [Check("kills a process", False, "it was killed", True)])
+    shown = CliRunner().invoke(cli.cli, ["doctor", "--json"])
+    assert shown.exit_code == 1
+    failed = [entry for entry in json.loads(shown.output) if entry["verdict"] == "failed"]
+    assert {entry["name"] for entry in failed} == {"python tool", "kills a process"}
+
+
+def test_cells_of_a_report_keep_their_bars() -> None:
+    (row,) = command.markdown([Finding("a", "b", "ok", "c | d")]).splitlines()[2:]
+    assert row == r"| a | b | ok | c \| d |"
