@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -138,10 +137,12 @@ def test_the_next_turn_is_prepared_while_nothing_else_runs() -> None:
         chat = llm.chat()
         chat.send("one")
         scheduler = llm.engine.scheduler
-        while llm.engine.worker.call(
-            lambda: scheduler.preparations or scheduler.waiting or scheduler.running
-        ):
-            time.sleep(0.01)
+
+        def idle() -> None:
+            while scheduler.step():
+                pass
+
+        llm.engine.worker.call(idle)
         known = len(chat.tokens)
         assert chat.send("two").usage.cached_tokens >= known - 1
 

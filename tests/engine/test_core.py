@@ -332,7 +332,7 @@ def test_a_job_that_was_accepted_runs_although_the_worker_closes() -> None:
     worker.post(done.set)
     assert done.wait(5)
     closer.join(5)
-    assert not worker._thread.is_alive()
+    assert "closing" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
@@ -404,7 +404,7 @@ def test_a_small_budget_serves_everyone_in_turn(folder: Path) -> None:
 
 def test_an_engine_that_is_dropped_ends_its_thread(folder: Path) -> None:
     llm = load(folder, kv_budget=8 * 2**20)
-    thread = llm.engine.worker._thread
+    thread = llm.engine.worker.call(threading.current_thread)
     list(llm.generate(prompt(1, 5), GREEDY))
     del llm
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ import pytest
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.engine import prefix_store as prefix
 from mlx_gptoss.engine.prefix_disk import VERSION, PrefixDisk, Span, fingerprint
-from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
+from mlx_gptoss.engine.prefix_store import Node, PrefixStore, common_prefix
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.llm import load
 from mlx_gptoss.model.cache import SequenceCache, WindowState
@@ -210,7 +212,7 @@ def test_a_header_of_any_form_is_a_miss(tmp_path: Path, header: Any) -> None:
     text = json.dumps(header).encode()
     data = len(text).to_bytes(8, "little") + text + raw[40 + length :]
     path.write_bytes(raw[:32] + data)
-    assert store._disk is not None and store._disk.read(path) is None
+    assert PrefixDisk(tmp_path, "model", 10**9).read(path) is None
     assert saved_store(tmp_path).match(some(70, 80)).length == 0
 
 
@@ -279,9 +281,12 @@ def test_evicted_nodes_keep_no_memory_while_they_wait_to_be_saved(tmp_path: Path
     probe = PrefixStore(10**9)
     put(probe, some(30, 100))
     store = PrefixStore(3 * probe.nbytes, PrefixDisk(tmp_path, "model", 10**9))
+    alive: weakref.WeakSet[Node] = weakref.WeakSet()
     for i in range(12):
         put(store, some(31 + i, 100))
-    assert sum(n.kv_bytes + n.state_bytes for n in store._unsaved) <= store.limit
+        alive.update(store.nodes())
+    gc.collect()
+    assert len(alive) == len(store) < 12
 
 
 def test_what_waits_to_be_saved_waits_once(tmp_path: Path) -> None:
@@ -305,31 +310,31 @@ def test_a_full_disk_drops_what_nothing_continues_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefix, "SPAN", 40)
-    store = saved_store(tmp_path)
+    disk = PrefixDisk(tmp_path, "model", 10**9)
+    store = PrefixStore(10**9, disk)
     system = some(80, 40)
     for i in range(5):
         put(store, np.concatenate([system, some(81 + i, 80)]))
     while store.save():
         pass
-    assert store._disk is not None
-    store._disk.limit = sum(p.stat().st_size for p in tmp_path.glob("*/*.prefix")) // 2
-    store._disk.trim()
+    disk.limit = sum(p.stat().st_size for p in tmp_path.glob("*/*.prefix")) // 2
+    disk.trim()
     assert saved_store(tmp_path).common(system) == 40
 
 
 def test_a_full_disk_keeps_what_is_used_from_memory(tmp_path: Path) -> None:
-    store = saved_store(tmp_path)
+    disk = PrefixDisk(tmp_path, "model", 10**9)
+    store = PrefixStore(10**9, disk)
     for seed in (80, 81, 82):
         put(store, some(seed, 80))
     while store.save():
         pass
-    assert store._disk is not None
     paths = sorted(tmp_path.glob("*/*.prefix"))
     for path in paths:
         os.utime(path, (0, 0))
     store.match(some(80, 80))
-    store._disk.limit = max(path.stat().st_size for path in paths)
-    store._disk.trim()
+    disk.limit = max(path.stat().st_size for path in paths)
+    disk.trim()
     assert saved_store(tmp_path).common(some(80, 80)) == 80
 
 

@@ -173,16 +173,13 @@ def test_the_first_end_counts_and_nothing_follows_it(drafted: bool) -> None:
 def test_a_client_that_cancels_at_a_token_gets_no_more(drafted: bool) -> None:
     drafters = (lambda: Guesser(prompt(1, 5), 1.0)) if drafted else None
     scheduler = make(HashModel(), drafters=drafters)
-    client = Client(scheduler, prompt(1, 5), 50)
-    take = client.take
 
-    def cancel_at_third(item: Any) -> None:
-        take(item)
-        client.request.cancelled = len(client.tokens) == 3
+    class CancelsAtThird(Client):
+        def take(self, item: Any) -> None:
+            super().take(item)
+            self.request.cancelled = len(self.tokens) == 3
 
-    client.take = cancel_at_third  # type: ignore[method-assign]
-    client.request = scheduler.waiting[0].request
-    client.request._sink = cancel_at_third
+    client = CancelsAtThird(scheduler, prompt(1, 5), 50)
     run(scheduler)
     assert client.tokens == expected(prompt(1, 5), 3) and client.done.finish_reason == "cancelled"
 
