@@ -55,6 +55,10 @@ def at(share: float, action: Callable[[], None]) -> Callable[[Progress], None]:
     return tell
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def one_line(error: pytest.ExceptionInfo[GptOssError]) -> str:
     text = str(error.value)
     assert text and "\n" not in text
@@ -130,9 +134,6 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_bytes(
 def test_ctrl_c_leaves_work_that_is_taken_up(
     source: Path, expected: dict[str, str], tmp_path: Path, share: float
 ) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "made", progress=at(share, interrupt))
     assert not (tmp_path / "made").exists()
@@ -144,11 +145,8 @@ def test_ctrl_c_leaves_work_that_is_taken_up(
 def test_finished_work_is_checked_before_it_is_believed(
     source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(1.0, stop), workers=1)
+        convert(source, tmp_path / "made", progress=at(1.0, interrupt), workers=1)
     [shard] = (tmp_path / "made.partial" / "output").glob("*.safetensors")
     size = shard.stat().st_size
     with open(shard, "r+b") as stream:  # what a power cut leaves: the journal is there, the data is not
@@ -162,7 +160,7 @@ def test_half_a_line_at_the_end_of_the_journal_is_forgotten(
     source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+        convert(source, tmp_path / "made", progress=at(0.5, interrupt))
     with open(tmp_path / "made.partial" / JOURNAL_NAME, "a") as stream:
         stream.write('{"job": "lm_head.weight", "dig')
     assert files(convert(source, tmp_path / "made").folder) == expected
@@ -184,7 +182,7 @@ def test_work_of_another_recipe_or_source_is_not_mixed_in(
     source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+        convert(source, tmp_path / "made", progress=at(0.5, interrupt))
     with pytest.raises(ConversionError, match="another recipe"):
         convert(source, tmp_path / "made", make_recipe("mxfp4-q8"))
     with pytest.raises(ConversionError, match="another options"):
@@ -435,7 +433,7 @@ def test_what_somebody_put_beside_a_journal_stays(
     source: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+        convert(source, tmp_path / "made", progress=at(0.5, interrupt))
     (tmp_path / "made.partial" / "notes.txt").write_text("precious")
     assert files(convert(source, tmp_path / "made", restart=True).folder) == expected
     assert tree(tmp_path / "made.partial") == {"notes.txt": b"precious"}
@@ -463,7 +461,7 @@ def test_nothing_foreign_is_published_and_no_link_followed(
     source: Path, expected: dict[str, str], tmp_path: Path, kind: str
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+        convert(source, tmp_path / "made", progress=at(0.5, interrupt))
     output, home = tmp_path / "made.partial" / "output", tmp_path / "home"
     home.mkdir()
     (home / "precious").write_text("precious")
@@ -500,7 +498,7 @@ def test_a_restart_that_cannot_remove_the_old_work_is_one_line(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "made", progress=at(0.5, lambda: exec("raise KeyboardInterrupt")))
+        convert(source, tmp_path / "made", progress=at(0.5, interrupt))
 
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
