@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from mlx_gptoss.chat.stops import UntilStop
-from mlx_gptoss.engine.request import Sink, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import PromptProgress, Sink, TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
     Done,
@@ -99,7 +99,7 @@ class Generation:
 
     # --- on the engine's thread
 
-    def take(self, item: TokenOutput | TokensDone | Exception) -> None:
+    def take(self, item: PromptProgress | TokenOutput | TokensDone | Exception) -> None:
         """The sink of the token stream beneath."""
         if isinstance(item, TokenOutput):
             if self._until is None or not self._until.over:

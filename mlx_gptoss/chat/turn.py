@@ -21,7 +21,7 @@ class TurnOptions:
 
     response_format: what the answer must be. tool_choice: "auto", "none", "required", or ("named", a tool's
     name). strict_tools: False lets a call's arguments be any JSON object where the tool's schema cannot be
-    enforced. reasoning_budget: analysis tokens at most.
+    enforced. reasoning_budget: analysis tokens at most. progress: PromptProgress comes before the events.
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -29,6 +29,7 @@ class TurnOptions:
     tool_choice: ToolChoice = "auto"
     strict_tools: bool = True
     reasoning_budget: int | None = None
+    progress: bool = False
 
 
 def start_turn(
@@ -69,7 +70,10 @@ def start_turn(
         on_done=prepare,
     )
     tokens = render(conversation, tokenizer, limit=engine.max_context)
-    generation.attach(engine.submit(tokens, params, constraint=constraint, sink=generation.take))
+    stream = engine.submit(
+        tokens, params, constraint=constraint, sink=generation.take, progress=options.progress
+    )
+    generation.attach(stream)
     return generation
 
 

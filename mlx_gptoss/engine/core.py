@@ -114,12 +114,14 @@ class Engine:
         constraint: TokenConstraint | None = None,
         sink: Sink | None = None,
         stop_text: Callable[[int], bool] | None = None,
+        progress: bool = False,
     ) -> TokenStream:
         """Queue a generation and return at once.
 
         With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
         GptOssError; it must not block. `stop_text` is told each token, and True ends the generation.
-        `params.stop` is text and means nothing here. Raises RequestError, ContextLengthError or BusyError.
+        `progress` has the sink told PromptProgress, too. `params.stop` is text and means nothing here. Raises
+        RequestError, ContextLengthError or BusyError.
         """
         params = params or SamplingParams()
         tokens = self.check(token_ids, room=1)
@@ -140,6 +142,7 @@ class Engine:
             stop_ids=self.stop_ids if stops is None else frozenset(stops),
             constraint=constraint,
             stop_text=stop_text,
+            progress=progress and sink is not None,
         )
         scheduler = self.scheduler
 

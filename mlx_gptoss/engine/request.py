@@ -39,13 +39,23 @@ class TokensDone:
     completion_tokens: int
 
 
+@dataclass(frozen=True)
+class PromptProgress:
+    """How much of a prompt has been read, in tokens; `cached_tokens` of them were not computed."""
+
+    read_tokens: int
+    cached_tokens: int
+    prompt_tokens: int
+
+
 Sink = Callable[[Any], None]
 
 
 class Request:
     """What to generate and where to deliver it. `sink` is called on the engine's thread.
 
-    It gets TokenOutputs and at the end a TokensDone or an exception, exactly one of them.
+    It gets TokenOutputs and at the end a TokensDone or an exception, exactly one of them; with `progress`
+    also PromptProgress before the first token.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Request:
         constraint: TokenConstraint | None = None,
         stop_text: Callable[[int], bool] | None = None,
         background: bool = False,
+        progress: bool = False,
     ) -> None:
         self.prompt = list(tokens)
         self.params = params
@@ -67,6 +78,7 @@ class Request:
         self.constraint = constraint
         self.stop_text = stop_text  # told each token; True when a stop text is complete
         self.background = background  # runs only while nothing else does
+        self.progress = progress
         self.cancelled = False  # set by any thread, read by the engine's
         self.ended = False
         self.cached_tokens = 0
@@ -76,7 +88,14 @@ class Request:
         self.first_token: float | None = None
         self.finished: float | None = None
         self.finish_reason: FinishReason | None = None
+        self._told = -1
         self._sink = sink
+
+    def tell_progress(self, read_tokens: int) -> None:
+        """Deliver how much of the prompt has been read, if it was asked for and is more than was told."""
+        if self.progress and self.first_token is None and read_tokens > self._told:
+            self._told = read_tokens
+            self._send(PromptProgress(read_tokens, self.cached_tokens, len(self.prompt)))
 
     def emit(self, output: TokenOutput) -> None:
         """Deliver a token; a sink that raises cancels its own request and harms no other."""
@@ -106,7 +125,7 @@ class Request:
             error = wrapped
         self._send(error)
 
-    def _send(self, item: TokenOutput | TokensDone | Exception) -> None:
+    def _send(self, item: PromptProgress | TokenOutput | TokensDone | Exception) -> None:
         try:
             self._sink(item)
         except BaseException:  # SystemExit or CancelledError of a caller must not end the engine's thread

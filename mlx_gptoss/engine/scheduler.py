@@ -119,6 +119,7 @@ class Scheduler:
             logits = self._forward(pieces)
             self._read(self.running)
             self._sample(pieces, logits)
+            self._tell_progress(pieces)
         except Exception as error:
             self._recover(error)
         return True
@@ -216,6 +217,7 @@ class Scheduler:
             # Again, if it was sent back before its first token.
             self.counters.cached_tokens += start - r.request.cached_tokens
             r.request.cached_tokens = start
+        r.request.tell_progress(start)
         if self._drafters is not None and r.request.constraint is None and not r.request.background:
             r.speculation = Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
@@ -365,6 +367,19 @@ class Scheduler:
             r.sampled += 1
             launched += [a for a in (r.next, *(r.logprobs or ())) if a is not None]
         mx.async_eval(launched)
+
+    def _tell_progress(self, pieces: list[Piece]) -> None:
+        """Tell those who ask how far their prompts are read, by the steps before the one that now runs."""
+        for p in pieces:
+            r = p.sequence
+            if not r.request.progress or r.decoding or r not in self.running:
+                continue
+            start = r.live.offset - p.length
+            # A forward is launched long before it ends; that its window state is there shows that it has.
+            read = next((s for s in reversed(r.states) if s.end <= start), None)
+            if read is not None and read.data is not None:
+                mx.eval(read.data)
+                r.request.tell_progress(read.end)
 
     def _draw(self, r: Sequence, logits: mx.array) -> None:
         """Sample from logits [vocab] as the request wants it."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import queue
+from typing import Any
 
 import pytest
 
+from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import (
     Conversation,
@@ -245,3 +249,20 @@ def test_a_cancelled_generation_says_so() -> None:
         generation.cancel()
         *_, done = generation
     assert isinstance(done, Done) and done.finish_reason == "cancelled"
+
+
+def test_a_long_prompt_tells_its_progress_before_the_first_event() -> None:
+    llm, _ = scripted_engine(echo)
+    items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    conversation = Conversation([Message.user("word " * 250)])
+    with llm:
+        for progress in (True, False):
+            llm.start(conversation, TurnOptions(progress=progress), sink=items.put)
+            events = []
+            while not events or not isinstance(events[-1], Done):
+                events.append(items.get(timeout=20))
+            told = [event for event in events if isinstance(event, PromptProgress)]
+            assert events[: len(told)] == told and bool(told) == progress
+            if progress:
+                assert told[0].read_tokens == 0 and 0 < told[-1].read_tokens < told[-1].prompt_tokens
+                assert told[-1].prompt_tokens == events[-1].usage.prompt_tokens

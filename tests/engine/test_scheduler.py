@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
-from mlx_gptoss.engine.request import Request, TokensDone
+from mlx_gptoss.engine.request import PromptProgress, Request, TokenOutput, TokensDone
 from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.speculate import ModelDrafter
 from mlx_gptoss.errors import GptOssError
@@ -258,3 +258,22 @@ def test_background_requests_give_way(model: Model) -> None:
     # What had been read in the background was not read again.
     assert isinstance(asked.end, TokensDone) and asked.end.cached_tokens >= 2 * CHUNK
     assert asked.tokens == alone(model, prompt(60, 10 * CHUNK))
+
+
+def test_those_who_ask_are_told_how_far_their_prompt_is_read(model: Model) -> None:
+    scheduler = make(model, chunk=128)
+    tokens = prompt(60, 3000)
+    for cached in (0, len(tokens) - 1):
+        told: list[Any] = []
+        asked = Request(tokens, GREEDY, told.append, max_tokens=2, stop_ids=frozenset(), progress=True)
+        scheduler.add(asked)
+        silent = Client(scheduler, prompt(61, 700))
+        run(scheduler)
+        progress = [item for item in told if isinstance(item, PromptProgress)]
+        assert told[: len(progress)] == progress, "before the first token"
+        assert [type(item) for item in told[len(progress) :]] == [TokenOutput, TokenOutput, TokensDone]
+        read = [item.read_tokens for item in progress]
+        assert read[0] == cached and read == sorted(set(read)) and read[-1] < len(tokens)
+        assert len(read) >= (5 if not cached else 1), "every 512 tokens or more often"
+        assert all((item.cached_tokens, item.prompt_tokens) == (cached, len(tokens)) for item in progress)
+        assert silent.done.finish_reason == "length"

@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.errors import SchemaError
 from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
@@ -436,3 +437,18 @@ def test_unknown_and_harmless_fields_are_ignored(ask: Callable[..., Any]) -> Non
 
 def test_a_model_of_any_name_is_answered_by_the_one_that_is_loaded(ask: Callable[..., Any]) -> None:
     assert ask(model="gpt-4o")["model"] == "scripted"
+
+
+def test_the_progress_of_a_prompt_is_streamed_to_those_who_ask(
+    ask: Callable[..., Any], llm: ScriptedLLM
+) -> None:
+    reads = [PromptProgress(0, 0, 3000), PromptProgress(2048, 0, 3000)]
+    llm.write = lambda *_: Script(text="hello", reads=reads)
+    assert "progress" not in ask("hi", stream=True)
+    assert "progress" not in json.dumps(ask("hi", return_progress=True))
+    text = ask("hi", stream=True, return_progress=True)
+    messages, _ = accumulate(text)
+    assert messages[0]["content"] == "hello"
+    told = [data["prompt_progress"] for _, data in read_events(text) if "prompt_progress" in data]
+    assert [(one["processed"], one["cache"], one["total"]) for one in told] == [(0, 0, 3000), (2048, 0, 3000)]
+    assert 0 <= told[0]["time_ms"] <= told[1]["time_ms"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
 from mlx_gptoss.chat.turn import TurnOptions
-from mlx_gptoss.engine.request import TokenOutput, TokensDone
+from mlx_gptoss.engine.request import PromptProgress, TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
     Conversation,
@@ -41,14 +41,18 @@ PIECE = 4  # characters in a delta
 
 @dataclass
 class Script:
-    """One answer. `calls` are (name, arguments as JSON text). `fail_after`: raise after so many deltas."""
+    """One answer. `calls` are (name, arguments as JSON text). `fail_after`: raise after so many deltas.
+    `reads`: how much of the prompt is told to be read, one after the other, to those who ask.
+    """
 
     reasoning: str = "The user asks."
     preamble: str = ""
     calls: Sequence[tuple[str, str]] = ()
     text: str = ""
     finish_reason: str = "stop"
+    reads: Sequence[PromptProgress] = ()
     delay: float = 0.0  # seconds before each delta
+    pause: float = 0.0  # seconds after each of the reads
     fail_after: int | None = None
     cut: bool = False  # the text ended at a stop text
     failure: Exception = field(default_factory=lambda: GptOssError("the engine failed"))
@@ -173,6 +177,9 @@ class ScriptedLLM:
         )
 
         def run(thread: _Thread) -> None:
+            for progress in script.reads if turn.progress else ():
+                sink(progress)
+                thread.cancelled.wait(script.pause)
             builder = ReplyBuilder()
             reason = script.finish_reason if not calls or script.finish_reason != "stop" else "tool_calls"
             for count, event in enumerate(deltas):

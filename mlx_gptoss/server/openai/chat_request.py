@@ -68,6 +68,7 @@ class ChatRequest(ChoicesRequest):
     max_completion_tokens: int | None = bounded("max_tokens", None)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_progress: bool | None = None
     modalities: Items[str] | None = None
     audio: dict[str, Any] | None = None
     functions: Items[Any] | None = None
@@ -96,6 +97,7 @@ def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequ
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")
+    builder.progress = bool(request.stream and request.return_progress)
     builder.effort = EFFORTS[request.reasoning_effort or "medium"]
     builder.tools(request.tools, _declaration, request.tool_choice)
     _read_format(builder, request.response_format)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from time import monotonic
 from typing import Any
 
+from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.openai.chat_request import ChatRequest
 from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body
@@ -91,6 +93,7 @@ class ChatWriter(ChoicesWriter):
             Choice(AnswerScores(tokenizer) if request.logprobs else None, structured)
             for _ in range(request.n or 1)
         ]
+        self._began = monotonic()
 
     def opening(self) -> Iterable[Json]:
         """A chunk with the role for each choice."""
@@ -99,9 +102,22 @@ class ChatWriter(ChoicesWriter):
 
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The chunk of an event, if it has a delta."""
-        if taken := self.choices[index].take(event):
+        if isinstance(event, PromptProgress):
+            yield self._progress(index, event)
+        elif taken := self.choices[index].take(event):
             delta, entries = taken
             yield self.chunk(self._choice(index, entries, delta=delta))
+
+    def _progress(self, index: int, event: PromptProgress) -> Json:
+        """A chunk without text that tells how much of the prompt is read, in llama.cpp's words."""
+        chunk = self.chunk(self._choice(index, None, delta={"role": "assistant", "content": None}))
+        progress = {
+            "total": event.prompt_tokens,
+            "cache": event.cached_tokens,
+            "processed": event.read_tokens,
+            "time_ms": round((monotonic() - self._began) * 1000),
+        }
+        return chunk | {"prompt_progress": progress}
 
     def _choice(self, index: int, entries: list[Json] | None, **said: Json) -> Json:
         """A choice in OpenAI's shape. said: its message or delta."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import Sink, TokensDone
+from mlx_gptoss.engine.request import PromptProgress, Sink, TokensDone
 from mlx_gptoss.errors import BusyError
 from mlx_gptoss.harmony import Done
 from mlx_gptoss.server.http.errors import ApiError
@@ -119,7 +119,7 @@ class Job:
     def _observe(self, index: int, event: Any) -> None:
         """Count what an event tells, and note the end of its generation."""
         metrics = self._jobs.metrics
-        if index in self._silent:
+        if index in self._silent and not isinstance(event, PromptProgress):
             self._silent.remove(index)
             metrics.first_event.observe(time.monotonic() - self._started)
         if isinstance(event, (Done, TokensDone)):

@@ -43,7 +43,8 @@ class TurnBuilder:
     """Collects what a request says, its turns in their order. Errors name the field that they are given.
 
     messages, preface: at first those of an earlier request, to go on from; preface are the instructions that
-    came as messages before the first turn. today: the date for the system message.
+    came as messages before the first turn. today: the date for the system message. progress: see
+    TurnOptions.
     """
 
     settings: ServerSettings
@@ -52,6 +53,7 @@ class TurnBuilder:
     messages: list[Message | AssistantTurn]
     preface: list[str]
     effort: ReasoningEffort = "medium"
+    progress: bool = False
     _tools: list[Tool] = field(default_factory=list)
     _choice: ToolChoice = "auto"
     _format: ResponseFormat | None = None
@@ -163,5 +165,5 @@ class TurnBuilder:
     ) -> TurnRequest:
         """The turn that follows the conversation; names: see TurnRequest."""
         conversation = self.conversation(instructions)
-        options = TurnOptions(params, self._format, self._choice, False, reasoning_budget)
+        options = TurnOptions(params, self._format, self._choice, False, reasoning_budget, self.progress)
         return TurnRequest(conversation, options, {**self._names, **names}, self._strict, tuple(self.preface))
