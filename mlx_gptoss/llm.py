@@ -33,7 +33,7 @@ from mlx_gptoss.grammar import Schema
 from mlx_gptoss.harmony import Conversation, Done, Event, Reply
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
-from mlx_gptoss.sampling import SamplingParams, TokenConstraint
+from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.tools.call import ToolLike
 
@@ -145,6 +145,22 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
         return self.engine.logits(token_ids)
+
+    def score(
+        self,
+        token_ids: Sequence[int],
+        top: int = 0,
+        *,
+        keep: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[TokenLogprobs]:
+        """The log-probabilities of a text's tokens from the second on, each after those before it.
+
+        top: alternatives reported at each place. keep: hold what was computed for a generation that goes on
+        from the text. `cancelled` is asked now and then, and True ends it early. Raises RequestError or
+        ContextLengthError.
+        """
+        return self.engine.score(token_ids, top, keep=keep, cancelled=cancelled)
 
     def generate(
         self,

@@ -7,10 +7,11 @@ a time (scheduler.py), each request from the longest prefix that was computed be
 from __future__ import annotations
 
 import queue
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,13 +19,16 @@ import numpy as np
 from mlx_gptoss.engine.options import EngineOptions
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.request import Request, Sink, TokenStream
-from mlx_gptoss.engine.runner import ModelRunner
+from mlx_gptoss.engine.runner import KVCache, ModelRunner
+from mlx_gptoss.engine.sampler import read_scores
 from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import DrafterFactory
 from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, RequestError
-from mlx_gptoss.sampling import SamplingParams, TokenConstraint
+from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
+
+Read = TypeVar("Read")
 
 
 class Engine:
@@ -56,6 +60,7 @@ class Engine:
         self.worker = worker
         self._runner: ModelRunner | None = runner
         self._vocab_size = runner.vocab_size
+        self._scoring = threading.Lock()
         scheduler = Scheduler(
             runner,
             budget=kv_budget,
@@ -75,20 +80,63 @@ class Engine:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
         tokens = self.check(token_ids, room=0)
-        runner = self._runner
-        if runner is None:
-            raise GptOssError("the engine is closed: load the model again")
-        cache = self.worker.call(runner.make_cache)
+        rows = self._forced(tokens, self._cache(), lambda logits, start: np.array(logits.astype(mx.float32)))
+        return np.concatenate(list(rows))
 
-        def run(chunk: list[int]) -> np.ndarray:
-            out = runner.forward(mx.array(chunk, mx.int32), [(len(chunk), cache)])
+    def score(
+        self,
+        token_ids: Sequence[int],
+        top: int = 0,
+        *,
+        keep: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[TokenLogprobs]:
+        """The log-probabilities of a text's tokens from the second on, each after those before it.
+
+        top: alternatives reported at each place. keep: hold what was computed for a request that goes on
+        from the text. One text is scored at a time, beside the running requests; `cancelled` is asked after
+        each of its chunks, and True ends it with what there is.
+        """
+        SamplingParams(logprobs=top).check_vocabulary(self._vocab_size)
+        tokens = self.check(token_ids, room=0)
+
+        def read(logits: mx.array, start: int) -> list[TokenLogprobs]:
+            following = tokens[start + 1 : start + 1 + len(logits)]
+            return read_scores(logits[: len(following)], following, top)
+
+        scores: list[TokenLogprobs] = []
+        with self._scoring:
+            cache = self._cache()
+            for chunk in self._forced(tokens, cache, read):
+                scores += chunk
+                if cancelled():
+                    return scores
+            if keep:
+                self.worker.call(lambda: self.scheduler.keep(tokens, cache))
+        return scores
+
+    def _cache(self) -> KVCache:
+        """Caches for a text that is no request's."""
+        if self._runner is None:
+            raise GptOssError("the engine is closed: load the model again")
+        return self.worker.call(self._runner.make_cache)
+
+    def _forced(
+        self, tokens: list[int], cache: KVCache, read: Callable[[mx.array, int], Read]
+    ) -> Iterator[Read]:
+        """Run the model on given tokens. read: told the logits [n, vocab] of those from a place on."""
+
+        def run(start: int, chunk: list[int]) -> Read:
+            if self._runner is None:
+                raise GptOssError("the engine is closed: load the model again")
+            out = self._runner.forward(mx.array(chunk, mx.int32), [(len(chunk), cache)])
             assert out is not None
-            return np.array(out.astype(mx.float32))
+            return read(out, start)
 
         # One job a chunk, so that running requests go on in between.
         step = self.options.prefill_chunk
-        chunks = [tokens[start : start + step] for start in range(0, len(tokens), step)]
-        return np.concatenate([self.worker.call(partial(run, chunk)) for chunk in chunks])
+        for start in range(0, len(tokens), step):
+            yield self.worker.call(partial(run, start, tokens[start : start + step]))
 
     def generate(
         self,

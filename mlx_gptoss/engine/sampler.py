@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
+
+# Rows scored at a time: each is as long as the vocabulary, several times over.
+SCORED_ROWS = 64
 
 
 class Sampler:
@@ -135,3 +139,23 @@ def read_logprobs(arrays: tuple[mx.array, mx.array, mx.array]) -> TokenLogprobs:
     chosen, ids, values = arrays
     pairs = zip(np.array(ids).tolist(), np.array(values).tolist(), strict=True)
     return TokenLogprobs(float(np.asarray(chosen)[0]), tuple((int(i), float(v)) for i, v in pairs))
+
+
+def read_scores(logits: mx.array, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Logits [n, vocab] and the token that followed each row, [n] -> their log-probabilities, as numbers."""
+    scores: list[TokenLogprobs] = []
+    for start in range(0, len(tokens), SCORED_ROWS):
+        following = mx.array(list(tokens[start : start + SCORED_ROWS]), mx.int32)[:, None]
+        rows = logits[start : start + SCORED_ROWS].astype(mx.float32)
+        logprobs = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        ids = (
+            mx.argpartition(-logprobs, top - 1, axis=-1)[:, :top]
+            if top
+            else mx.zeros((len(rows), 0), mx.int32)
+        )
+        places = mx.concatenate([following, ids.astype(mx.int32)], axis=-1)
+        values = np.array(mx.take_along_axis(logprobs, places, axis=-1))
+        for row, found in zip(values.tolist(), np.array(ids).tolist(), strict=True):
+            best = sorted(zip(found, row[1:], strict=True), key=lambda pair: -pair[1])
+            scores.append(TokenLogprobs(row[0], tuple(best)))
+    return scores

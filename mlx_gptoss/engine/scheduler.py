@@ -28,6 +28,7 @@ from mlx_gptoss.engine.sequence import Piece, Sequence
 from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
 from mlx_gptoss.engine.stats import Counters, EngineStats
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
+from mlx_gptoss.model.cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
@@ -470,11 +471,17 @@ class Scheduler:
         """Move what a sequence's caches hold to the store."""
         n = min(cache.offset, len(r.tokens))
         if n == cache.length or n == len(r.tokens):
-            last = cache.snapshot(n, cache.window_history + STATE_SLACK)
-            states = [s for s in (*r.states, last) if s is not None and s.end <= n]
-            tokens = np.array(r.tokens[:n], np.int32)
-            self.store.insert(tokens, cache, states, min(n, self._pinned_tokens(r.request.prompt)))
-            self.store.shrink(self.budget - self.live_bytes)
+            self.keep(r.tokens[:n], cache, r.states, min(n, self._pinned_tokens(r.request.prompt)))
+
+    def keep(
+        self, tokens: list[int], cache: KVCache, states: Iterable[WindowState] = (), pinned: int = 0
+    ) -> None:
+        """Move what a cache holds of these tokens to the store, with window states taken on the way."""
+        n = len(tokens)
+        last = cache.snapshot(n, cache.window_history + STATE_SLACK)
+        states = [s for s in (*states, last) if s is not None and s.end <= n]
+        self.store.insert(np.array(tokens, np.int32), cache, states, pinned)
+        self.store.shrink(self.budget - self.live_bytes)
 
     def _close(self, r: Sequence, reason: FinishReason) -> None:
         if not r.request.background:

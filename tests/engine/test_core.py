@@ -265,6 +265,49 @@ def test_logprobs_are_those_of_the_logits(llm: LLM) -> None:
         assert [i for i, _ in output.logprobs.top] == np.argsort(-row)[:2].tolist()
 
 
+@pytest.mark.parametrize("length", [1, 2, 32, 33, 90])
+def test_scores_are_those_of_the_logits(llm: LLM, length: int) -> None:
+    tokens = prompt(101, length)
+    rows = llm.logits(tokens).astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    scores = llm.score(tokens, 3)
+    assert len(scores) == length - 1
+    for row, token, found in zip(rows[:-1], tokens[1:], scores, strict=True):
+        assert abs(found.logprob - row[token]) < 1e-4
+        assert [i for i, _ in found.top] == np.argsort(-row)[:3].tolist()
+        assert all(abs(value - row[i]) < 1e-4 for i, value in found.top)
+    assert [s.logprob for s in llm.score(tokens)] == [s.logprob for s in scores]
+
+
+def test_what_was_computed_for_scores_is_kept_when_asked(llm: LLM) -> None:
+    for seed, keep in ((104, False), (105, True)):
+        tokens = prompt(seed, 70)
+        llm.score(tokens, keep=keep)
+        stream = llm.submit(tokens, GREEDY)
+        found = [o.token_id for o in stream]
+        assert stream.cached_tokens == (69 if keep else 0)
+        assert found[0] == int(llm.logits(tokens)[-1].argmax())
+
+
+def test_scoring_ends_when_it_is_told_to_and_runs_beside_requests(llm: LLM) -> None:
+    asked: list[bool] = []
+
+    def cancelled() -> bool:
+        asked.append(True)
+        return True
+
+    assert len(llm.score(prompt(102, 90), cancelled=cancelled)) == 32 and len(asked) == 1
+    params = SamplingParams(stop_token_ids=(), temperature=0.0, max_tokens=40)
+    alone = [o.token_id for o in llm.submit(prompt(103, 10), params)]
+    stream = llm.submit(prompt(103, 10), params)
+    scores = llm.score(prompt(102, 90))
+    assert [o.token_id for o in stream] == alone and len(scores) == 89
+    with pytest.raises(RequestError, match="logprobs is 301"):
+        llm.score([1, 2], 301)
+    with pytest.raises(ContextLengthError):
+        llm.score([1] * (llm.max_context + 1))
+
+
 def test_wrong_requests_are_told_before_they_run(llm: LLM) -> None:
     with pytest.raises(RequestError, match="empty"):
         llm.submit([])
