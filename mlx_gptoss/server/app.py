@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from mlx_gptoss.server import status_routes
+from mlx_gptoss.server import models_routes, status_routes
 from mlx_gptoss.server.anthropic import messages_routes
 from mlx_gptoss.server.gate import Gate
 from mlx_gptoss.server.http.errors import install_handlers
-from mlx_gptoss.server.openai import chat_routes, completions_routes, models_routes, responses_routes
+from mlx_gptoss.server.openai import chat_routes, completions_routes, responses_routes
 from mlx_gptoss.server.page import routes as page
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -85,7 +86,7 @@ class Gate:
         lease = BodyLease(self._budget)
         unread = True  # whether some of the body may still come
         body: bytes | None = None
-        extra = list(HEADERS)
+        extra = [*HEADERS, *_request_id()]
         settings = self._state.settings
 
         async def send_checked(message: Message) -> None:
@@ -158,6 +159,12 @@ class Gate:
         self._state.metrics.requests.labels(route or "other", str(status)).inc()
         path = route or visible(scope["path"][:MAX_PATH])
         logger.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
+
+
+def _request_id() -> list[tuple[bytes, bytes]]:
+    """A name for the request, under which OpenAI's and Anthropic's SDKs tell of it."""
+    name = f"req_{secrets.token_hex(12)}".encode()
+    return [(b"request-id", name), (b"x-request-id", name)]
 
 
 def _replay(body: bytes, receive: Receive, lease: BodyLease) -> Receive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from mlx_gptoss.chat.generation import Cancellable
 from mlx_gptoss.engine.request import Sink
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.grammar import ResponseFormat
-from mlx_gptoss.harmony import Message
+from mlx_gptoss.harmony import Conversation, Message, render
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore
@@ -27,6 +28,8 @@ from mlx_gptoss.server.translate.turn import TurnBuilder, TurnRequest
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
+
+COUNTED_CONTEXTS = 8  # a client counts to learn how much too long its conversation is
 
 
 class ServerState:
@@ -86,6 +89,12 @@ class ServerState:
                 raise
         loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
         return await self.start(replace(asked, options=loose, strict=True), count)
+
+    async def count(self, conversation: Conversation) -> int:
+        """The tokens of a rendered conversation. Raises ContextLengthError for more than a few contexts."""
+        llm = self.ready()
+        limit = COUNTED_CONTEXTS * llm.max_context
+        return len(await asyncio.to_thread(render, conversation, llm.tokenizer, limit=limit))
 
     @staticmethod
     def today() -> str:

@@ -255,6 +255,39 @@ def test_anthropic_messages_run_a_tool(url: str) -> None:
             client.messages.create(model="any", max_tokens=0, messages=messages)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_tool_runner_completes_its_loop(scripted_url: str, stream: bool) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the weather in a city."""
+        return f"sunny in {city}"
+
+    with anthropic.Anthropic(base_url=scripted_url, api_key=KEY, max_retries=0) as client:
+        runner: Any = client.beta.messages.tool_runner(
+            model="any",
+            max_tokens=300,
+            tools=[get_weather],
+            messages=[{"role": "user", "content": QUESTION}],
+            stream=stream,
+        )
+        replies = [reply.get_final_message() if stream else reply for reply in runner]
+        assert [reply.stop_reason for reply in replies] == ["tool_use", "end_turn"]
+        assert replies[-1].content[-1].text == "The tool says: sunny in Paris"
+        assert stream or replies[-1]._request_id
+        [model] = client.models.list(limit=10)
+        assert client.models.retrieve(model.id) == model
+
+
+def test_anthropics_parse_gives_an_object(url: str) -> None:
+    text: Any = [{"role": "user", "content": "Anna is 31 years old and lives in Rome."}]
+    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
+        for messages in (client.messages, client.beta.messages):
+            if not hasattr(messages, "parse"):
+                continue
+            parsed: Any = messages.parse(model="any", max_tokens=300, messages=text, output_format=Person)
+            assert isinstance(parsed.parsed_output, Person)
+
+
 # --- node, where `make clients` has fetched the packages
 
 NODE = Path(os.environ.get("GPTOSS_NODE_CLIENTS", Path(__file__).parent / "clients"))

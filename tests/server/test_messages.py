@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, ModelInfo, RawMessageStreamEvent
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
 
-from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.errors import ContextLengthError, SchemaError
 from mlx_gptoss.harmony import render
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
@@ -193,6 +193,51 @@ def test_a_format_is_asked_of_the_llm(ask: Callable[..., Any], llm: ScriptedLLM)
     assert llm.seen[-1][1]["schema"] == schema
 
 
+def test_the_older_name_of_a_format_counts_as_well(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    ask(output_format={"type": "json_schema", "schema": schema})
+    assert llm.seen[-1][1]["schema"] == schema
+
+
+def test_a_thread_is_refused_in_the_words_upon_which_sdks_send_the_whole_conversation(
+    ask: Callable[..., Any],
+) -> None:
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        error = ask(thread=thread, status=400)["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert ask(thread=None, mcp_servers=[])["stop_reason"] == "end_turn"
+
+
+@pytest.mark.parametrize("at_least", [False, True])
+def test_a_prompt_that_is_too_long_is_told_as_clients_read_it(
+    ask: Callable[..., Any], llm: ScriptedLLM, tokenizer: Tokenizer, at_least: bool
+) -> None:
+    llm.write = lambda *_: ContextLengthError(5000, 4096, at_least=at_least)
+    error = ask("x" * 6000, status=400)["error"]
+    tokens = len(render(llm.seen[-1][0], tokenizer)) if at_least else 5000
+    assert error["message"] == f"prompt is too long: {tokens} tokens > 4096 maximum"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+def test_counting_stops_at_a_few_contexts(ask: Callable[..., Any], llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: ContextLengthError(5000, 4096, at_least=True)
+    message = ask("x" * 400_000, status=400)["error"]["message"]
+    counted = int(message.removeprefix("prompt is too long: ").split()[0])
+    assert 8 * llm.max_context <= counted < 400_000
+
+
+def test_models_are_listed_as_anthropic_does_to_its_clients(scripted: TestClient) -> None:
+    version = {"anthropic-version": "2023-06-01"}
+    page = scripted.get("/v1/models", headers=version).json()
+    [model] = [ModelInfo.model_validate(model) for model in page.pop("data")]
+    assert page == {"has_more": False, "first_id": model.id, "last_id": model.id}
+    assert (model.id, model.type, model.max_input_tokens) == ("scripted", "model", 4096)
+    assert model.created_at.tzinfo is not None
+    assert scripted.get(f"/v1/models/{model.id}", headers=version).json()["display_name"] == model.id
+    assert scripted.get("/v1/models").json()["object"] == "list"
+
+
 def test_counted_tokens_are_those_of_the_rendered_prompt(
     ask: Callable[..., Any], scripted: TestClient, llm: ScriptedLLM, tokenizer: Tokenizer
 ) -> None:
@@ -224,6 +269,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER, WEATHER | {"input_schema": {"enum": ["x" * 300_000]}}]}, "tools[1].input_schema"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
     ({"tool_choice": {"type": "tool", "name": "nope"}}, "tool_choice"),
+    ({"mcp_servers": [{"type": "url", "url": "https://example.com", "name": "x"}]}, "mcp_servers"),
     ({"messages": [{"role": "user", "content": RESULT}]}, "messages[0].content[0].tool_use_id"),
 ]
 

@@ -563,3 +563,18 @@ def test_no_header_can_be_injected(wire: tuple[str, int]) -> None:
     data = b"GET /v1/models/a%0d%0aSet-Cookie:%20x=1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     head = send(wire, data).partition(b"\r\n\r\n")[0]
     assert head.startswith(b"HTTP/1.1 404") and b"set-cookie" not in head.lower()
+
+
+def test_every_response_has_a_name_of_its_own(tokenizer: Tokenizer) -> None:
+    client = client_of(tokenizer, api_key="k")
+    responses = [
+        client.get("/health"),
+        client.get("/nowhere"),
+        client.post(CHAT, json=HI),
+        client.post(CHAT, json=HI, headers={"Authorization": "Bearer k"}),
+        client.post(CHAT, json=HI, headers={"Host": "evil.example"}),
+    ]
+    assert [response.status_code for response in responses] == [200, 401, 401, 200, 403]
+    names = {response.headers["request-id"] for response in responses}
+    assert len(names) == len(responses)
+    assert all(response.headers["x-request-id"] == response.headers["request-id"] for response in responses)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import ReasoningEffort
+from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
@@ -70,6 +71,9 @@ class CountTokensRequest(RequestModel):
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the older name of output_config.format
+    mcp_servers: Items[Any] | None = None
+    thread: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
@@ -95,6 +99,13 @@ def translate(request: MessagesRequest, state: ServerState, caller: str) -> Turn
 
 def read(request: CountTokensRequest, state: ServerState, caller: str) -> TurnBuilder:
     """All of a request that its prompt shows. Raises RequestError naming the field at fault."""
+    _refuse_thread(request)
+    if request.mcp_servers:
+        raise RequestError(
+            "mcp_servers is not supported: this server connects to none for a request; declare their tools "
+            "as your own",
+            "mcp_servers",
+        )
     if request.messages[-1].role == "assistant":
         raise RequestError(
             "the last message is the assistant's: gpt-oss cannot go on from it; end with a user message",
@@ -108,8 +119,22 @@ def read(request: CountTokensRequest, state: ServerState, caller: str) -> TurnBu
     builder.tools(request.tools, _declaration, _tool_choice(request.tool_choice))
     if request.output_config and (wanted := request.output_config.format):
         builder.answer_format(wanted.type, "output_config.format", wanted.schema_)
+    elif wanted := request.output_format:
+        builder.answer_format(wanted.type, "output_format", wanted.schema_)
     builder.effort = _effort(request)
     return builder
+
+
+def _refuse_thread(request: CountTokensRequest) -> None:
+    """Refuse a conversation to be kept here, in the words upon which Anthropic's SDKs send all of it."""
+    if request.thread is not None:
+        raise ApiError(
+            400,
+            "thread is not supported: send the whole conversation in messages",
+            code="thread_unsupported_request",
+            param="thread",
+            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        )
 
 
 def _add_message(builder: TurnBuilder, message: AnthropicMessage, where: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import Request
 from fastapi.responses import Response
 
-from mlx_gptoss.harmony import Reply, render
+from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.harmony import Conversation, Reply
 from mlx_gptoss.server.anthropic.messages_request import (
     CountTokensRequest,
     MessagesRequest,
@@ -17,10 +16,9 @@ from mlx_gptoss.server.anthropic.messages_request import (
 )
 from mlx_gptoss.server.anthropic.messages_writer import MessageWriter, anthropic_error
 from mlx_gptoss.server.http.api import ApiRouter, caller_of
+from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
-
-COUNTED_CONTEXTS = 8  # a client counts to learn how much too long its conversation is
 
 
 def router(state: ServerState) -> ApiRouter:
@@ -32,7 +30,10 @@ def router(state: ServerState) -> ApiRouter:
         """Answer a conversation."""
         state.ready()
         asked = translate(body, state, caller_of(request))
-        job = await state.start(asked)
+        try:
+            job = await state.start(asked)
+        except ContextLengthError as error:
+            raise await _too_long(error, asked.conversation, state) from None
         writer = MessageWriter(state.model_name, job.prompt_tokens, show_thinking=shows_thinking(body))
 
         def remember(_: int, reply: Reply) -> None:
@@ -44,10 +45,19 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("/count_tokens")
     async def count_tokens(body: CountTokensRequest, request: Request) -> dict[str, int]:
         """How many tokens a conversation has when it is rendered, up to a few contexts."""
-        llm = state.ready()
         conversation = read(body, state, caller_of(request)).conversation()
-        limit = COUNTED_CONTEXTS * llm.max_context
-        tokens = await asyncio.to_thread(render, conversation, llm.tokenizer, limit=limit)
-        return {"input_tokens": len(tokens)}
+        return {"input_tokens": await state.count(conversation)}
 
     return routes
+
+
+async def _too_long(error: ContextLengthError, conversation: Conversation, state: ServerState) -> ApiError:
+    """The error in Anthropic's words, from which clients read how much they have to leave out."""
+    tokens, limit = error.prompt_tokens, error.max_context
+    if error.at_least:
+        try:
+            tokens = await state.count(conversation)
+        except ContextLengthError as far_too_long:
+            tokens = far_too_long.prompt_tokens
+    message = f"prompt is too long: {tokens} tokens > {limit} maximum"
+    return ApiError(400, message, code="context_length_exceeded", param=error.field)

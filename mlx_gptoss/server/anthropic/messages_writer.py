@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.http.errors import ApiError, openai_error
 from mlx_gptoss.server.running import sse
-from mlx_gptoss.server.running.answer import Json, Writer
+from mlx_gptoss.server.running.answer import Json, Writer, arguments_object
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
 
@@ -30,7 +29,10 @@ ERROR_TYPES = {
 def anthropic_error(error: ApiError) -> Json:
     """The body of an error in Anthropic's shape, with its types; OpenAI's other fields are in it, too."""
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"type": "error", **openai_error(error, ERROR_TYPES.get(error.status, other))}
+    body = openai_error(error, ERROR_TYPES.get(error.status, other))
+    if error.details is not None:
+        body["error"]["details"] = error.details
+    return {"type": "error", **body}
 
 
 class MessageWriter(Writer):
@@ -115,7 +117,7 @@ class MessageWriter(Writer):
             delta = {"type": "signature_delta", "signature": block["signature"]}
             yield {"type": "content_block_delta", "index": self._index, "delta": delta}
         elif self._kind == "tool_use":
-            block["input"] = parse_arguments(text)
+            block["input"] = arguments_object(text)
         else:
             block["text"] = text
             self.answer += text
@@ -135,12 +137,3 @@ class MessageWriter(Writer):
         self.message |= {**delta, "usage": counts}
         yield {"type": "message_delta", "delta": delta, "usage": counts}
         yield {"type": "message_stop"}
-
-
-def parse_arguments(text: str) -> Json:
-    """A call's arguments as an object; what a cut-off generation left of them is kept as text."""
-    try:
-        value = json.loads(text) if text.strip() else {}
-    except ValueError:
-        return {"unparsed": text}
-    return value if isinstance(value, dict) else {"value": value}

@@ -31,13 +31,17 @@ from mlx_gptoss.errors import (
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A request that is answered with an HTTP error. `param` names the field at fault."""
+    """A request that is answered with an HTTP error. `param` names the field at fault.
+
+    details: more for programs to read, where the API's errors have a place for it.
+    """
 
     status: int
     message: str
     _: KW_ONLY
     code: str | None = None
     param: str | None = None
+    details: dict[str, Any] | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
@@ -28,9 +29,11 @@ class Writer(ABC):
 
     One writer serves both ways of answering, so both tell the same. An event may refer to the body, which
     grows: it has to be encoded before the next is asked for. end: what closes the stream after all events.
+    heartbeat: what is sent while nothing comes.
     on_reply: told the index of a generation and what it came to, before the client hears of its end.
     """
 
+    media_type = "text/event-stream"
     heartbeat = sse.HEARTBEAT
     end = b""
     on_reply: OnReply = staticmethod(lambda index, reply: None)
@@ -64,7 +67,7 @@ class Writer(ABC):
 async def answer(job: Job, writer: Writer, request: Request, stream: bool | None) -> Response:
     """Answer with what a job generates. A client that goes away cancels it."""
     if stream:
-        return sse.EventStream(_chunks(job, writer), job)
+        return sse.EventStream(_chunks(job, writer), job, writer.media_type)
     watcher = asyncio.create_task(sse.on_disconnect(request.receive, job.close))
     try:
         async for batch in job.batches():
@@ -94,6 +97,15 @@ async def _chunks(job: Job, writer: Writer) -> AsyncIterator[bytes]:
         if api.code == "internal_error":
             logger.error("a stream failed: %s", type(error).__name__, exc_info=error)
         yield b"".join(map(writer.frame, writer.failure(api)))
+
+
+def arguments_object(text: str) -> Json:
+    """A call's arguments as an object; what a cut-off generation left of them is kept as text."""
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except ValueError:
+        return {"unparsed": text}
+    return value if isinstance(value, dict) else {"value": value}
 
 
 def _taken(writer: Writer, index: int, event: Any) -> Iterable[Json]:

@@ -52,9 +52,9 @@ class EventStream(StreamingResponse):
     early; here the generations behind the stream are always released.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], job: Job) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], job: Job, media_type: str) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, headers=headers, media_type="text/event-stream")
+        super().__init__(chunks, headers=headers, media_type=media_type)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
