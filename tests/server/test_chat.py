@@ -264,6 +264,77 @@ def test_formats_reach_the_llm(ask: Callable[..., Any], llm: ScriptedLLM) -> Non
     assert llm.seen[-1][1]["json_object"] is True
 
 
+SHAPE = {"type": "object", "properties": {"n": {"type": "integer"}}}
+GRAMMAR = 'start: "yes" | "no"'
+SPELLINGS: list[tuple[dict[str, Any], tuple[str, Any]]] = [
+    ({"guided_json": SHAPE}, ("schema", SHAPE)),
+    ({"guided_json": json.dumps(SHAPE)}, ("schema", SHAPE)),
+    ({"guided_regex": "yes|no"}, ("regex", "yes|no")),
+    ({"guided_choice": ["yes", "no"]}, ("choices", ["yes", "no"])),
+    ({"guided_grammar": GRAMMAR}, ("lark", GRAMMAR)),
+    ({"structured_outputs": {"json": SHAPE}}, ("schema", SHAPE)),
+    ({"structured_outputs": {"regex": "yes|no"}}, ("regex", "yes|no")),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, ("choices", ["yes", "no"])),
+    ({"structured_outputs": {"grammar": GRAMMAR}}, ("lark", GRAMMAR)),
+    ({"structured_outputs": {"json_object": True}}, ("json_object", True)),
+    ({"response_format": {"type": "text"}, "guided_regex": "yes"}, ("regex", "yes")),
+]
+
+
+@pytest.mark.parametrize(("fields", "form"), SPELLINGS)
+def test_forms_reach_the_llm_in_the_spelling_of_vllms_clients(
+    ask: Callable[..., Any], llm: ScriptedLLM, fields: dict[str, Any], form: tuple[str, Any]
+) -> None:
+    ask(**fields)
+    shape = llm.seen[-1][1]["response_format"]
+    assert (shape.kind, shape.value) == form
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        ("schema", {"guided_json": SHAPE}, "guided_json"),
+        ("regex", {"guided_regex": "("}, "guided_regex"),
+        ("choices", {"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ("lark", {"structured_outputs": {"grammar": "?"}}, "structured_outputs.grammar"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_named_as_it_was_sent(
+    ask: Callable[..., Any], llm: ScriptedLLM, kind: str, fields: dict[str, Any], param: str
+) -> None:
+    llm.write = lambda *_: SchemaError(f"{kind}: no", kind)
+    error = ask(status=400, **fields)["error"]
+    assert (error["param"], error["message"]) == (param, f"{param}: no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort", "budget", "shown"),
+    [
+        ({"reasoning": {"effort": "high"}}, "high", None, True),
+        ({"reasoning": {"effort": "high"}, "reasoning_effort": "low"}, "low", None, True),
+        ({"reasoning": {"max_tokens": 100}}, "medium", 100, True),
+        ({"reasoning": {"enabled": False}}, "low", None, True),
+        ({"reasoning": {"exclude": True}}, "medium", None, False),
+        ({"include_reasoning": False}, "medium", None, False),
+    ],
+)
+def test_reasoning_is_asked_for_as_openrouters_clients_do(
+    ask: Callable[..., Any],
+    llm: ScriptedLLM,
+    fields: dict[str, Any],
+    effort: str,
+    budget: int | None,
+    shown: bool,
+) -> None:
+    message = ask(**fields)["choices"][0]["message"]
+    conversation, options = llm.seen[-1]
+    assert (conversation.reasoning_effort, options["reasoning_budget"]) == (effort, budget)
+    assert ("reasoning" in message) == shown
+    messages, _ = accumulate(ask(stream=True, **fields))
+    assert messages[0]["content"] == "You said: hi"
+    assert bool(messages[0].get("reasoning")) == shown
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_schema_that_cannot_be_enforced_is_shown_unless_it_is_strict(
     ask: Callable[..., Any], llm: ScriptedLLM, stream: bool
@@ -392,6 +463,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "x"}, "guided_regex"),
+    ({"guided_json": {}, "structured_outputs": {"regex": "x"}}, "structured_outputs.regex"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+    ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
     ({"functions": []}, "functions"),
     ({"audio": {}}, "audio"),
     ({"modalities": ["text", "audio"]}, "modalities"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from openai.types import Completion
 
-from mlx_gptoss.errors import ContextLengthError
+from mlx_gptoss.engine.request import TokenOutput, TokensDone
+from mlx_gptoss.errors import ContextLengthError, GptOssError
+from mlx_gptoss.sampling import TokenLogprobs
+from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_llm import ScriptedLLM
 from tests.support.server_help import read_events
 
@@ -71,6 +75,84 @@ def test_raw_logprobs_are_those_of_the_text_streamed_or_not(scripted: TestClient
     assert "".join(piece["text"] for piece in pieces) == whole["text"]
     for name, values in whole["logprobs"].items():
         assert [value for piece in pieces for value in piece["logprobs"][name]] == values
+
+
+def test_an_echo_with_logprobs_scores_the_prompt(scripted: TestClient) -> None:
+    choice = complete(scripted, prompt="hip", echo=True, logprobs=1, max_tokens=2)["choices"][0]
+    assert choice["text"] == "hipab"
+    scores = choice["logprobs"]
+    assert scores["tokens"] == ["h", "i", "p", "a", "b"]
+    assert scores["token_logprobs"] == [None, -0.5, -1.0, -0.25, -0.25]
+    assert scores["top_logprobs"] == [None, {"i": -0.5}, {"p": -1.0}, {"a": -0.25}, {"b": -0.25}]
+    assert scores["text_offset"] == [0, 1, 2, 3, 4]
+
+
+def test_a_prompt_is_scored_without_going_on(scripted: TestClient, llm: ScriptedLLM) -> None:
+    llm.submitted.clear()
+    body = complete(scripted, prompt=[[104, 105], [112]], echo=True, logprobs=0, max_tokens=0)
+    assert [choice["text"] for choice in body["choices"]] == ["hi", "p"]
+    assert [choice["logprobs"]["token_logprobs"] for choice in body["choices"]] == [[None, -0.5], [None]]
+    assert all(choice["finish_reason"] == "length" for choice in body["choices"])
+    assert body["usage"]["prompt_tokens"] == 3 and body["usage"]["completion_tokens"] == 0
+    assert complete(scripted, max_tokens=0)["choices"][0]["text"] == ""
+    assert complete(scripted, max_tokens=0, echo=True)["choices"][0]["text"] == "hi"
+    assert llm.submitted == []
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_scored_stream_adds_up(scripted: TestClient, most: int) -> None:
+    fields = {"prompt": "hip", "echo": True, "logprobs": 1, "max_tokens": most}
+    whole = complete(scripted, **fields)["choices"][0]
+    events = read_events(complete(scripted, stream=True, **fields))
+    pieces = [data["choices"][0] for _, data in events[:-1]]
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for piece in pieces for value in piece["logprobs"][name]] == values
+
+
+def test_a_prompt_that_cannot_be_scored_is_an_error(
+    scripted: TestClient, llm: ScriptedLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    assert complete(scripted, 400, **fields | {"prompt": [97] * 4097})["error"]["param"] == "prompt"
+    room = {"prompt": [97] * 4096, "echo": True, "logprobs": 1}
+    assert complete(scripted, 400, **room)["error"]["param"] == "prompt"
+
+    def score(*_: Any, **__: Any) -> Any:
+        raise GptOssError("the engine failed")
+
+    monkeypatch.setattr(llm, "score", score)
+    assert complete(scripted, 500, **fields)["error"]["code"] == "engine_error"
+
+
+def test_control_tokens_stay_out_of_the_text_unless_asked_for(
+    scripted: TestClient, llm: ScriptedLLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    special = tokenizer.special
+    said = [special.channel, *tokenizer.encode("final"), special.message, *tokenizer.encode("hi")]
+
+    def submit(tokens: Any, *_: Any, sink: Any, **__: Any) -> Any:
+        for token in [*said, special.return_]:
+            sink(TokenOutput(token, TokenLogprobs(-0.25, ((token, -0.25),))))
+        sink(TokensDone("stop", len(tokens), 0, len(said) + 1))
+        return SimpleNamespace(prompt_tokens=len(tokens), cancel=lambda: None)
+
+    monkeypatch.setattr(llm, "submit", submit)
+    prompt = [special.start, *tokenizer.encode("assistant")]
+    fields = {"prompt": prompt, "echo": True, "logprobs": 1}
+    plain = complete(scripted, **fields)["choices"][0]
+    assert plain["text"] == "assistantfinalhi" and plain["finish_reason"] == "stop"
+    full = complete(scripted, **fields, skip_special_tokens=False)["choices"][0]
+    assert full["text"] == "<|start|>assistant<|channel|>final<|message|>hi"
+    for choice in (plain, full):
+        scores = choice["logprobs"]
+        # Every token has its scores, the one that ended it included: evaluations count on that.
+        assert len(scores["tokens"]) == len(prompt) + len(said) + 1
+        assert scores["tokens"][-1] == "<|return|>"
+        for token, start in zip(scores["tokens"], scores["text_offset"], strict=True):
+            assert choice["text"].startswith(token, start) or token.startswith("<|")
+    spelled = complete(scripted, prompt="x<|end|>", max_tokens=0, echo=True)["choices"][0]["text"]
+    assert spelled == "x<|end|>", "text that spells one is text"
 
 
 @pytest.mark.parametrize(

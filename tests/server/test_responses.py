@@ -14,9 +14,10 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 from mlx_gptoss.errors import ContextLengthError, SchemaError
-from mlx_gptoss.harmony import Message
+from mlx_gptoss.harmony import Message, render
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore, StoredResponse
+from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
 
@@ -70,7 +71,7 @@ def replay(text: str) -> dict[str, Any]:
         elif kind.endswith(".delta"):
             assert data["item_id"] == open_item and data["output_index"] == len(items)
             pieces[data["item_id"]] += data["delta"]
-        elif kind in ("output_text.done", "reasoning_text.done"):
+        elif kind in ("output_text.done", "reasoning_text.done", "reasoning_summary_text.done"):
             assert data["text"] == pieces[data["item_id"]]
         elif kind == "function_call_arguments.done":
             assert data["arguments"] == pieces[data["item_id"]]
@@ -103,12 +104,49 @@ def test_an_answer_has_reasoning_a_message_and_usage(ask: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tools": [WEATHER]}, {"top_logprobs": 1}], ids=["text", "call", "scores"]
+    "fields",
+    [{}, {"tools": [WEATHER]}, {"top_logprobs": 1}, {"reasoning": {"summary": "auto"}}],
+    ids=["text", "call", "scores", "summary"],
 )
 def test_a_stream_adds_up_to_the_answer_in_one_piece(ask: Callable[..., Any], fields: dict[str, Any]) -> None:
     whole = ask("hello", **fields)
     streamed = replay(ask("hello", stream=True, **fields))
     assert without_ids(streamed) == without_ids(whole)
+
+
+@pytest.mark.parametrize("asked", [{"summary": "detailed"}, {"generate_summary": "auto"}])
+def test_a_summary_is_the_reasoning(ask: Callable[..., Any], asked: dict[str, str]) -> None:
+    body = ask("hello", reasoning=asked)
+    assert body["reasoning"] == {"effort": "medium", "summary": next(iter(asked.values()))}
+    item = Response.model_validate(body).output[0]
+    assert item.type == "reasoning"
+    assert [(part.type, part.text) for part in item.summary] == [("summary_text", "The user asks.")]
+    assert item.content and item.content[0].text == "The user asks.", "to be sent back"
+    kinds = [name for name, _ in read_events(ask("hello", reasoning=asked, stream=True))]
+    told = [kind.removeprefix("response.") for kind in kinds if kind and "reasoning" in kind]
+    assert told[0] == "reasoning_summary_part.added" and told[-1] == "reasoning_summary_part.done"
+    assert set(told[1:-2]) == {"reasoning_summary_text.delta"} and told[-2] == "reasoning_summary_text.done"
+    assert ask("hello")["output"][0]["summary"] == []
+
+
+def test_input_tokens_are_those_of_the_rendered_prompt(
+    ask: Callable[..., Any], scripted: TestClient, llm: ScriptedLLM, tokenizer: Tokenizer
+) -> None:
+    first = ask("hello", tools=[WEATHER], instructions="Be brief.")
+    counted = scripted.post(
+        "/v1/responses/input_tokens",
+        json={"input": "hello", "tools": [WEATHER], "instructions": "Be brief."},
+    ).json()
+    assert counted == {
+        "object": "response.input_tokens",
+        "input_tokens": len(render(llm.seen[-1][0], tokenizer)),
+    }
+    longer = scripted.post(
+        "/v1/responses/input_tokens", json={"input": "and?", "previous_response_id": first["id"]}
+    )
+    assert longer.json()["input_tokens"] > 0
+    wrong = scripted.post("/v1/responses/input_tokens", json={"input": "x", "conversation": "conv_1"})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "conversation"
 
 
 def test_a_preamble_is_a_message_of_its_own(ask: Callable[..., Any], llm: ScriptedLLM) -> None:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
@@ -33,9 +35,11 @@ from mlx_gptoss.harmony import (
     ToolCallDelta,
     Usage,
 )
+from mlx_gptoss.model.config import read_config
 from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 
+DEMO = Path(str(files("mlx_gptoss"))) / "demo_model"
 PIECE = 4  # characters in a delta
 
 
@@ -136,6 +140,8 @@ class ScriptedLLM:
 
     def __init__(self, tokenizer: Tokenizer, write: Write = answer, *, max_context: int = 4096) -> None:
         self.name = "scripted"
+        self.folder = DEMO
+        self.config = read_config(DEMO)[0]
         self.max_context = max_context
         self.tokenizer = tokenizer
         self.write = write
@@ -162,6 +168,7 @@ class ScriptedLLM:
         shape, params = turn.response_format, turn.params
         options = {
             "params": params,
+            "response_format": shape,
             "tool_choice": turn.tool_choice,
             "schema": shape.value if shape is not None and shape.kind == "schema" else None,
             "json_object": shape is not None and shape.kind == "json_object",
@@ -255,6 +262,20 @@ class ScriptedLLM:
             (token, TokenLogprobs(-0.5, ((token, -0.5),))) for token in self.tokenizer.encode(piece)
         )
         return TextDelta(piece, logprobs)
+
+    def score(
+        self,
+        token_ids: Sequence[int],
+        top: int = 0,
+        *,
+        keep: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[TokenLogprobs]:
+        """The second token has -0.5, and every other half more."""
+        return [
+            TokenLogprobs(-0.5 * place, ((token, -0.5 * place),) if top else ())
+            for place, token in enumerate(token_ids[1:], start=1)
+        ]
 
     def submit(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -11,7 +12,7 @@ from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
-from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, text_of
+from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, naming, text_of
 from mlx_gptoss.server.translate.sampling_fields import bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
@@ -59,12 +60,41 @@ class ChatFormat(RequestModel):
     json_schema: JsonSchemaFormat | None = None
 
 
+class StructuredOutputs(RequestModel):
+    """How vLLM's clients ask for a form of the answer."""
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Items[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+
+    unsupported: ClassVar = {"structural_tag": "declare tools, or give a JSON schema or a grammar"}
+
+
+class ChatReasoning(RequestModel):
+    """How OpenRouter's clients speak of reasoning."""
+
+    effort: Effort | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    exclude: bool | None = None
+    enabled: bool | None = None
+
+
 class ChatRequest(ChoicesRequest):
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     tools: Items[ChatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: ChatFormat | None = None
     reasoning_effort: Effort | None = None
+    reasoning: ChatReasoning | None = None
+    include_reasoning: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Items[str] | None = None
+    guided_grammar: str | None = None
     max_completion_tokens: int | None = bounded("max_tokens", None)
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -82,6 +112,17 @@ class ChatRequest(ChoicesRequest):
         "web_search_options": "this server has no web search; declare a tool of your own",
     }
 
+    @property
+    def effort(self) -> Effort:
+        """The reasoning effort as it was asked for."""
+        asked = self.reasoning or ChatReasoning()
+        return self.reasoning_effort or asked.effort or ("none" if asked.enabled is False else "medium")
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the reasoning is to be in the answer."""
+        return self.include_reasoning is not False and not (self.reasoning and self.reasoning.exclude)
+
 
 def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault."""
@@ -98,9 +139,9 @@ def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequ
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")
     builder.progress = bool(request.stream and request.return_progress)
-    builder.effort = EFFORTS[request.reasoning_effort or "medium"]
+    builder.effort = EFFORTS[request.effort]
     builder.tools(request.tools, _declaration, request.tool_choice)
-    _read_format(builder, request.response_format)
+    _read_format(builder, request)
     limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     names = {"max_tokens": limit, "logprobs": "top_logprobs"}
     params = sampling_params(
@@ -111,7 +152,8 @@ def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequ
         logit_bias=request.logit_bias,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    return builder.build(params, names)
+    budget = request.reasoning.max_tokens if request.reasoning else None
+    return builder.build(params, names, reasoning_budget=budget)
 
 
 def _add_message(builder: TurnBuilder, message: ChatMessage, where: str) -> None:
@@ -134,12 +176,59 @@ def _declaration(tool: ChatTool, where: str) -> Declaration:
     return tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters"
 
 
-def _read_format(builder: TurnBuilder, wanted: ChatFormat | None) -> None:
+def _read_format(builder: TurnBuilder, request: ChatRequest) -> None:
+    """The form of the answer, in whichever spelling it was asked for; raises RequestError for several."""
+    ways: dict[str, tuple[str, Any]] = {
+        "guided_json": ("json", request.guided_json),
+        "guided_regex": ("regex", request.guided_regex),
+        "guided_choice": ("choices", request.guided_choice),
+        "guided_grammar": ("lark", request.guided_grammar),
+    }
+    if (structured := request.structured_outputs) is not None:
+        with naming({"structural_tag": "structured_outputs.structural_tag"}):
+            structured.refuse_unsupported()
+        ways |= {
+            "structured_outputs.json": ("json", structured.json_),
+            "structured_outputs.regex": ("regex", structured.regex),
+            "structured_outputs.choice": ("choices", structured.choice),
+            "structured_outputs.grammar": ("lark", structured.grammar),
+            "structured_outputs.json_object": ("json_object", structured.json_object or None),
+        }
+    wanted = request.response_format
+    if wanted is not None and wanted.type == "text":
+        wanted = None
+    given = [where for where, (_, value) in ways.items() if value is not None]
+    if len(given) + (wanted is not None) > 1:
+        first = "response_format" if wanted is not None else given[0]
+        raise RequestError(f"{first} and {given[-1]} were given together: an answer has one form", given[-1])
+    if wanted is not None:
+        _read_response_format(builder, wanted)
+    for where in given:
+        kind, value = ways[where]
+        if kind == "json":
+            builder.answer_format("json_schema", where, _schema(value, where), nested=False)
+        elif kind == "json_object":
+            builder.answer_format("json_object", where)
+        else:
+            builder.answer_grammar(cast(Literal["regex", "lark", "choices"], kind), value, where)
+
+
+def _read_response_format(builder: TurnBuilder, wanted: ChatFormat) -> None:
     where = "response_format.json_schema"
-    if wanted is not None and wanted.json_schema is not None:
+    if wanted.json_schema is not None:
         shape = wanted.json_schema
         builder.answer_format(wanted.type, where, shape.schema_, shape.name, shape.strict)
-    elif wanted is not None and wanted.type == "json_schema":
+    elif wanted.type == "json_schema":
         raise RequestError(f"{where} is missing: give {{'name': …, 'schema': …}}", where)
-    elif wanted is not None:
+    else:
         builder.answer_format(wanted.type, where)
+
+
+def _schema(given: str | dict[str, Any], where: str) -> object:
+    """A schema, or the JSON text of one."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise RequestError(f"{where} is not JSON ({error}): give a JSON schema", where) from None

@@ -10,8 +10,8 @@ from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.openai.chat_request import ChatRequest
 from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body
-from mlx_gptoss.server.openai.logprobs import AnswerScores
 from mlx_gptoss.server.running.answer import Json
+from mlx_gptoss.server.running.logprobs import AnswerScores
 from mlx_gptoss.tokenizer import Tokenizer
 
 
@@ -22,12 +22,13 @@ class Choice:
     the reasoning, because the content must be nothing but that format.
     """
 
-    def __init__(self, scores: AnswerScores | None, structured: bool) -> None:
+    def __init__(self, scores: AnswerScores | None, *, structured: bool, shows_reasoning: bool) -> None:
         self.usage = events.Usage()
         self.finish_reason: str | None = None
         self.logprobs: list[Json] = []
         self._scores = scores
         self._structured = structured
+        self._shows_reasoning = shows_reasoning
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[Json] = []
@@ -40,6 +41,8 @@ class Choice:
             case events.PreambleDelta(text) if not self._structured:
                 self._gap = "\n\n"
                 delta = self._say(text)
+            case events.ReasoningDelta() | events.PreambleDelta() if not self._shows_reasoning:
+                return None
             case events.ReasoningDelta(text) | events.PreambleDelta(text):
                 self._reasoning.append(text)
                 delta = {"reasoning": text, "reasoning_content": text}
@@ -90,7 +93,11 @@ class ChatWriter(ChoicesWriter):
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__("chatcmpl", kind, model, request)
         self.choices = [
-            Choice(AnswerScores(tokenizer) if request.logprobs else None, structured)
+            Choice(
+                AnswerScores(tokenizer) if request.logprobs else None,
+                structured=structured,
+                shows_reasoning=request.shows_reasoning,
+            )
             for _ in range(request.n or 1)
         ]
         self._began = monotonic()

@@ -24,8 +24,15 @@ class CompletionRequest(ChoicesRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
     suffix: str | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    skip_special_tokens: bool | None = None
 
     unsupported: ClassVar = {"suffix": "gpt-oss does not fill in the middle"}
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt are to be scored as well."""
+        return bool(self.echo) and self.logprobs is not None
 
 
 def sampling_of(request: CompletionRequest) -> SamplingParams:
@@ -33,12 +40,10 @@ def sampling_of(request: CompletionRequest) -> SamplingParams:
     request.refuse_unsupported()
     if request.best_of not in (None, request.n or 1):
         raise RequestError("best_of is not supported: ask for n answers and choose yourself", "best_of")
-    if request.echo and request.logprobs is not None:
-        raise RequestError("echo with logprobs is not supported: the prompt is not scored", "echo")
     return sampling_params(
         request,
         {},
-        max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else max(1, request.max_tokens),
         stop=request.stop,
         logit_bias=request.logit_bias,
         logprobs=request.logprobs,

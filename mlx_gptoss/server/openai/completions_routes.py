@@ -10,10 +10,12 @@ from fastapi.responses import Response
 
 from mlx_gptoss.chat.generation import Cancellable
 from mlx_gptoss.engine.request import Sink
+from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.api import ApiRouter
 from mlx_gptoss.server.openai.completions_request import CompletionRequest, read_prompts, sampling_of
 from mlx_gptoss.server.openai.completions_writer import CompletionWriter
+from mlx_gptoss.server.openai.prompt_run import PromptRun
 from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.options import at_most
@@ -34,10 +36,17 @@ def router(state: ServerState) -> ApiRouter:
         count = body.n or 1
         at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)
+        llm = state.ready()
 
         def submit(where: str, tokens: list[int], seeded: SamplingParams, sink: Sink) -> Cancellable:
             with naming({"messages": where, "token_ids": where}):
-                return llm.submit(tokens, seeded, sink=sink)
+                if not body.scores_prompt and body.max_tokens != 0:
+                    return llm.submit(tokens, seeded, sink=sink)
+                if len(tokens) > llm.max_context - (body.max_tokens != 0):
+                    raise ContextLengthError(len(tokens), llm.max_context)
+            top = seeded.logprobs if body.scores_prompt else None
+            run = PromptRun(llm, tokens, top, None if body.max_tokens == 0 else seeded, sink)
+            return run.start(state.jobs.starters)
 
         starts = [
             partial(submit, where, tokens, seeded)

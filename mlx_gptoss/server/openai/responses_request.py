@@ -65,6 +65,8 @@ class TextConfig(RequestModel):
 
 class Reasoning(RequestModel):
     effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None  # its older name
 
 
 class ResponsesRequest(SamplingFields):
@@ -101,6 +103,11 @@ class ResponsesRequest(SamplingFields):
     def effort(self) -> Effort:
         """The reasoning effort as it was asked for."""
         return (self.reasoning.effort if self.reasoning else None) or "medium"
+
+    @property
+    def summary(self) -> str | None:
+        """The kind of summary that is asked for: all kinds are the reasoning itself."""
+        return (self.reasoning.summary or self.reasoning.generate_summary) if self.reasoning else None
 
     @property
     def format(self) -> TextFormat | None:

@@ -58,6 +58,13 @@ def router(state: ServerState) -> ApiRouter:
         writer.on_reply = keep
         return await answer(job, writer, request, body.stream)
 
+    @routes.post("/input_tokens")
+    async def count_input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
+        """How many tokens an input has when it is rendered, up to a few contexts."""
+        caller = caller_of(request)
+        asked = translate(body, input_items(body, state, caller), state, caller)
+        return {"object": "response.input_tokens", "input_tokens": await state.count(asked.conversation)}
+
     @routes.get("/{response_id}")
     async def retrieve_response(request: Request, response_id: str, stream: bool = False) -> dict[str, Any]:
         """A stored response."""
@@ -107,7 +114,8 @@ async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> t
                 raise
             tokens = error.prompt_tokens
             if error.at_least:
-                tokens = len(await asyncio.to_thread(render, conversation, state.ready().tokenizer))
+                tokenizer = state.ready().tokenizer
+                tokens = len(await asyncio.to_thread(render, conversation, tokenizer))
             # One token too many counts as well: room for the answer's first is needed.
             kept = drop_oldest(conversation.messages, max(1, tokens - error.max_context), tokens)
             if kept is None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.http.errors import ApiError
-from mlx_gptoss.server.openai.logprobs import AnswerScores
 from mlx_gptoss.server.openai.responses_request import ResponsesRequest, seal
 from mlx_gptoss.server.running.answer import Json, Writer
+from mlx_gptoss.server.running.logprobs import AnswerScores
 from mlx_gptoss.tokenizer import Tokenizer
 
 SEALED_REASONING = "reasoning.encrypted_content"
@@ -48,7 +48,7 @@ def new_body(request: ResponsesRequest, model: str) -> Json:
         "model": model,
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "reasoning": {"effort": request.effort, "summary": None},
+        "reasoning": {"effort": request.effort, "summary": request.summary},
         "service_tier": "default",
         "store": request.store is not False,
         "temperature": 1.0,
@@ -78,6 +78,7 @@ class ResponseWriter(Writer):
         self._scores = AnswerScores(tokenizer) if scored else None
         self._structured = structured
         self._sealed = request.includes(SEALED_REASONING)
+        self._summarises = request.summary is not None
         self._sequence = 0
         self._item: Json | None = None
         self._kind = ""
@@ -136,9 +137,23 @@ class ResponseWriter(Writer):
         place = {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
         return self._event(f"response.{kind}", **place, **fields)
 
-    def _part_event(self, kind: str, **fields: Any) -> Json:
-        """An event about the only part of the open item's content."""
-        return self._item_event(kind, content_index=0, **fields)
+    @property
+    def _is_summary(self) -> bool:
+        """Whether the open item's text is told as a summary."""
+        return self._kind == "reasoning" and self._summarises
+
+    def _text_event(self, what: str, **fields: Any) -> Json:
+        """An event about the text of the open item."""
+        if self._is_summary:
+            return self._item_event(f"reasoning_summary_text.{what}", summary_index=0, **fields)
+        return self._item_event(f"{self._text_kind}.{what}", content_index=0, **fields)
+
+    def _part_event(self, what: str, text: str) -> Json:
+        """An event about the only part of the open item."""
+        if self._is_summary:
+            part = {"type": "summary_text", "text": text}
+            return self._item_event(f"reasoning_summary_part.{what}", summary_index=0, part=part)
+        return self._item_event(f"content_part.{what}", content_index=0, part=self._part(text))
 
     def _whole_item(self, kind: str) -> Json:
         return self._event(f"response.{kind}", output_index=len(self.response["output"]) - 1, item=self._item)
@@ -158,10 +173,10 @@ class ResponseWriter(Writer):
             else:
                 item = {"id": _new_id("msg"), "type": "message", "role": "assistant", "phase": kind}
             yield from self._open(kind, item | {"content": []})
-            yield self._part_event("content_part.added", part=self._part(""))
+            yield self._part_event("added", "")
         self._pieces.append(text)
         self._logprobs += scores.get("logprobs", ())
-        yield self._part_event(f"{self._text_kind}.delta", delta=text, **scores)
+        yield self._text_event("delta", delta=text, **scores)
 
     @property
     def _text_kind(self) -> str:
@@ -185,12 +200,14 @@ class ResponseWriter(Writer):
         else:
             scores = {} if self._kind == "reasoning" else {"logprobs": self._logprobs}
             self._item["content"] = [self._part(text)]
+            if self._is_summary:
+                self._item["summary"] = [{"type": "summary_text", "text": text}]
             if self._kind == "reasoning" and self._sealed:
                 self._item["encrypted_content"] = seal(text)
             if self._kind == "final_answer":
                 self.answer += text
-            yield self._part_event(f"{self._text_kind}.done", text=text, **scores)
-            yield self._part_event("content_part.done", part=self._part(text))
+            yield self._text_event("done", text=text, **scores)
+            yield self._part_event("done", text)
         yield self._whole_item("output_item.done")
         self._item, self._kind = None, ""
 

@@ -118,17 +118,27 @@ class TurnBuilder:
         schema: object = None,
         name: str | None = None,
         strict: bool | None = True,
+        nested: bool = True,
     ) -> None:
-        """What the answer has to be: OpenAI's name for it, and where the request says so."""
+        """What the answer has to be: OpenAI's name for it, and where the request says so.
+
+        nested: the schema stands there under `schema`; else `where` is the schema itself.
+        """
         if kind == "json_object":
             self._format = ResponseFormat("json_object", True)
         elif kind == "json_schema":
-            field = f"{where}.schema"
+            field = f"{where}.schema" if nested else where
             if schema is None:
                 raise RequestError(f"{field} is missing: give a JSON schema", field)
             check_schema_size(schema, self.settings, field)
             self._format, self._format_name = ResponseFormat("schema", schema), name
             self._names["schema"], self._strict = field, strict is True
+
+    def answer_grammar(self, kind: Literal["regex", "lark", "choices"], value: object, where: str) -> None:
+        """That the answer has to match a regular expression or a Lark grammar, or be one of some texts."""
+        check_schema_size(value, self.settings, where)
+        self._format = ResponseFormat(kind, value)
+        self._names[kind] = where
 
     def conversation(self, instructions: str | None = None) -> Conversation:
         """The conversation of all that was collected. `instructions` go before the collected ones.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlx_gptoss.sampling import TokenLogprobs
@@ -20,11 +20,13 @@ class AnswerScores:
     """The log-probabilities of an answer's tokens, given out as far as its text is.
 
     Text that a stop text may begin with is held back by the engine, and the scores of its tokens are not.
+    hidden: the tokens that have no part in the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: Callable[[int], bool] = lambda token_id: False) -> None:
         self._tokenizer = tokenizer
         self._letters = tokenizer.detokenizer()
+        self._hidden = hidden
         self._shown = 0
         self._scored = 0
         self._held: list[tuple[int, Scored]] = []
@@ -34,7 +36,8 @@ class AnswerScores:
         self._shown += len(text)
         for token in scored or ():
             self._held.append((self._scored, token))
-            self._scored += len(self._letters.push(token[0]))
+            if not self._hidden(token[0]):
+                self._scored += len(self._letters.push(token[0]))
         count = sum(start < self._shown for start, _ in self._held)
         ready = self._held[:count]
         del self._held[:count]
