@@ -9,6 +9,22 @@ from typing import Any
 import click
 
 from mlx_gptoss.cli.options import ModelSource, model_options
+from mlx_gptoss.errors import RequestError
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A time as a number of seconds."""
+    from mlx_gptoss.server.settings import seconds_of
+
+    if value is None:
+        return None
+    try:
+        seconds = seconds_of(value, "--idle-unload")
+    except RequestError as error:
+        raise click.BadParameter(str(error)) from None
+    if seconds <= 0:
+        raise click.BadParameter(f"{value} is no time to wait: expected more than 0, such as 5m")
+    return seconds
 
 
 @click.command()
@@ -44,14 +60,22 @@ from mlx_gptoss.cli.options import ModelSource, model_options
     "--request-timeout", type=float, default=3600, show_default=True, help="Seconds a request may take."
 )
 @click.option("--max-body", type=float, default=4, show_default=True, help="MiB that a request may have.")
+@click.option(
+    "--idle-unload",
+    metavar="TIME",
+    callback=_seconds,
+    help="Unload the model after this time without requests, e.g. 5m, and load it again at the next. "
+    "With --prefix-cache, what was read of conversations is kept.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
 def serve(
     source: ModelSource, model_name: str | None, max_body: float, open_page: bool, **settings: Any
 ) -> None:
-    """Serve MODEL to OpenAI's and Anthropic's clients, with a chat page at /.
+    """Serve MODEL to OpenAI's, Anthropic's and Ollama's clients, with a chat page at /.
 
-    The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models.
+    The APIs are at http://HOST:PORT/v1: chat/completions, responses, completions, messages, models; Ollama's
+    is at http://HOST:PORT/api.
     """
     from mlx_gptoss.cli.invitation import announce
     from mlx_gptoss.server.http.logs import LogFormatter

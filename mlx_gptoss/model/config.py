@@ -75,6 +75,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_shape(self)
 
+    @property
+    def parameters(self) -> int:
+        """The number of weights, all experts counted."""
+        d, f, heads = self.hidden_size, self.intermediate_size, self.num_attention_heads
+        q, kv = heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = d * (q + 2 * kv) + (q + 2 * kv) + q * d + d + heads  # biases and sinks included
+        expert = d * 2 * f + 2 * f + f * d + d
+        layer = 2 * d + attention + self.num_experts * (d + 1 + expert)
+        return self.num_layers * layer + d + 2 * self.vocab_size * d
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's keys. Raises ConfigError naming the field at fault."""

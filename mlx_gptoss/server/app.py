@@ -12,6 +12,10 @@ from mlx_gptoss.server import models_routes, status_routes
 from mlx_gptoss.server.anthropic import messages_routes
 from mlx_gptoss.server.gate import Gate
 from mlx_gptoss.server.http.errors import install_handlers
+from mlx_gptoss.server.lmstudio import models_routes as lmstudio_models
+from mlx_gptoss.server.ollama import chat_routes as ollama_chat
+from mlx_gptoss.server.ollama import generate_routes as ollama_generate
+from mlx_gptoss.server.ollama import models_routes as ollama_models
 from mlx_gptoss.server.openai import chat_routes, completions_routes, responses_routes
 from mlx_gptoss.server.page import routes as page
 from mlx_gptoss.server.settings import ServerSettings
@@ -20,7 +24,18 @@ from mlx_gptoss.server.state import ServerState
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
 
-APIS = (chat_routes, responses_routes, completions_routes, messages_routes, models_routes)
+# The first whose prefix a path has, gives its errors their shape.
+APIS = (
+    chat_routes,
+    responses_routes,
+    completions_routes,
+    messages_routes,
+    models_routes,
+    lmstudio_models,
+    ollama_chat,
+    ollama_generate,
+    ollama_models,
+)
 
 
 def create_app(llm: LLM | None = None, settings: ServerSettings | None = None) -> FastAPI:
@@ -32,17 +47,17 @@ def create_app(llm: LLM | None = None, settings: ServerSettings | None = None) -
     app = FastAPI(
         title="mlx_gptoss",
         version=version("gptoss-mlx"),
-        description="OpenAI's and Anthropic's APIs over a local gpt-oss model.",
+        description="OpenAI's, Anthropic's and Ollama's APIs over a local gpt-oss model.",
         docs_url=None,  # FastAPI's pages load scripts from other sites
         redoc_url=None,
     )
     app.state.server = state
-    install_handlers(app)
     apis = [api.router(state) for api in APIS]
     routers = [*apis, status_routes.router(state), page.router()]
     for router in routers:
         app.include_router(router)
     routes = [route for group in (app, *routers) for route in group.routes if isinstance(route, Route)]
+    install_handlers(app, sorted({route.path for route in routes if route.include_in_schema}))
     app.add_middleware(Gate, state=state, routes=routes, apis=apis)
     state.attach(llm)
     return app

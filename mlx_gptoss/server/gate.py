@@ -44,6 +44,7 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
+JSON_CONTENT = (b"content-type", b"application/json")
 MAX_PATH = 100  # characters of an unknown path in the log
 # Seconds without a request after which memory is returned, and after a large body beside other requests.
 IDLE, SOON = 5.0, 0.5
@@ -71,10 +72,14 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
         else:
             path = scope["path"]
-            shapes = (api.error_shape for api in self._apis if path.startswith(api.prefix))
+            api = next((api for api in self._apis if path.startswith(api.prefix)), None)
+            headers = scope["headers"]
+            if api is not None and api.always_json:
+                headers = [*(pair for pair in headers if pair[0] != b"content-type"), JSON_CONTENT]
+            shape = openai_error if api is None else api.error_shape
             self._open += 1
             try:
-                await self._http({**scope, SHAPE: next(shapes, openai_error)}, receive, send)
+                await self._http({**scope, "headers": headers, SHAPE: shape}, receive, send)
             finally:
                 self._open -= 1
                 if self._open == 0:

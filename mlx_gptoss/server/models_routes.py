@@ -26,11 +26,12 @@ def router(state: ServerState) -> ApiRouter:
             "object": "model",
             "created": created,
             "owned_by": "local",
-            "max_model_len": state.ready().max_context,
+            "max_model_len": state.facts().max_context,
+            "loaded": state.llm is not None,
         }
 
     def anthropic_model() -> dict[str, Any]:
-        context = state.ready().max_context
+        context = state.facts().max_context
         return {
             "type": "model",
             "id": state.model_name,

@@ -36,10 +36,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._on_listening = on_listening
+        self._watcher: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            if self._state.settings.idle_unload is not None:
+                self._watcher = asyncio.create_task(self._state.residence.watch())
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
@@ -52,6 +55,8 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            if self._watcher is not None:
+                self._watcher.cancel()
 
 
 def make_server(app: FastAPI, on_listening: Callable[[str], None] = logger.info) -> uvicorn.Server:
@@ -91,7 +96,7 @@ def serve(
 
     def load_beside() -> None:
         try:
-            state.attach(load())
+            state.attach(load(), load)
             logger.info("the model is ready")
         except BaseException as error:  # given to the caller below
             failure.append(error)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from mlx_gptoss.errors import RequestError
+
+MAX_DURATION = 40  # characters
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(-?)((?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+|\d+(?:\.\d+)?)", re.ASCII)
+_PIECE = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
+
+
+def seconds_of(duration: str, name: str) -> float:
+    """The seconds of 90, 90s, 5m, 1h30m. Raises RequestError naming the field."""
+    found = _DURATION.fullmatch(duration)
+    if found is None or len(duration) > MAX_DURATION:
+        raise RequestError(f"{name} is {duration!r:.40}: expected a time such as 90s, 5m or 1h30m", name)
+    total = sum(float(count) * _UNITS[unit or "s"] for count, unit in _PIECE.findall(found[2]))
+    return -total if found[1] else total
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,8 @@ class ServerSettings:
     max_json_containers: lists and objects in a body; max_json_values: what commas part in it.
     max_active: generations running or waiting; one more is answered 429. shutdown_grace: how long running
     generations may go on after a signal to stop. max_stored_responses: of /v1/responses; max_turns: sampled
-    assistant turns kept to reuse their tokens. log_prompts: bodies of requests are logged.
+    assistant turns kept to reuse their tokens. idle_unload: seconds without requests after which the model is
+    unloaded, to be loaded again at the next; None keeps it. log_prompts: bodies of requests are logged.
     """
 
     model_name: str | None = None
@@ -47,6 +63,7 @@ class ServerSettings:
     heartbeat: float = 15.0
     max_stored_responses: int = 256
     max_turns: int = 1024
+    idle_unload: float | None = None
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +81,10 @@ class ServerSettings:
         ):
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name} is {getattr(self, name)}: expected more than 0", name)
+        if self.idle_unload is not None and not self.idle_unload > 0:
+            raise RequestError(
+                f"idle_unload is {self.idle_unload}: expected more than 0 seconds, or None", "idle_unload"
+            )
         if not self.loopback and self.api_key is None and not self.no_auth:
             raise RequestError(
                 f"host is {self.host}, which other machines can reach, and there is no API key: give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Conversation, Message, render
 from mlx_gptoss.sampling import SamplingParams
-from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore
 from mlx_gptoss.server.memory.turns import TurnMemory
+from mlx_gptoss.server.model_facts import ModelFacts
 from mlx_gptoss.server.running.jobs import Job, Jobs
 from mlx_gptoss.server.running.metrics import Metrics
+from mlx_gptoss.server.running.residence import Residence, still_loading
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.translate.request import naming
 from mlx_gptoss.server.translate.sampling_fields import of_choices
@@ -33,33 +34,42 @@ COUNTED_CONTEXTS = 8  # a client counts to learn how much too long its conversat
 
 
 class ServerState:
-    """One server: its LLM (None while the model is loading), its jobs, and what it remembers.
+    """One server: its LLM (None while it is not in memory), its jobs, and what it remembers.
 
     `model_name` is what clients are told: the setting, or the LLM's name (a folder's without its path).
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.llm: LLM | None = None
         self.model_name = ""
         self.metrics = Metrics()
         self.jobs = Jobs(settings, self.metrics)
+        self.residence = Residence(settings.idle_unload, lambda: self.jobs.active > 0)
+        self._facts: ModelFacts | None = None
         self.turns = TurnMemory(settings.max_turns)
         self.responses = ResponseStore(settings.max_stored_responses)
 
-    def attach(self, llm: LLM | None) -> None:
-        """Give the server its LLM."""
-        self.llm = llm
+    def attach(self, llm: LLM | None, load: Callable[[], LLM] | None = None) -> None:
+        """Give the server its LLM. load: makes it anew once it was unloaded; see Residence."""
         if llm is not None:
+            self._facts = ModelFacts(llm.name, llm.folder, llm.config, llm.max_context)
             self.model_name = self.settings.model_name or Path(llm.name).name
+        self.residence.attach(llm, load)
 
-    def ready(self) -> LLM:
-        """The LLM, or ApiError 503 while it is loading."""
-        if self.llm is None:
-            raise ApiError(
-                503, "The model is still loading.", code="model_loading", headers={"Retry-After": "5"}
-            )
-        return self.llm
+    @property
+    def llm(self) -> LLM | None:
+        """The LLM where it is in memory."""
+        return self.residence.llm
+
+    async def ready(self) -> LLM:
+        """The LLM, loaded if need be, or ApiError 503 while it is loading for the first time."""
+        return await self.residence.get()
+
+    def facts(self) -> ModelFacts:
+        """What there is to tell of the model, or ApiError 503 while it is loading for the first time."""
+        if self._facts is None:
+            raise still_loading()
+        return self._facts
 
     def new_turn(
         self, caller: str, history: Sequence[Message] = (), preface: Sequence[str] = ()
@@ -75,7 +85,7 @@ class ServerState:
         object, and the prompt shows the schema. Raises RequestError naming the client's field, BusyError, or
         ApiError while the model is loading.
         """
-        llm = self.ready()
+        llm = await self.ready()
 
         def begin(params: SamplingParams, sink: Sink) -> Cancellable:
             return llm.start(asked.conversation, replace(asked.options, params=params), sink=sink)
@@ -92,7 +102,7 @@ class ServerState:
 
     async def count(self, conversation: Conversation) -> int:
         """The tokens of a rendered conversation. Raises ContextLengthError for more than a few contexts."""
-        llm = self.ready()
+        llm = await self.ready()
         limit = COUNTED_CONTEXTS * llm.max_context
         return len(await asyncio.to_thread(render, conversation, llm.tokenizer, limit=limit))
 

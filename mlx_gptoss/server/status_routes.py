@@ -17,16 +17,21 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.get("/health", responses={503: {"description": "The model is loading."}})
     async def health() -> Response:
-        """Whether the model is there: 200 {"status": "ok"}, or 503 {"status": "loading"}."""
-        if state.llm is None:
+        """Whether the model is there: 200 {"status": "ok"}, or 503 {"status": "loading"}.
+
+        "loaded" is false while an idle model is unloaded: the next request loads it.
+        """
+        if not state.model_name:
             return JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "5"})
-        return JSONResponse({"status": "ok", "model": state.model_name})
+        loaded = state.llm is not None
+        return JSONResponse({"status": "ok", "model": state.model_name, "loaded": loaded})
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         # The engine answers between two steps, so asking it may take as long as a step.
-        stats = await asyncio.to_thread(state.llm.stats) if state.llm is not None else None
+        llm = state.llm
+        stats = await asyncio.to_thread(llm.stats) if llm is not None else None
         return Response(state.metrics.text(stats), media_type=CONTENT_TYPE)
 
     return routes

@@ -141,3 +141,18 @@ def test_a_folder_without_a_usable_config_is_told_so(tmp_path: Path, content: st
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=told):
         read_config(tmp_path)
+
+
+def test_parameters_are_counted_as_published() -> None:
+    published = {"num_hidden_layers": 24, "num_local_experts": 32}
+    base = hf_config(Shape()) | {
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "head_dim": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 201088,
+        "num_experts_per_tok": 4,
+        "layer_types": [SLIDING, FULL] * 12,
+    }
+    assert ModelConfig.from_hf(base | published).parameters == 20_914_757_184

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import ollama
 import openai
 import pytest
 from agents import (
@@ -288,27 +289,128 @@ def test_anthropics_parse_gives_an_object(url: str) -> None:
             assert isinstance(parsed.parsed_output, Person)
 
 
+def test_ollama_chats_streams_and_lists(url: str) -> None:
+    client = ollama.Client(host=url, headers={"Authorization": f"Bearer {KEY}"})
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    options = {"temperature": 0, "num_predict": 150}
+    whole = client.chat("gpt-oss:20b", messages, think="low", options=options)
+    assert whole.message.thinking and whole.done_reason in ("stop", "length")
+    assert whole.prompt_eval_count and whole.eval_count and whole.total_duration
+    pieces = list(client.chat("gpt-oss:20b", messages, think="low", options=options, stream=True))
+    for field in ("content", "thinking"):
+        joined = "".join(getattr(piece.message, field) or "" for piece in pieces)
+        assert joined == (getattr(whole.message, field) or "")
+    assert [piece.done for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    quiet = client.chat("gpt-oss:20b", messages, think=False, options=options)
+    assert quiet.message.thinking is None
+    answer = client.generate("gpt-oss:20b", "What is 2 + 3?", options=options, keep_alive="10m")
+    assert answer.thinking and answer.eval_count
+    raw = client.generate("gpt-oss:20b", "The", raw=True, options={"num_predict": 5, "temperature": 0})
+    assert raw.eval_count and raw.eval_count <= 5
+    [model] = client.list().models
+    shown = client.show(str(model.model))
+    assert shown.capabilities and {"tools", "thinking"} <= set(shown.capabilities)
+    assert shown.modelinfo and shown.modelinfo["general.architecture"] == "gptoss"
+    assert [running.model for running in client.ps().models] == [model.model]
+    with pytest.raises(ollama.ResponseError, match="text only") as caught:
+        client.chat("any", [{"role": "user", "content": "look", "images": ["aGk="]}])
+    assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollama_runs_a_tool_until_the_answer(scripted_url: str, stream: bool) -> None:
+    def get_weather(city: str) -> str:
+        """Get the weather in a city.
+
+        Args:
+            city: The city.
+        """
+        return f"sunny in {city}"
+
+    client = ollama.Client(host=scripted_url, headers={"Authorization": f"Bearer {KEY}"})
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+
+    def ask() -> ollama.Message:
+        if not stream:
+            return client.chat("any", messages, tools=[get_weather]).message
+        said = ollama.Message(role="assistant", content="", thinking="")
+        for piece in client.chat("any", messages, tools=[get_weather], stream=True):
+            said.content = (said.content or "") + (piece.message.content or "")
+            said.thinking = (said.thinking or "") + (piece.message.thinking or "")
+            said.tool_calls = [*(said.tool_calls or ()), *(piece.message.tool_calls or ())]
+        return said
+
+    first = ask()
+    assert first.tool_calls
+    [call] = first.tool_calls
+    messages += [
+        first,
+        {"role": "tool", "tool_name": call.function.name, "content": get_weather(**call.function.arguments)},
+    ]
+    assert ask().content == "The tool says: sunny in Paris"
+
+
+def test_ollama_keeps_a_format(url: str) -> None:
+    client = ollama.Client(host=url, headers={"Authorization": f"Bearer {KEY}"})
+    text = [{"role": "user", "content": "Anna is 31 years old and lives in Rome."}]
+    answer = client.chat("any", text, format=Person.model_json_schema(), options={"temperature": 0})
+    assert Person.model_validate_json(answer.message.content or "")
+    anything = client.chat("any", text, format="json", options={"temperature": 0, "num_predict": 300})
+    if anything.done_reason == "stop":
+        assert isinstance(json.loads(anything.message.content or ""), dict)
+
+
 # --- node, where `make clients` has fetched the packages
 
 NODE = Path(os.environ.get("GPTOSS_NODE_CLIENTS", Path(__file__).parent / "clients"))
 
 
+def run_node(name: str, url: str) -> Any:
+    """What a script of clients/ prints when it has talked to a server."""
+    environment = os.environ | {
+        "BASE_URL": url,
+        "API_KEY": KEY,
+        "PACKAGES": str(NODE),
+    }
+    script = Path(__file__).parent / "clients" / name
+    done = subprocess.run(["node", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 @pytest.mark.skipif(not (NODE / "node_modules/openai").is_dir(), reason="run `make clients` to fetch openai")
 def test_openai_for_node_runs_a_tool(scripted_url: str) -> None:
-    script = Path(__file__).parent / "clients" / "openai_client.mjs"
-    environment = os.environ | {
-        "BASE_URL": scripted_url + "/v1",
-        "OPENAI_API_KEY": KEY,
-        "PACKAGES": str(NODE),
-    }
-    done = subprocess.run(["node", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    assert run_node("openai_client.mjs", scripted_url) == {
         "chat": "The tool says: sunny",
         "responses": "The tool says: sunny",
         "parsed": {"city": "Paris"},
     }
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+@pytest.mark.skipif(
+    not (NODE / "node_modules/@anthropic-ai/sdk").is_dir(),
+    reason="run `make clients` to fetch @anthropic-ai/sdk",
+)
+def test_anthropic_for_node_completes_its_tool_loop(scripted_url: str) -> None:
+    assert run_node("anthropic_client.mjs", scripted_url) == {
+        "whole": "The tool says: sunny in Paris",
+        "streamed": "The tool says: sunny in Paris",
+        "structured": {"city": "Paris"},
+        "models": "scripted",
+    }
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+@pytest.mark.skipif(not (NODE / "node_modules/ai").is_dir(), reason="run `make clients` to fetch ai")
+def test_vercels_ai_sdk_completes_its_tool_loop_over_every_api(scripted_url: str) -> None:
+    told = run_node("ai_sdk_client.mjs", scripted_url)
+    assert set(told) == {"chat", "responses", "compatible", "anthropic"}
+    for name, one in told.items():
+        assert one["text"] == one["streamed"] == "The tool says: sunny in Paris", name
+        assert one["steps"] == 2 and one["object"] == {"city": "Paris"}, name
+    assert told["compatible"]["reasoning"]
 
 
 @pytest.mark.skipif(

@@ -173,7 +173,7 @@ def test_the_port_is_open_while_the_model_loads(tokenizer: Tokenizer) -> None:
             assert response.json()["error"]["code"] == "model_loading"
         assert client.get("/").status_code == client.get("/metrics").status_code == 200
         app.state.server.attach(ScriptedLLM(tokenizer))
-        assert client.get("/health").json() == {"status": "ok", "model": "scripted"}
+        assert client.get("/health").json() == {"status": "ok", "model": "scripted", "loaded": True}
         assert client.post(CHAT, json=HI).status_code == 200
 
 

@@ -578,3 +578,29 @@ def test_every_response_has_a_name_of_its_own(tokenizer: Tokenizer) -> None:
     names = {response.headers["request-id"] for response in responses}
     assert len(names) == len(responses)
     assert all(response.headers["x-request-id"] == response.headers["request-id"] for response in responses)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/message", "/v1/messages"),
+        ("/api/tag", "/api/tags"),
+        ("/v1/embeddings", None),
+        ("/" + "x" * 5000, None),
+    ],
+)
+def test_who_misses_a_path_is_told_what_there_is(tokenizer: Tokenizer, path: str, meant: str | None) -> None:
+    response = client_of(tokenizer).post(path, json={})
+    assert response.status_code == 404
+    error = response.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert (f"did you mean {meant}?" in message) if meant else ("did you mean" not in message)
+    assert "/v1/responses" in message and "/api/chat" in message and len(message) < 1000
+
+
+def test_a_wrong_method_is_told_the_right_one(tokenizer: Tokenizer) -> None:
+    response = client_of(tokenizer).get(CHAT)
+    assert response.status_code == 405 and "takes POST" in response.json()["error"]["message"]

@@ -28,7 +28,7 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("", response_model=None)
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation."""
-        state.ready()
+        await state.ready()
         asked = translate(body, state, caller_of(request))
         try:
             job = await state.start(asked)

@@ -50,8 +50,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class ApiRouter(APIRouter):
-    """The routes of one API. Every error of a path under its prefix, wherever it arises, has its shape."""
+    """The routes of one API. Every error of a path under its prefix, wherever it arises, has its shape.
 
-    def __init__(self, prefix: str, tag: str, error_shape: ErrorShape = openai_error) -> None:
+    always_json: bodies are read as JSON whatever Content-Type says.
+    """
+
+    def __init__(
+        self, prefix: str, tag: str, error_shape: ErrorShape = openai_error, *, always_json: bool = False
+    ) -> None:
         super().__init__(prefix=prefix, tags=[tag], responses=_RESPONSES)
         self.error_shape = error_shape
+        self.always_json = always_json

@@ -6,9 +6,10 @@ another shape (see api.ApiRouter): the gate finds out which, and notes it in the
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -130,23 +131,35 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param}: {worst['msg']}{value}.", code=code, param=param)
 
 
-def _http_error(error: HTTPException, request: Request) -> ApiError:
-    """What FastAPI itself finds wrong."""
+def _http_error(error: HTTPException, request: Request, paths: Sequence[str]) -> ApiError:
+    """What FastAPI itself finds wrong. paths: all that the server has."""
     if error.status_code == 400 and "parsing the body" in str(error.detail):
         return ApiError(400, "The body cannot be read as JSON.", code="invalid_json")
-    known = {404: f"There is no {request.url.path} here.", 405: f"{request.method} is not allowed here."}
-    message = known.get(error.status_code, str(error.detail))
-    return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = _no_such_path(request.url.path, paths)
+    elif error.status_code == 405:
+        takes = next((value for name, value in headers.items() if name.lower() == "allow"), "another method")
+        message = f"{request.method} is not allowed here: {request.url.path[:100]} takes {takes}."
+    return ApiError(error.status_code, message, headers=headers)
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Answer every exception of a route in the shape of its API."""
+def _no_such_path(path: str, paths: Sequence[str]) -> str:
+    asked = path[:100]
+    near = difflib.get_close_matches(asked, paths, n=1, cutoff=0.75)
+    cure = f"did you mean {near[0]}? " if near else ""
+    return f"There is no {asked} here: {cure}This server has {', '.join(paths)}."
+
+
+def install_handlers(app: FastAPI, paths: Sequence[str]) -> None:
+    """Answer every exception of a route in the shape of its API. paths: what to tell those who miss them."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
             error = _validation_error(error)
         elif isinstance(error, HTTPException):
-            error = _http_error(error, request)
+            error = _http_error(error, request, paths)
         return error_response(error, request.scope)
 
     for kind in (RequestValidationError, HTTPException, ApiError, GptOssError):

@@ -20,7 +20,7 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("", response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        llm = state.ready()
+        llm = await state.ready()
         asked = translate(body, state, caller_of(request))
         structured = asked.options.response_format is not None
         writer = ChatWriter(body, state.model_name, llm.tokenizer, structured=structured)

@@ -30,13 +30,13 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("", response_model=None)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Go on from a prompt."""
-        llm = state.ready()
+        llm = await state.ready()
         params = sampling_of(body)
         prompts = await asyncio.to_thread(read_prompts, body.prompt, llm.tokenizer, llm.max_context)
         count = body.n or 1
         at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)
-        llm = state.ready()
+        llm = await state.ready()
 
         def submit(where: str, tokens: list[int], seeded: SamplingParams, sink: Sink) -> Cancellable:
             with naming({"messages": where, "token_ids": where}):

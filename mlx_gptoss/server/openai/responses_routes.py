@@ -34,7 +34,7 @@ def router(state: ServerState) -> ApiRouter:
     @routes.post("", response_model=None)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input; the answer can be gone on from by its id."""
-        llm = state.ready()
+        llm = await state.ready()
         caller = caller_of(request)
         items = input_items(body, state, caller)
         asked = translate(body, items, state, caller)
@@ -114,7 +114,7 @@ async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> t
                 raise
             tokens = error.prompt_tokens
             if error.at_least:
-                tokenizer = state.ready().tokenizer
+                tokenizer = (await state.ready()).tokenizer
                 tokens = len(await asyncio.to_thread(render, conversation, tokenizer))
             # One token too many counts as well: room for the answer's first is needed.
             kept = drop_oldest(conversation.messages, max(1, tokens - error.max_context), tokens)

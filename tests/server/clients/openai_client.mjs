@@ -1,9 +1,9 @@
 // OpenAI's client for node: chat and responses with a tool, streamed, and a structured answer.
-// BASE_URL is the server's, PACKAGES the folder that holds node_modules. Prints one JSON object.
+// BASE_URL is the server's, API_KEY its key, PACKAGES the folder that holds node_modules. Prints one JSON object.
 import { createRequire } from "node:module";
 
 const OpenAI = createRequire(`${process.env.PACKAGES}/package.json`)("openai").default;
-const client = new OpenAI({ baseURL: process.env.BASE_URL, maxRetries: 0 });
+const client = new OpenAI({ baseURL: `${process.env.BASE_URL}/v1`, apiKey: process.env.API_KEY, maxRetries: 0 });
 const schema = {
   type: "object",
   properties: { city: { type: "string" } },
