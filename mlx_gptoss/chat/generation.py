@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
-from mlx_gptoss.engine.request import PromptProgress, Sink, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import Cancellable, PromptProgress, Sink, TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
     Done,
@@ -23,15 +23,6 @@ from mlx_gptoss.harmony import (
 from mlx_gptoss.harmony.events import FinishReason
 from mlx_gptoss.sampling import TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
-
-
-class Cancellable(Protocol):
-    """What a Generation needs of the token stream beneath it."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    def cancel(self) -> None: ...
 
 
 class Generation:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
@@ -49,6 +49,15 @@ class PromptProgress:
 
 
 Sink = Callable[[Any], None]
+
+
+class Cancellable(Protocol):
+    """What those who only wait for a generation need of it."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    def cancel(self) -> None: ...
 
 
 class Request:

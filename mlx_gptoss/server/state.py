@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import Sink
+from mlx_gptoss.engine.request import Cancellable, Sink
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Conversation, Message, render

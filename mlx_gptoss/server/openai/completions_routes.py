@@ -8,8 +8,7 @@ from functools import partial
 from fastapi import Request
 from fastapi.responses import Response
 
-from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import Sink
+from mlx_gptoss.engine.request import Cancellable, Sink
 from mlx_gptoss.errors import ContextLengthError
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.http.api import ApiRouter

@@ -1,28 +1,25 @@
 """Jobs: generations as the event loop sees them.
 
-The engine calls a sink on its own thread; a Job carries the events of one request's generations over to the
-event loop, several at a time when they come faster than they are written. Jobs bounds how many generations
-run or wait, and ends them on time.
+A Job is the generations of one request: their events, counted as they pass, and their end on time. Jobs
+bounds how many generations run or wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import PromptProgress, Sink, TokensDone
+from mlx_gptoss.engine.handoff import Handoff, Start
+from mlx_gptoss.engine.request import PromptProgress, TokensDone
 from mlx_gptoss.errors import BusyError
 from mlx_gptoss.harmony import Done
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
 
-Start = Callable[[Sink], Cancellable]
 Batch = list[tuple[int, Any]]  # events, each with the index of its generation
 MAX_BATCH = 256  # events written at a time, so that no job keeps the loop from the others
 
@@ -33,11 +30,7 @@ class Job:
     def __init__(self, jobs: Jobs, count: int) -> None:
         self.count = count
         self._jobs = jobs
-        self._loop = asyncio.get_running_loop()
-        self._events: deque[tuple[int, Any]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._waking = False
-        self._handles: list[Cancellable] = []
+        self._handoff = Handoff()
         self._running = set(range(count))
         self._silent = set(range(count))  # those that have produced nothing yet
         self._failure: BaseException | None = None
@@ -46,42 +39,17 @@ class Job:
         limit = jobs.settings.request_timeout
         too_long = ApiError(504, f"The answer took longer than {limit:g} s.", code="timeout")
         self.deadline = self._started + limit
-        self._alarm = self._loop.call_later(limit, self.stop, too_long)
+        self._alarm = asyncio.get_running_loop().call_later(limit, self.stop, too_long)
 
     async def begin(self, starts: Sequence[Start]) -> None:
-        """Start the generations off the event loop: rendering a long conversation takes time."""
-
-        def begin_one(index: int, start: Start) -> None:
-            self._handles.append(start(lambda event: self._hand_over(index, event)))
-            if self._closed:  # nobody waited for it
-                self._handles[-1].cancel()
-
+        """Start the generations, off the event loop."""
         for index, start in enumerate(starts):
-            await self._loop.run_in_executor(self._jobs.starters, begin_one, index, start)
-
-    def _hand_over(self, index: int, event: Any) -> None:
-        """Take an event of a generation; called on the engine's thread."""
-        self._events.append((index, event))
-        if not self._waking:
-            self._waking = True
-            try:
-                self._loop.call_soon_threadsafe(self._notify)
-            except RuntimeError:  # the loop was closed under us: nobody is left to read
-                self._cancel()
-
-    def _notify(self) -> None:
-        # The flag falls before the queue is read, so an event appended in between wakes the reader again.
-        self._waking = False
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            await self._handoff.begin(index, start, self._jobs.starters)
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the (first) prompt."""
-        return self._handles[0].prompt_tokens
+        return self._handoff.handles[0].prompt_tokens
 
     async def batches(self) -> AsyncIterator[Batch]:
         """Events in order, several at a time; an empty list when nothing came for a heartbeat.
@@ -91,22 +59,17 @@ class Job:
         while self._running or self._failure is not None:
             if self._failure is not None:
                 raise self._failure
-            if self._events:
-                if batch := self._take():
-                    yield batch
-                continue
-            self._waiter = self._loop.create_future()
-            heartbeat = self._loop.call_later(self._jobs.settings.heartbeat, self._wake)
-            await self._waiter
-            heartbeat.cancel()
-            if not self._events and self._failure is None:
-                yield []
+            if batch := self._passed(self._handoff.take(MAX_BATCH)):
+                yield batch
+            elif self._failure is None:
+                there = await self._handoff.wait(self._jobs.settings.heartbeat)
+                if not there and self._failure is None:
+                    yield []
 
-    def _take(self) -> Batch:
-        """The next events, up to the end or an exception, which becomes the failure."""
+    def _passed(self, events: Iterable[tuple[int, Any]]) -> Batch:
+        """The events up to an exception, which becomes the failure."""
         batch: Batch = []
-        while self._events and len(batch) < MAX_BATCH:
-            index, event = self._events.popleft()
+        for index, event in events:
             if isinstance(event, BaseException):
                 self._failure = event
                 self._running.remove(index)
@@ -137,18 +100,14 @@ class Job:
         """Cancel what still runs and give its reader this failure."""
         if self._running:
             self._failure = self._failure or failure
-            self._cancel()
-            self._wake()
-
-    def _cancel(self) -> None:
-        for handle in self._handles:
-            handle.cancel()
+            self._handoff.cancel()
+            self._handoff.wake()
 
     def close(self) -> None:
         """Cancel what still runs, and free the job's place. Safe to call again."""
         if not self._closed:
             self._closed = True
-            left = sum(index < len(self._handles) for index in self._running)
+            left = sum(index in self._handoff.handles for index in self._running)
             self._jobs.metrics.generations.labels("disconnected").inc(left)
             self._alarm.cancel()
             self.stop(ApiError(499, "The client closed the request."))
