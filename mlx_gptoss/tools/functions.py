@@ -30,14 +30,14 @@ def read_function(function: Callable[..., Any]) -> tuple[Tool, Callable[[str], d
     """The tool that calls `function`, and what makes its keyword arguments of the JSON text a model wrote.
 
     Raises ToolError for what a model cannot call: no name, arguments without one (`*args`, positional-only,
-    `**kwargs`), coroutines, type hints that cannot be read or have no JSON form. So does the second, in words
-    that the model can act on, for arguments that are missing, unknown or of another type.
+    `**kwargs`), type hints that cannot be read or have no JSON form. So does the second, in words that the
+    model can act on, for arguments that are missing, unknown or of another type.
     """
     name = getattr(function, "__name__", "")
     if not callable(function) or not name or name == "<lambda>":
         raise ToolError(f"{function!r} cannot be a tool: expected a function with a name", "tools")
-    if inspect.iscoroutinefunction(function):
-        raise ToolError(f"tool {name!r} is a coroutine: wrap it in a plain function that runs it", "tools")
+    if inspect.isasyncgenfunction(function):
+        raise ToolError(f"tool {name!r} is an async generator: return the whole result", "tools")
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:

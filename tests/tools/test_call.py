@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,60 @@ def test_wrong_arguments_are_text_for_the_model() -> None:
     assert run(add, "{").content.startswith("error: ToolError: the arguments are")
 
 
+async def wait_and_add(a: int, b: int = 1) -> int:
+    """Add two numbers, after a while."""
+    await asyncio.sleep(0)
+    return a + b
+
+
+async def fail() -> None:
+    """Fails."""
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "content"),
+    [
+        (add, '{"a": 2}', "3"),
+        (wait_and_add, '{"a": 2}', "3"),
+        (wait_and_add, "{}", "error: ToolError: wrong arguments: missing a; expected a, b"),
+        (fail, "", "error: KeyError: 'x'"),
+    ],
+)
+def test_async_and_plain_functions_are_awaited_alike(function: Any, arguments: str, content: str) -> None:
+    tool = as_tool(function)
+    assert isinstance(tool, RunnableTool)
+    result = asyncio.run(tool.arun(call(f"functions.{tool.name}", arguments)))
+    assert result == Message.tool_result(content, name=f"functions.{tool.name}", call_id="c1")
+
+
+def test_only_a_plain_function_leaves_the_event_loops_thread() -> None:
+    async def here() -> int:
+        return threading.get_ident()
+
+    def elsewhere() -> int:
+        return threading.get_ident()
+
+    async def both() -> list[str]:
+        results = [
+            await t.arun(call("f")) for t in map(as_tool, (here, elsewhere)) if isinstance(t, RunnableTool)
+        ]
+        return [result.content for result in results]
+
+    on_loop, in_thread = asyncio.run(both())
+    assert on_loop == str(threading.get_ident()) != in_thread
+
+
+def test_an_awaited_tool_that_stops_an_iteration_is_told_too() -> None:
+    tool = raising(StopIteration())  # which no future can hold
+    assert asyncio.run(tool.arun(call("f"))).content == "error: StopIteration: "
+
+
+def test_an_async_tool_cannot_be_run_without_a_loop() -> None:
+    with pytest.raises(ToolError, match="'fail' is async: await the answer with asend"):
+        run(fail)
+
+
 def test_a_call_without_arguments_is_a_call_with_none() -> None:
     def now() -> str:
         return "noon"
@@ -118,11 +174,6 @@ def test_tools_that_are_not_ours_to_run_are_only_declared() -> None:
     assert as_tool(Tool("add")) == Tool("add")
     with pytest.raises(ToolError):
         as_tool({"name": ""})
-    with pytest.raises(ToolError, match="coroutine"):
-        as_tool(coroutine)
-
-
-async def coroutine() -> None: ...
 
 
 def test_a_runnable_tool_stays_what_it_is() -> None:

@@ -8,7 +8,7 @@ import enum
 import json
 import pathlib
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, Required, TypedDict, Union
 
@@ -251,7 +251,8 @@ def test_a_bound_method_is_a_tool_without_self() -> None:
     assert list(properties(Shop().price)) == ["item"]
 
 
-async def coroutine(a: int) -> None: ...
+async def pieces(a: int) -> AsyncIterator[int]:
+    yield a
 
 
 def star(*args: int) -> None: ...
@@ -282,7 +283,7 @@ def keyed_by_number(a: dict[int, str]) -> None: ...
 
 @pytest.mark.parametrize(
     "function",
-    [coroutine, star, keywords, positional, unknown_hint, unknown_hint_inside, no_json_form, keyed_by_number]
+    [pieces, star, keywords, positional, unknown_hint, unknown_hint_inside, no_json_form, keyed_by_number]
     + [lambda a: a, 5, max],
 )
 def test_what_a_model_cannot_call_is_refused(function: Any) -> None:
