@@ -1,4 +1,4 @@
-"""JSON schemas: from dicts and pydantic models to grammars, and replies back to data.
+"""JSON schemas: from dicts and Python types to grammars, and replies back to data.
 
 Nothing in a schema is dropped: a keyword that the grammar cannot enforce is a SchemaError that names it.
 Annotations (title, description, default, examples, ...) constrain nothing and pass.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from llguidance import LLMatcher
 
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.harmony.schema import is_model
+from mlx_gptoss.grammar.types import adapter_of, schema_of_type
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from typing_extensions import TypeForm
 
-    Schema: TypeAlias = Mapping[str, Any] | type[BaseModel]
+    Schema: TypeAlias = Mapping[str, Any] | TypeForm[Any]
 else:
     Schema: TypeAlias = Any
 
@@ -33,14 +33,12 @@ _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
 
 
 def json_schema_of(schema: Schema, field: str = "schema") -> dict[str, Any]:
-    """The JSON schema of a dict or of a pydantic model, as a plain dict.
+    """The JSON schema of a dict, or of a type as pydantic has it, as a plain dict.
 
     Raises SchemaError when it is neither, or not made of JSON values.
     """
-    if is_model(schema):
-        return schema.model_json_schema()
     if not isinstance(schema, Mapping):
-        raise SchemaError(f"{field} is {schema!r:.80}: expected a dict, or a pydantic model", field)
+        return schema_of_type(schema, field)
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(schema), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -106,26 +104,27 @@ def schema_error(message: str, schema: object, field: str) -> SchemaError:
 
 
 def parse_reply(text: str, schema: Schema | None) -> Any:
-    """A constrained reply as data: what JSON gives, or an instance of the pydantic model.
+    """A constrained reply as data: what JSON gives, or a value of the type.
 
-    None when the text is not a whole JSON value (a reply cut by max_tokens). Raises SchemaError when a
-    pydantic model's own validators refuse a whole reply.
+    None when the text is not a whole JSON value (a reply cut by max_tokens). Raises SchemaError when the
+    type's own validators refuse a whole reply.
     """
     try:
         data = json.loads(text)
     except ValueError:
         return None
-    if not is_model(schema):
+    if schema is None or isinstance(schema, Mapping):
         return data
     from pydantic import ValidationError
 
     try:
-        return schema.model_validate(data)
+        return adapter_of(schema, "schema").validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "the whole"
+        name = schema.__name__ if isinstance(schema, type) else str(schema)
         raise SchemaError(
-            f"the reply does not pass {schema.__name__}'s validation ({place}: {problem['msg']})", "schema"
+            f"the reply does not pass {name}'s validation ({place}: {problem['msg']})", "schema"
         ) from None
 
 
