@@ -17,8 +17,7 @@ from mlx_gptoss.server.state import ServerState
 from mlx_gptoss.server.translate.request import naming
 
 if TYPE_CHECKING:
-    from mlx_gptoss.chat.generation import Cancellable
-    from mlx_gptoss.engine.request import Sink
+    from mlx_gptoss.engine.request import Cancellable, Sink
     from mlx_gptoss.llm import LLM
 
 

@@ -6,8 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_gptoss.chat.generation import Cancellable
-from mlx_gptoss.engine.request import Sink, TokensDone
+from mlx_gptoss.engine.request import Cancellable, Sink, TokensDone
 from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
