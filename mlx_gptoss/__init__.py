@@ -54,6 +54,10 @@ if TYPE_CHECKING:
         LLM,
         load,
     )
+    from mlx_gptoss.mcp.tools import (
+        McpTools,
+        mcp_tools,
+    )
     from mlx_gptoss.sampling import (
         SamplingParams,
     )
@@ -71,6 +75,7 @@ __all__ = [
     "Event",
     "GptOssError",
     "HubError",
+    "McpTools",
     "MemoryLimitError",
     "Message",
     "MessageDone",
@@ -91,6 +96,7 @@ __all__ = [
     "Usage",
     "VerificationError",
     "load",
+    "mcp_tools",
 ]
 
 _LAZY = {
@@ -101,6 +107,7 @@ _LAZY = {
     "harmony": "Conversation Diagnostic Done Event Message MessageDone PreambleDelta ReasoningDelta Reply "
     "TextDelta Tool ToolCall ToolCallDelta Usage",
     "llm": "LLM load",
+    "mcp.tools": "McpTools mcp_tools",
     "sampling": "SamplingParams",
 }
 _HOME = {name: home for home, names in _LAZY.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have written: regular ones only, and no more than expected."""
+"""Files: read those that somebody else may have written, and keep our own where they belong."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def read_limited(path: Path, limit: int) -> bytes:
     if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"larger than the {limit:,} bytes expected", str(path))
     return data
+
+
+def state_folder() -> Path:
+    """Where logs and histories are kept: under XDG_STATE_HOME, or ~/.local/state."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "mlx-gptoss"

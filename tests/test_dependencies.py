@@ -37,7 +37,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 CORE = declared(PROJECT["dependencies"])
-GGUF, TRAIN, TEST, DEV = (declared(EXTRAS[extra]) for extra in ("gguf", "train", "test", "dev"))
+GGUF, MCP, TRAIN, TEST, DEV = (declared(EXTRAS[extra]) for extra in ("gguf", "mcp", "train", "test", "dev"))
 BUILD = declared(PYPROJECT["build-system"]["requires"])
 
 
@@ -77,7 +77,7 @@ def commands(*folders: str) -> set[str]:
 
 
 def test_what_the_package_imports_is_declared() -> None:
-    assert not undeclared(CORE | GGUF, "mlx_gptoss", "convert")
+    assert not undeclared(CORE | GGUF | MCP, "mlx_gptoss", "convert")
 
 
 def test_an_extra_is_imported_only_where_it_is_used() -> None:
@@ -85,20 +85,20 @@ def test_an_extra_is_imported_only_where_it_is_used() -> None:
 
 
 def test_what_tests_benchmarks_and_scripts_import_is_declared() -> None:
-    assert not undeclared(CORE | TEST | GGUF | TRAIN, "tests", "benchmarks")
+    assert not undeclared(CORE | TEST | GGUF | MCP | TRAIN, "tests", "benchmarks")
     assert not undeclared(CORE | DEV, "scripts")
     assert not undeclared(CORE | TRAIN, "demo")
     assert not undeclared(CORE, "examples")
 
 
 def test_collecting_the_tests_needs_nothing_of_the_training() -> None:
-    assert not undeclared(CORE | TEST | GGUF, "tests", top_level=True)
+    assert not undeclared(CORE | TEST | GGUF | MCP, "tests", top_level=True)
 
 
 @pytest.mark.parametrize(
     ("requirements", "folders"),
-    [(CORE, ["mlx_gptoss", "convert"]), (GGUF, ["convert"]), (TRAIN, ["demo"])],
-    ids=["core", "gguf", "train"],
+    [(CORE, ["mlx_gptoss", "convert"]), (GGUF, ["convert"]), (MCP, ["mlx_gptoss"]), (TRAIN, ["demo"])],
+    ids=["core", "gguf", "mcp", "train"],
 )
 def test_what_is_declared_is_imported(requirements: set[str], folders: list[str]) -> None:
     assert requirements <= imported(*folders)
@@ -120,7 +120,7 @@ def test_the_lock_has_every_requirement_as_it_is_allowed() -> None:
 
 def test_every_requirement_has_a_lower_bound() -> None:
     lowest = bounds(PROJECT, list(EXTRAS))
-    assert {canonical(name) for name in lowest} >= CORE | GGUF | TRAIN | TEST | DEV
+    assert {canonical(name) for name in lowest} >= CORE | GGUF | MCP | TRAIN | TEST | DEV
     with pytest.raises(ValueError, match="'numpy<3' has no lower bound"):
         bounds({"name": "x", "dependencies": ["numpy<3"]}, [])
     with pytest.raises(ValueError, match="numpy has two lower bounds"):

@@ -25,6 +25,7 @@ FLOORS = {
     "grammar": 3,
     "tools": 3,
     "engine": 4,
+    "mcp": 4,
     "chat": 5,
     "llm": 6,
     "convert": 6,

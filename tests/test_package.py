@@ -28,6 +28,7 @@ PUBLIC = [
     "GptOssError",
     "HubError",
     "LLM",
+    "McpTools",
     "MemoryLimitError",
     "Message",
     "MessageDone",
@@ -48,6 +49,7 @@ PUBLIC = [
     "Usage",
     "VerificationError",
     "load",
+    "mcp_tools",
 ]
 
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "fastapi", "uvicorn", "rich", "numpy", "tokenizers"}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mlx_gptoss.harmony import Tool, ToolNamespace
 
 ToolChoice: TypeAlias = Literal["auto", "none", "required"] | tuple[Literal["named"], str]
+# Target -> the schema of its arguments and whether it must be enforced; None for free text (python's code).
+Calls: TypeAlias = dict[Target, tuple[dict[str, Any], bool] | None]
 
 
 def compile_constraint(
@@ -56,9 +58,10 @@ def compile_constraint(
 
     vocabulary = vocabulary_of(tokenizer)
     bodies: dict[Target, str] = {}
-    for target, parameters in chosen.items():
-        if parameters is not None:
-            bodies[target] = _argument_grammar(vocabulary, target, parameters, strict_tools)
+    for target, arguments in chosen.items():
+        if arguments is not None:
+            schema, strict = arguments
+            bodies[target] = _argument_grammar(vocabulary, target, schema, strict and strict_tools)
     targets: list[Target] = [headers.ANALYSIS, *chosen]
     if chosen:
         targets.append(headers.PREAMBLE)
@@ -78,23 +81,23 @@ def compile_constraint(
     return TurnConstraint(tokenizer, vocabulary, plan)
 
 
-def _calls(tools: Sequence[Tool], builtin: Sequence[ToolNamespace]) -> dict[Target, dict[str, Any] | None]:
-    """Target -> schema of its arguments, None for free text (python's code)."""
-    calls: dict[Target, dict[str, Any] | None] = {}
+def _calls(tools: Sequence[Tool], builtin: Sequence[ToolNamespace]) -> Calls:
+    """The calls that can be made."""
+    calls: Calls = {}
     for i, tool in enumerate(tools):
-        calls[headers.function_call(tool.name)] = arguments_schema(tool.parameters, f"tools[{i}].parameters")
+        schema = arguments_schema(tool.parameters, f"tools[{i}].parameters")
+        calls[headers.function_call(tool.name)] = schema, tool.strict
     for namespace in builtin:
         if not namespace.tools:
             calls[headers.builtin_call(namespace.name)] = None
         for tool in namespace.tools:
             recipient = f"{namespace.name}.{tool.name}"
-            calls[headers.builtin_call(recipient)] = arguments_schema(tool.parameters, recipient)
+            schema = arguments_schema(tool.parameters, recipient)
+            calls[headers.builtin_call(recipient)] = schema, tool.strict
     return calls
 
 
-def _choose(
-    calls: dict[Target, dict[str, Any] | None], tool_choice: ToolChoice
-) -> dict[Target, dict[str, Any] | None]:
+def _choose(calls: Calls, tool_choice: ToolChoice) -> Calls:
     """The calls that tool_choice permits."""
     if tool_choice == "none":
         return {}
@@ -104,7 +107,7 @@ def _choose(
         return calls
     if isinstance(tool_choice, tuple) and len(tool_choice) == 2 and tool_choice[0] == "named":
         wanted = str(tool_choice[1]).removeprefix("functions.")
-        chosen = {target: schema for target, schema in calls.items() if target.name == wanted}
+        chosen = {target: arguments for target, arguments in calls.items() if target.name == wanted}
         if not chosen:
             declared = ", ".join(target.name for target in calls) or "none"
             raise ToolError(f"tool_choice names {wanted!r}: the declared tools are {declared}", "tool_choice")

@@ -103,12 +103,15 @@ class Message:
 class Tool:
     """A function the model may call. `parameters` is a JSON schema of its arguments, None for no arguments.
 
+    strict: False lets the arguments be any JSON object where the schema cannot be enforced.
+
     Raises ToolError for a missing or unusable name and SchemaError for a schema that cannot be shown.
     """
 
     name: str
     description: str = ""
     parameters: dict[str, Any] | None = None
+    strict: bool = True
 
     def __post_init__(self) -> None:
         check_name(self.name, "a tool", "tools.name")

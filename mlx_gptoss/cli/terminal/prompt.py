@@ -16,11 +16,12 @@ from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from mlx_gptoss.files import state_folder
+
 
 def history_file() -> Path:
-    """Where what was typed is kept: under XDG_STATE_HOME, or ~/.local/state."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "mlx-gptoss" / "chat_history"
+    """Where what was typed is kept."""
+    return state_folder() / "chat_history"
 
 
 class Prompt:
