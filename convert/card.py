@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_gptoss.checkpoint.hub import is_repo_id
 from mlx_gptoss.checkpoint.layouts import PARTS
+from mlx_gptoss.checkpoint.memory import gigabytes
 from mlx_gptoss.convert.manifest import Action, Manifest, Quality
 from mlx_gptoss.convert.verify import part_reports
 from mlx_gptoss.errors import ConversionError
@@ -73,7 +74,7 @@ def _what_it_is(manifest: Manifest, base: str | None) -> str:
     experts = " The experts are the source's own MXFP4 bytes, unchanged." if copied else ""
     return (
         f"{source} for [MLX](https://github.com/ml-explore/mlx) on Apple Silicon: recipe `{recipe}`, "
-        f"{total / 1e9:.2f} GB of weights.{experts}\n"
+        f"{gigabytes(total)} of weights.{experts}\n"
     )
 
 
@@ -85,13 +86,13 @@ def _source_name(manifest: Manifest) -> str:
 
 def _parts_table(manifest: Manifest) -> str:
     """One row a part: how it is stored, its bits a weight and weights a group, size and relative error."""
-    rows = [("part", "stored as", "bits", "group", "GB", "relative error")]
+    rows = [("part", "stored as", "bits", "group", "size", "relative error")]
     reports = {report.part: report for report in part_reports(manifest.tensors)}
     for part in [p for p in PARTS if p in reports] + sorted(reports.keys() - set(PARTS)):
         report = reports[part]
         formats = ", ".join(_FORMATS[action] for action in report.actions)
         error = f"{report.recorded:.2%}" if report.recorded else "exact"
-        rows.append((part, formats, *_packing(manifest, part), f"{report.bytes / 1e9:.3f}", error))
+        rows.append((part, formats, *_packing(manifest, part), gigabytes(report.bytes), error))
     return _table(rows) + (
         "\nThe relative error is that of the weights: root of the squared error over the squared norm.\n"
     )

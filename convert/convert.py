@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_gptoss.checkpoint.memory import gigabytes
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.disk import sync_folder, write_file, writing
 from mlx_gptoss.convert.finite import not_finite
@@ -178,9 +179,11 @@ def _open(source: str | Path, revision: str | None, offline: bool) -> Source:
     if path.exists() and is_gguf(path):
         return open_source(path)
     from mlx_gptoss.checkpoint.hub import is_repo_id, resolve
+    from mlx_gptoss.checkpoint.names import expand
 
     folder = resolve(source, revision=revision, offline=offline, gguf=True)
-    hub_id = str(source) if not path.exists() and is_repo_id(str(source)) else None
+    name = expand(source)
+    hub_id = name if not path.exists() and is_repo_id(name) else None
     return open_source(folder, id=hub_id)
 
 
@@ -256,7 +259,7 @@ class _Workplace:
         free = shutil.disk_usage(self.output).free
         if needed > free:
             raise ConversionError(
-                f"{self.target}: needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; "
+                f"{self.target}: needs {gigabytes(needed)} more, {gigabytes(free)} are free; "
                 "free some space or choose a target on another disk"
             )
 

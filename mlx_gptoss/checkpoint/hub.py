@@ -1,4 +1,5 @@
-"""From what a person typed to a local folder: "demo", a folder, or the id of a repository on the Hub.
+"""From what a person typed to a local folder: "demo", a folder, a short name, the name of a converted model,
+or the id of a repository on the Hub.
 
 Downloads go through ``huggingface_hub`` (its cache, its token, its progress bar), and only of the files that
 this runtime reads: never the ``metal/`` and ``original/`` copies that triple the download.
@@ -11,15 +12,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlx_gptoss.checkpoint import registry
+from mlx_gptoss.checkpoint.names import DEMO, did_you_mean, expand
 from mlx_gptoss.checkpoint.safetensors import MAX_INDEX_BYTES
-from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError
+from mlx_gptoss.errors import GptOssError, HubError, ModelNotFoundError, RequestError
 from mlx_gptoss.files import read_limited
 from mlx_gptoss.model.config import read_config
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
 
 TOKENIZER_FILES = (
@@ -46,20 +48,62 @@ _TIMEOUT = 10.0  # seconds for the one question that precedes a download
 
 
 def resolve(
-    model: str | Path, *, revision: str | None = None, offline: bool = False, gguf: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    gguf: bool = False,
+    announce: Callable[[str], None] | None = None,
 ) -> Path:
     """The local folder that holds `model`, downloaded first when it is a Hub id that isn't in the cache.
 
-    model: "demo" (the model shipped in this package), an existing folder, or NAMESPACE/NAME on the Hub.
+    model: "demo" (the model shipped in this package), an existing folder, a short name (see SHORT_NAMES), the
+    name of a model that was converted here, or NAMESPACE/NAME on the Hub.
     revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
     gguf: a .gguf file will do as well, and a repository of one (or of the parts of one), for `convert`.
+    announce is told in one line what will be downloaded, where anything is.
     A folder that holds nothing but ``original/`` resolves to that.
 
     Raises ModelNotFoundError when there is no such folder or repository (or none in the cache while offline)
     or the folder may not be entered, HubError when the Hub refuses, can't be reached, or the disk is full,
-    and ConfigError, before anything else is downloaded, when config.json is not of a gpt-oss model.
+    ConfigError, before anything else is downloaded, when config.json is not of a gpt-oss model, and
+    RequestError for a revision of what is no Hub id.
     """
-    text = str(model)
+    text = expand(model)
+    local = _on_disk(text, gguf)
+    if local is None and "/" not in text:
+        local = registry.find(text)
+    if local is not None:
+        if revision is not None:
+            raise RequestError(
+                f"revision {revision!r} was given for {text!r}, which is on this disk: only a model of the "
+                "Hub has revisions; leave it out, or give the Hub id",
+                "revision",
+            )
+        return local
+    if isinstance(model, Path) or not is_repo_id(text):
+        raise ModelNotFoundError(
+            f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', "
+            f"a short name like '20b', or 'demo'{did_you_mean(text, _names_here())}"
+        )
+    return _from_hub(text, revision, offline, gguf, announce or (lambda line: None))
+
+
+def _names_here() -> list[str]:
+    return [folder.name for folder in registry.remembered()] + downloaded()
+
+
+def downloaded() -> list[str]:
+    """The ids of all models in the Hub's cache, of whatever kind, by the names of its folders alone."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    found = (path.name.split("--", 1)[1] for path in cache.glob("models--*--*"))
+    return sorted(name.replace("--", "/") for name in found)
+
+
+def _on_disk(text: str, gguf: bool) -> Path | None:
+    """The demo model, or what lies at the path `text`; None where nothing does."""
     if text == DEMO:
         if not DEMO_FOLDER.is_dir():
             raise ModelNotFoundError(
@@ -67,25 +111,18 @@ def resolve(
             )
         return DEMO_FOLDER
     try:
-        local = _local(text, gguf)
+        return _local(text, gguf)
     except OSError as error:
         raise ModelNotFoundError(
             f"{text!r} cannot be read: {error.strerror}; expected a folder that you may enter, or a Hub id"
         ) from None
-    if local is not None:
-        return local
-    if isinstance(model, Path) or not is_repo_id(text):
-        raise ModelNotFoundError(
-            f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', or 'demo'"
-        )
-    return _from_hub(text, revision, offline, gguf)
 
 
 def _local(text: str, gguf: bool) -> Path | None:
     """The folder (or .gguf file) at the path `text`, None when nothing is there. Raises OSError."""
     folder = Path(os.path.expanduser(text))
     if text and folder.is_dir():
-        return _layout_folder(folder)
+        return layout_folder(folder)
     if gguf and folder.suffix == ".gguf" and folder.is_file():
         return folder
     if text and folder.exists():
@@ -116,9 +153,10 @@ def explain(
         return HubError(f"{repo!r} is gated: accept its terms at {where}, then log in with `hf auth login`")
     if isinstance(error, RepositoryNotFoundError):
         near = _nearby_folder(repo)
+        meant = did_you_mean(repo, set(_names_here()) - {repo})
         return ModelNotFoundError(
             f"no model {repo!r} on the Hub{near}; check the spelling, "
-            "or log in with `hf auth login` if it is private"
+            f"or log in with `hf auth login` if it is private{meant}"
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFoundError(
@@ -167,7 +205,7 @@ def _nearby_folder(repo: str) -> str:
     return f" and no folder of that name in {str(parent)!r}" if parent.is_dir() else ""
 
 
-def _layout_folder(folder: Path) -> Path:
+def layout_folder(folder: Path) -> Path:
     """`folder`, or its ``original/`` where that alone holds a model."""
     original = folder / "original"
     if not (folder / "config.json").exists() and (original / "config.json").exists():
@@ -175,7 +213,9 @@ def _layout_folder(folder: Path) -> Path:
     return folder
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Path:
+def _from_hub(
+    repo: str, revision: str | None, offline: bool, gguf: bool, announce: Callable[[str], None]
+) -> Path:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if offline or constants.is_offline_mode():
@@ -198,8 +238,15 @@ def _from_hub(repo: str, revision: str | None, offline: bool, gguf: bool) -> Pat
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     names = _choose(repo, list(sizes), gguf)
     missing = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
-    _check_space(repo, sum(sizes[name] for name in missing), Path(constants.HF_HUB_CACHE))
-    return _layout_folder(_download(repo, revision, names, info.sha))
+    if missing:
+        from mlx_gptoss.checkpoint.memory import gigabytes
+
+        cache = Path(constants.HF_HUB_CACHE)
+        left = sum(sizes[name] for name in missing)
+        _check_space(repo, left, cache)
+        there = sum(sizes[name] for name in names) - left
+        announce(f"{repo}: {gigabytes(left)} to download into {cache}{_already(there)}")
+    return layout_folder(_download(repo, revision, names, info.sha))
 
 
 def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
@@ -227,13 +274,29 @@ def _choose(repo: str, names: list[str], gguf: bool) -> list[str]:
     )
 
 
+def _already(nbytes: int) -> str:
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
+    return f"; {gigabytes(nbytes)} are there" if nbytes > 10**6 else ""
+
+
+def partial_files(repo: str) -> list[Path]:
+    """What downloads of `repo` left in the cache that were killed; no other one goes on from there."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return list(folder.glob("blobs/*.incomplete"))
+
+
 def _check_space(repo: str, size: int, cache: Path) -> None:
     """Refuse before the first byte when the cache's disk can't hold `size` more bytes."""
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
     place = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if size > free:
         raise HubError(
-            f"{repo!r} needs {size / 1e9:.1f} GB more in {cache}, where {free / 1e9:.1f} GB are free; "
+            f"{repo!r} needs {gigabytes(size)} more in {cache}, where {gigabytes(free)} are free; "
             "free some space or set HF_HOME to another disk"
         )
 
@@ -248,7 +311,8 @@ def _download(repo: str, revision: str | None, names: Sequence[str], commit: str
         # The names are exact, but the library takes patterns: escape them.
         patterns = [glob.escape(name) for name in names]
         # By its branch, so that it is found offline; which may have moved since its config was read.
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        # One file at a time: an interrupted one is lost, those before it are kept.
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, max_workers=1))
         if commit is not None and snapshot.name != commit:
             raise HubError(f"{repo!r} was changed while it was downloaded: run the same command again")
         return snapshot
@@ -268,11 +332,11 @@ def _cached(repo: str, revision: str | None, gguf: bool) -> Path | None:
         snapshot = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
     except LocalEntryNotFoundError:
         return None
-    folder = _layout_folder(Path(snapshot))
-    return folder if _is_whole(folder) or (gguf and any(folder.glob("*.gguf"))) else None
+    folder = layout_folder(Path(snapshot))
+    return folder if is_whole(folder) or (gguf and any(folder.glob("*.gguf"))) else None
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether config.json and every shard of the index are there (an interrupted download lacks some)."""
     if not (folder / "config.json").exists():
         return False

@@ -139,10 +139,12 @@ def plan_checkpoint(checkpoint: Checkpoint) -> MemoryPlan:
 
 
 def gigabytes(count: float) -> str:
-    """1.27 GB, 4.4 MB, 0.8 kB: decimal, as disks, bandwidths and model cards count."""
+    """1.27 GB, 4.4 MB, 0.8 kB, 12 bytes: decimal, as disks, bandwidths and model cards count."""
     if count >= 1e8:
         return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    if count >= 1e5:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.1f} kB" if count >= 100 else f"{count:.0f} bytes"
 
 
 def _format(tensor: TensorInfo, spec: TensorSpec) -> str:

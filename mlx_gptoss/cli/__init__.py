@@ -11,18 +11,24 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from mlx_gptoss.errors import GptOssError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 __all__ = ["COMMANDS", "cli", "main", "run"]
 
 COMMANDS = {
     "chat": "Chat with a model in the terminal.",
-    "generate": "Complete a text, raw or in the chat format.",
+    "generate": "Answer one prompt, or complete a text.",
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
+    "models": "List the models on this machine, and what fits it.",
+    "pull": "Download a model.",
+    "remove": "Delete a downloaded or a converted model.",
     "convert": "Convert a checkpoint to MLX's layout.",
     "verify": "Check a converted folder against its manifest.",
     "share": "Publish a converted folder on the Hub.",
@@ -30,6 +36,7 @@ COMMANDS = {
     "bench": "Measure a model's speed on this machine.",
     "doctor": "Examine this machine, and try what runs on it.",
     "demo": "Run the built-in demo model, no download needed.",
+    "completion": "Print what makes the shell complete commands and models.",
 }
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
@@ -48,20 +55,47 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=line) for name, line in COMMANDS.items()]
+        return [item for item in found if item.value.startswith(incomplete)] or super().shell_complete(
+            ctx, incomplete
+        )
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="gptoss-mlx")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """gpt-oss on Apple Silicon through MLX.
 
-    MODEL is a folder, the id of a repository on the Hugging Face Hub, or `demo`.
+    MODEL is `20b`, `120b`, `safeguard-20b` or `safeguard-120b` (OpenAI's checkpoints), `demo`, a folder, the
+    name of a model in the list of `models`, or the id of a repository on the Hugging Face Hub.
     """
+    if ctx.invoked_subcommand is not None:
+        return
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise click.exceptions.NoArgsIsHelpError(ctx)
+    from mlx_gptoss.cli.start import start
+
+    start()
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -78,8 +112,11 @@ def run(args: Sequence[str] | None = None) -> int:
     except GptOssError as error:
         click.echo(f"error: {_printable(str(error))}", err=True)
         return 1
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"error: {_printable(_usage_line(error))}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
@@ -92,6 +129,14 @@ def run(args: Sequence[str] | None = None) -> int:
         _flush_or_drop()
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _usage_line(error: click.ClickException) -> str:
+    """What click says, spelled as our own errors are, and where the options are told."""
+    message = error.format_message().removesuffix(".")
+    message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message} (see `{context.command_path} --help`)"
 
 
 def _printable(text: str) -> str:

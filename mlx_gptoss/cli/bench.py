@@ -6,6 +6,7 @@ Prompts are random tokens, so no text and no tokenizer is needed, and no prefix 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from mlx_gptoss.cli.options import ModelSource, model_options
+from mlx_gptoss.cli.tables import show_table
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
 
@@ -38,17 +41,21 @@ class Row:
     decode_rate: float
 
 
-# What of a row the table shows: heading and format.
+# What of a row the table shows: heading and format. "again": the first token with the prompt known.
 COLUMNS = {
     "runtime": ("runtime", ""),
-    "context": ("context", ""),
-    "batch": ("requests", ""),
-    "prefill_rate": ("prefill tok/s", ".1f"),
-    "first_token": ("first token s", ".3f"),
-    "warm_first_token": ("again s", ".3f"),
-    "decode_rate": ("decode tok/s", ".1f"),
-    "bandwidth_share": ("of peak", ".1%"),
+    "context": ("context", ","),
+    "batch": ("batch", ""),
+    "prefill_rate": ("prefill", ",.1f"),
+    "first_token": ("first", ".3f"),
+    "warm_first_token": ("again", ".3f"),
+    "decode_rate": ("decode", ",.1f"),
+    "bandwidth_share": ("peak", ".1%"),
 }
+UNITS = (
+    "prefill and decode in tokens/s; the first token cold, and again with the prompt known, in seconds; "
+    "peak: the share of that bandwidth"
+)
 
 
 @click.command()
@@ -88,7 +95,7 @@ def bench(
         return read * row.decode_rate / bandwidth if row.batch == 1 else None
 
     report = {
-        "model": folder.name,
+        "model": Path(source.name).name,
         "layout": memory.layout,
         "dtype": str(memory.dtype).removeprefix("mlx.core."),
         "weights_bytes": memory.weights,
@@ -98,7 +105,10 @@ def bench(
         "machine": describe(),
         "rows": [asdict(row) | {"bandwidth_share": share(row)} for row in rows],
     }
-    click.echo(json.dumps(report, indent=2) if as_json else table(report))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
 
 
 def _numbers(text: str, name: str) -> list[int]:
@@ -178,20 +188,37 @@ def measure_mlx_lm(folder: Path, lengths: list[int], tokens: int) -> list[Row]:
     return rows
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table to paste."""
-    lines = [
+def _print(report: dict[str, Any]) -> None:
+    """The report as a Markdown table to paste, or as paragraphs where the terminal is too narrow for it."""
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
+    click.echo(
         f"{report['model']} ({report['layout']}, {report['dtype']}): "
-        f"weights {report['weights_bytes'] / 1e9:.2f} GB, "
-        f"{report['bytes_read_per_token'] / 1e9:.3f} GB read a token, "
-        f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"memory bandwidth measured here: {report['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
-        ", ".join(f"{k} {v}" for k, v in report["machine"].items()),
-        "",
-        f"| {' | '.join(heading for heading, _ in COLUMNS.values())} |",
-        "|---|" + "---:|" * (len(COLUMNS) - 1),
+        f"weights {gigabytes(report['weights_bytes'])}, "
+        f"{gigabytes(report['bytes_read_per_token'])} read a token, "
+        f"peak memory {gigabytes(report['peak_memory_bytes'])}"
+    )
+    click.echo(f"memory bandwidth measured here: {gigabytes(report['bandwidth_bytes_per_second'])}/s")
+    click.echo(", ".join(f"{k} {v}" for k, v in report["machine"].items()))
+    click.echo(f"{UNITS}\n")
+    headings = [heading for heading, _ in COLUMNS.values()]
+    rows = [
+        ["-" if row[name] is None else format(row[name], form) for name, (_, form) in COLUMNS.items()]
+        for row in report["rows"]
     ]
-    for row in report["rows"]:
-        cells = ("" if row[name] is None else format(row[name], form) for name, (_, form) in COLUMNS.items())
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = markdown_table(headings, rows)
+    if sys.stdout.isatty() and len(lines[0]) > Console().width:
+        show_table(headings, rows)
+    else:
+        click.echo("\n".join(lines))
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table that is aligned in its source too: the first column left, numbers right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    ruler = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    lines = []
+    for first, *others in (headings, ruler, *rows):
+        numbers = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join([first.ljust(widths[0]), *numbers])} |")
+    return lines

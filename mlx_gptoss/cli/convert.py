@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gptoss.cli.options import offline_option, revision_option, size, whole
+from mlx_gptoss.checkpoint.names import expand
+from mlx_gptoss.cli.options import offline_option, revision_option, size, source_argument, whole
 from mlx_gptoss.cli.progress import byte_bar, progress_bar
+from mlx_gptoss.cli.tables import show_table
 from mlx_gptoss.convert.recipes import DEFAULT_RECIPE, RECIPES, make_recipe
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
@@ -21,7 +23,7 @@ GROUP_SIZES = click.Choice(list(map(str, AFFINE_GROUP_SIZES)))
 
 
 @click.command()
-@click.argument("source", metavar="SOURCE")
+@source_argument
 @click.argument("target", metavar="[TARGET]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--recipe",
@@ -61,9 +63,9 @@ def convert(
     """Convert a gpt-oss checkpoint into the new folder TARGET.
 
     SOURCE is a folder (Hugging Face's or OpenAI's layout, a bf16 fine-tune, an mlx-lm conversion), a .gguf
-    file, or the id of a Hub repository. TARGET is named after SOURCE and the recipe if it is not given, in
-    the current folder. Experts keep their MXFP4 bytes. A conversion that was stopped goes on when it is
-    started again.
+    file, 20b or 120b, or the id of a Hub repository. TARGET is named after SOURCE and the recipe if it is not
+    given, in the current folder; `models` lists it, and its name can be used anywhere. Experts keep their
+    MXFP4 bytes. A conversion that was stopped goes on when it is started again.
     """
     from mlx_gptoss.convert.convert import SHARD_SIZE
     from mlx_gptoss.convert.convert import convert as run
@@ -83,25 +85,40 @@ def convert(
             **options,
         )
     _print_summary(result)
+    _remember(result.folder)
     if check:
         _verify(result, source, revision, offline)
 
 
 def default_name(source: str) -> str:
     """What to call a conversion of `source`: the last part of its path or id."""
-    name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+    name = Path(source).resolve().name if Path(source).exists() else expand(source).rpartition("/")[2]
     return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(".gguf"))  # of a part, the model's name
 
 
+def _remember(folder: Path) -> None:
+    """Note the folder for `models`; where that cannot be written the conversion is no worse for it."""
+    from mlx_gptoss.checkpoint import registry
+
+    try:
+        registry.remember(folder)
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}"
+        click.echo(f"note: `mlx-gptoss models` will not list {folder} ({told})", err=True)
+
+
 def _print_summary(result: Converted) -> None:
+    from mlx_gptoss.checkpoint.memory import gigabytes
     from mlx_gptoss.convert.verify import part_reports
 
     recipe = result.manifest.recipe["name"]
-    again = f", {result.resumed / 1e9:.2f} GB of them by an earlier run" if result.resumed else ""
-    click.echo(f"{result.folder}: {result.nbytes / 1e9:.2f} GB, recipe {recipe}{again}")
+    again = f", {gigabytes(result.resumed)} of them by an earlier run" if result.resumed else ""
+    click.echo(f"{result.folder}: {gigabytes(result.nbytes)}, recipe {recipe}{again}")
+    rows = []
     for part in part_reports(result.manifest.tensors):
-        error = "exact" if part.recorded == 0 else f"relative error {part.recorded:.2%}"
-        click.echo(f"  {part.part:<10} {part.bytes / 1e9:8.3f} GB  {error:<22} {', '.join(part.actions)}")
+        error = "exact" if part.recorded == 0 else f"{part.recorded:.2%}"
+        rows.append((part.part, ", ".join(part.actions), gigabytes(part.bytes), error))
+    show_table(("part", "made by", "size", "relative error"), rows, left=2)
     for note in result.notes:
         click.echo(f"note: {note}")
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from mlx_gptoss.cli.options import dtype_option, model_argument, offline_option, revision_option
+from mlx_gptoss.cli.tables import show_table
 
 if TYPE_CHECKING:
     from mlx_gptoss.checkpoint.memory import MemoryPlan
@@ -70,10 +70,14 @@ def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
 def _print_tables(report: dict[str, Any]) -> None:
     from mlx_gptoss.checkpoint.memory import gigabytes
 
-    console = Console()
+    console = Console(highlight=False)
     a, sizes, machine = report["architecture"], report["bytes"], report["machine"]
     sliding = sum(kind == "sliding_attention" for kind in a["layer_types"])
-    console.print(f"[bold]{report['model']}[/bold]: {report['layout']} layout, computed in {report['dtype']}")
+    console.print(
+        Text.assemble(
+            (report["model"], "bold"), f": {report['layout']} layout, computed in {report['dtype']}"
+        )
+    )
     console.print(
         f"{a['num_layers']} layers ({sliding} with a window of {a['sliding_window']}), "
         f"hidden {a['hidden_size']}, "
@@ -82,27 +86,20 @@ def _print_tables(report: dict[str, Any]) -> None:
         f"vocabulary {a['vocab_size']:,}, context {a['max_position']:,}"
     )
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("part")
-    table.add_column("stored as", no_wrap=True)
-    for column in ("tensors", "on disk", "in memory", "read/token"):
-        table.add_column(column, justify="right")
+    rows = []
     for p in report["parts"]:
         measures = map(gigabytes, (p["stored"], p["loaded"], p["read"]))
-        table.add_row(p["name"], p["format"], f"{p['tensors']:,}", *measures)
-    table.add_section()
+        rows.append((p["name"], p["format"], f"{p['tensors']:,}", *measures))
     tensors = sum(p["tensors"] for p in report["parts"])
     measures = map(gigabytes, (sizes["stored"], sizes["weights"], sizes["read_per_token"]))
-    table.add_row("all", "", f"{tensors:,}", *measures)
-    console.print(table)
+    headings = ("part", "stored as", "tensors", "on disk", "in memory", "read/token")
+    show_table(headings, rows, left=2, total=("all", "", f"{tensors:,}", *measures))
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("context", "KV cache", "memory in all", "fits now"):
-        table.add_column(column, justify="right")
+    rows = []
     for c in report["contexts"]:
-        fits = "[green]yes[/green]" if c["fits"] else "[red]no[/red]"
-        table.add_row(f"{c['tokens']:,}", gigabytes(c["kv"]), gigabytes(c["total"]), fits)
-    console.print(table)
+        fits = Text("yes", "green") if c["fits"] else Text("no", "red")
+        rows.append((f"{c['tokens']:,}", gigabytes(c["kv"]), gigabytes(c["total"]), fits))
+    show_table(("context", "KV cache", "memory in all", "fits now"), rows, left=0)
     console.print(
         f"this machine: {gigabytes(machine['memory'])} of memory, {gigabytes(machine['free'])} free"
     )

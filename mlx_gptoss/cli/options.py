@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from mlx_gptoss.checkpoint.names import DEMO, SHORT_NAMES, expand
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams, about
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from mlx_gptoss.engine.options import EngineKeywords
     from mlx_gptoss.harmony import ReasoningEffort
     from mlx_gptoss.llm import LLM
@@ -47,35 +51,50 @@ def whole(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model to load and how: MODEL and the loading options."""
+    """Which model to load and how: MODEL and the loading options. `name`: MODEL where it became a folder."""
 
     model: str
     dtype: str | None
     revision: str | None
     offline: bool
     engine: EngineKeywords
+    name: str = ""
 
     def local(self) -> ModelSource:
         """The same model as a local folder: downloaded, or found missing, before anything else is done."""
         from mlx_gptoss.checkpoint.hub import resolve
 
-        return replace(self, model=str(resolve(self.model, revision=self.revision, offline=self.offline)))
+        folder = resolve(
+            self.model,
+            revision=self.revision,
+            offline=self.offline,
+            announce=partial(click.echo, err=True),
+        )
+        return replace(self, model=str(folder), revision=None, name=expand(self.model))
 
     def load(self) -> LLM:
         """The loaded model; close it, or use it in a with statement."""
         from mlx_gptoss.cli.progress import progress_bar
         from mlx_gptoss.llm import load
 
+        name = self.name or expand(self.model)
+
+        def announce(line: str) -> None:
+            _, _, facts = line.partition(": ")  # what comes first is a commit's hash in the Hub's cache
+            click.echo(f"{name}: {facts}", err=True)
+
         with progress_bar("loading") as progress:
-            return load(
+            llm = load(
                 self.model,
                 dtype=self.dtype,
                 revision=self.revision,
                 offline=self.offline,
                 progress=progress,
-                announce=partial(click.echo, err=True) if sys.stderr.isatty() else None,
+                announce=announce if sys.stderr.isatty() else None,
                 **self.engine,
             )
+        llm.name = name
+        return llm
 
 
 def read_standard_input() -> str:
@@ -116,7 +135,64 @@ def bundle(name: str, make: Callable[..., Any], *options: Decorator) -> Decorato
     return declare
 
 
-model_argument = click.argument("model", metavar="MODEL")
+class ModelName(click.ParamType):
+    """What a model goes by, and what the Tab key offers for it: `names()`, and folders where `folders`."""
+
+    name = "model"
+
+    def __init__(self, names: Callable[[], Iterable[str]], expected: str, *, folders: bool = True) -> None:
+        self._names = names
+        self._expected = expected
+        self._folders = folders
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Give {self._expected}"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        places = sorted(Path().glob(f"{glob.escape(incomplete)}*/")) if self._folders else []
+        offered = [*self._names(), *(f"{place}/" for place in places)]
+        return [CompletionItem(name) for name in offered if name.startswith(incomplete)]
+
+
+def downloaded_names() -> list[str]:
+    """The models in the Hub's cache, without looking into them."""
+    from mlx_gptoss.checkpoint.hub import downloaded
+
+    return downloaded()
+
+
+def names_here() -> list[str]:
+    """The names of the models on this machine, likewise."""
+    from mlx_gptoss.checkpoint import registry
+
+    return [*(folder.name for folder in registry.remembered()), *downloaded_names()]
+
+
+model_argument = click.argument(
+    "model",
+    metavar="MODEL",
+    type=ModelName(
+        lambda: [DEMO, *SHORT_NAMES, *names_here()],
+        "a folder, a Hub id, 20b, 120b or demo; `mlx-gptoss models` lists what is here",
+    ),
+)
+source_argument = click.argument(
+    "source",
+    metavar="SOURCE",
+    type=ModelName(
+        lambda: [DEMO, *SHORT_NAMES, *downloaded_names()], "a folder, a .gguf file, 20b, 120b or a Hub id"
+    ),
+)
+hub_argument = click.argument(
+    "model", metavar="MODEL", type=ModelName(lambda: SHORT_NAMES, "20b, 120b or a Hub id", folders=False)
+)
+installed_argument = click.argument(
+    "model", metavar="MODEL", type=ModelName(names_here, "a name that `mlx-gptoss models` lists")
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),

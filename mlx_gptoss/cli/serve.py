@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_gptoss.checkpoint.names import expand
 from mlx_gptoss.cli.options import ModelSource, model_options
 from mlx_gptoss.errors import RequestError
 
@@ -82,10 +85,36 @@ def serve(
     from mlx_gptoss.server.run import serve as run_server
     from mlx_gptoss.server.settings import ServerSettings
 
-    settings |= {"max_body_bytes": int(max_body * 2**20), "model_name": model_name or Path(source.model).name}
+    settings |= {
+        "max_body_bytes": int(max_body * 2**20),
+        "model_name": model_name or Path(expand(source.model)).name,
+    }
     chosen = ServerSettings(**settings)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    check_port(chosen.host, chosen.port)
     source = source.local()  # before the port opens
     run_server(source.load, chosen, lambda url: announce(url, chosen.api_key, open_page=open_page))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise RequestError where another program listens there: better now than after the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise RequestError(
+            f"--host is {host!r}: {error.strerror}; expected an address of this machine", "host"
+        ) from None
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise RequestError(f"{host}:{port} cannot be used: {error.strerror}", "port") from None
+            raise RequestError(
+                f"port {port} of {host} is taken by another program: choose another one with --port, "
+                "or --port 0 for a free one",
+                "port",
+            ) from None

@@ -6,11 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from mlx_gptoss.cli.progress import byte_bar
+from mlx_gptoss.cli.tables import show_table
 
 if TYPE_CHECKING:
     from mlx_gptoss.convert.share import SharePlan
@@ -56,19 +54,13 @@ def share(
 
 
 def _print_plan(made: SharePlan) -> None:
-    console = Console()
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
     kind = "public" if made.public else "private"
-    console.print(
-        f"[bold]{made.folder}[/bold] -> {made.repo_id} ({kind}): {len(made.files)} files, "
-        f"{made.bytes / 1e9:.2f} GB",
-        highlight=False,
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("file")
-    table.add_column("bytes", justify="right")
-    table.add_column("SHA-256")
-    for name, entry in sorted(made.files.items()):
-        table.add_row(name, f"{entry.size:,}", (entry.sha256 or "")[:16])
-    console.print(table)
+    click.echo(f"{made.folder} -> {made.repo_id} ({kind}): {len(made.files)} files, {gigabytes(made.bytes)}")
+    rows = [
+        (name, (entry.sha256 or "")[:16], f"{entry.size:,}") for name, entry in sorted(made.files.items())
+    ]
+    show_table(("file", "SHA-256 begins", "bytes"), rows, left=2)
     for name in made.not_sent:
-        console.print(f"stays here, not in the manifest: {name}", highlight=False)
+        click.echo(f"stays here, not in the manifest: {name}")

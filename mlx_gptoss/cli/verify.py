@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_gptoss.cli.options import offline_option
 from mlx_gptoss.cli.progress import byte_bar, progress_bar
+from mlx_gptoss.cli.tables import show_table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlx_gptoss.convert.manifest import Quality
     from mlx_gptoss.convert.verify import Verification
 
@@ -45,15 +45,20 @@ def verify(
     FOLDER may also be a Hub id. The exit status is 1 when anything differs.
     """
     from mlx_gptoss.checkpoint.hub import resolve
+    from mlx_gptoss.checkpoint.names import expand
     from mlx_gptoss.convert.manifest import read_manifest
     from mlx_gptoss.convert.verify import bytes_to_read
     from mlx_gptoss.convert.verify import verify as check
 
     if (quality or text) and source is None:
         raise click.UsageError("--quality compares with the source: add --source SRC")
+    if source_revision and source is None:
+        raise click.UsageError("--source-revision is of the source: add --source SRC")
+    source = source and expand(source)
     root = resolve(folder, offline=offline)
     manifest = read_manifest(root)
-    revision = source_revision or (manifest.source.revision if source == manifest.source.id else None)
+    same = source == manifest.source.id and not Path(source).exists()  # a folder has no revisions
+    revision = source_revision or (manifest.source.revision if same else None)
     origin = None
     if source is not None:
         origin = resolve(source, revision=revision, offline=offline, gguf=True)
@@ -86,40 +91,29 @@ def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality
 
 
 def _print_tables(found: Verification, measured: Quality | None) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from mlx_gptoss.checkpoint.memory import gigabytes
 
-    console = Console()
     source = "" if found.source is None else f", {found.copies:,} tensors bit-identical to {found.source}"
-    console.print(
-        f"[bold]{found.folder}[/bold]: {found.files} files, {found.bytes / 1e9:.2f} GB, "
-        f"{len(found.manifest.tensors):,} tensors{source}",
-        highlight=False,
+    click.echo(
+        f"{found.folder}: {found.files} files, {gigabytes(found.bytes)}, "
+        f"{len(found.manifest.tensors):,} tensors{source}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("part", "made by"):
-        table.add_column(column)
-    for column in ("tensors", "GB", "recorded error", "measured error"):
-        table.add_column(column, justify="right")
+    rows = []
     for part in found.parts:
         errors = [
             "" if e is None else "exact" if e == 0 else f"{e:.3%}" for e in (part.recorded, part.measured)
         ]
-        table.add_row(
-            part.part, ", ".join(part.actions), f"{part.tensors:,}", f"{part.bytes / 1e9:.3f}", *errors
-        )
-    console.print(table)
+        rows.append((part.part, ", ".join(part.actions), f"{part.tensors:,}", gigabytes(part.bytes), *errors))
+    show_table(("part", "made by", "tensors", "size", "recorded error", "measured error"), rows, left=2)
     if measured is not None:
-        console.print(
+        click.echo(
             f"{measured.tokens:,} tokens of {measured.text}: KL divergence {measured.kl:.4f} nats "
             f"(99th percentile {measured.kl_p99:.4f}), same likeliest token {measured.top1:.1%}, "
-            f"perplexity {measured.perplexity_source:.3f} -> {measured.perplexity:.3f}",
-            highlight=False,
+            f"perplexity {measured.perplexity_source:.3f} -> {measured.perplexity:.3f}"
         )
     for name in found.extra:
-        console.print(f"not in the manifest: {name}", highlight=False)
+        click.echo(f"not in the manifest: {name}")
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        click.echo(f"note: {note}")
     if found.ok:
-        console.print("[green]everything agrees[/green]")
+        click.secho("everything agrees", fg="green")

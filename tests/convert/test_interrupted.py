@@ -302,7 +302,7 @@ def test_too_little_space_is_said_before_the_first_byte(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConversionError, match="GB more, 0.00 GB are free") as error:
+    with pytest.raises(ConversionError, match="more, 1.0 kB are free") as error:
         convert(source, tmp_path / "made")
     one_line(error)
     assert not any((tmp_path / "made.partial" / "output").iterdir())
