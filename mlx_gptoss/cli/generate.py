@@ -1,6 +1,6 @@
-"""`mlx-gptoss generate`: completion of a text (or of token ids), raw or in the chat format, to stdout.
+"""`mlx-gptoss generate`: the answer to one prompt, or the continuation of a text or of token ids, on stdout.
 
-The text is only the text: what was measured goes to stderr as one last line.
+The output is only the text: reasoning, progress and what was measured go to stderr.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mlx_gptoss.cli.attachments import read_text, with_files
 from mlx_gptoss.cli.options import (
     ChatOptions,
     ModelSource,
@@ -25,56 +26,71 @@ from mlx_gptoss.cli.options import (
     read_standard_input,
     sampling_options,
 )
+from mlx_gptoss.cli.prefill import shown_reading
 from mlx_gptoss.errors import GptOssError, RequestError
+from mlx_gptoss.harmony import Done
 
 if TYPE_CHECKING:
     from mlx_gptoss.engine.request import TokenStream
     from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
 
-DEFAULT_MAX_TOKENS = 256
+RAW_MAX_TOKENS = 256
 
 
 @click.command()
 @model_options
-@click.option("-p", "--prompt", help="Text to continue.  [default: standard input]")
+@click.option("-p", "--prompt", metavar="TEXT", help="What to say; comes after files and standard input.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A text file that becomes part of the message, with its name. May be given repeatedly.",
+)
 @click.option(
     "--tokens", metavar="IDS", help="Token ids to continue, e.g. '1 2 3'; prints ids and needs no tokenizer."
 )
-@sampling_options(max_tokens=DEFAULT_MAX_TOKENS)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
 @click.option(
-    "--chat",
+    "--chat/--raw",
     "as_chat",
-    is_flag=True,
-    help="Answer the prompt in the chat format; as many tokens as it takes, unless --max-tokens is given.",
+    default=True,
+    help="Answer in the chat format, or continue the text as it is.  [default: --chat]",
 )
+@sampling_options(unset="--chat: what it takes; --raw: 256")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
 @chat_options
 @click.option(
-    "--schema",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="With --chat: a JSON schema that the answer follows.",
+    "--schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON schema that the answer follows."
 )
+@click.option("--regex", metavar="PATTERN", help="A regular expression that the whole answer matches.")
+@click.option("--choices", metavar="A,B,..", help="The answer is one of these texts, set apart by commas.")
 def generate(
     source: ModelSource,
     prompt: str | None,
+    files: tuple[Path, ...],
     tokens: str | None,
+    as_chat: bool,
     sampling: SamplingParams,
     as_json: bool,
-    as_chat: bool,
     talk: ChatOptions,
     schema: Path | None,
+    regex: str | None,
+    choices: str | None,
 ) -> None:
-    """Continue a text with MODEL: raw, or with --chat as the answer to a message."""
-    if prompt is not None and tokens is not None:
-        raise click.UsageError("give --prompt or --tokens, not both")
-    _check_chat(as_chat, tokens)
-    if as_chat and _is_default("max_tokens"):
-        sampling = replace(sampling, max_tokens=None)
-    request = _chat_request(talk, sampling, schema) if as_chat else None
+    """Answer one prompt with MODEL, and print the answer only.
+
+    The prompt is made of the files, of what is piped in, and of --prompt, in this order. With --raw it is a
+    text, which is continued.
+    """
+    _check_together(prompt is not None or bool(files), tokens is not None, as_chat)
+    as_chat = as_chat and tokens is None
+    if not as_chat and sampling.max_tokens is None:
+        sampling = replace(sampling, max_tokens=RAW_MAX_TOKENS)
+    request = _chat_request(talk, sampling, schema, regex, choices) if as_chat else None
     ids = parse_tokens(tokens) if tokens is not None else []
-    text = _read_prompt(prompt) if tokens is None else ""
+    text = _read_prompt(prompt, files, raw=not as_chat) if tokens is None else ""
     source = source.local()
     if tokens is None and not (Path(source.model) / "tokenizer.json").is_file():
         from mlx_gptoss.tokenizer import Tokenizer
@@ -88,21 +104,34 @@ def generate(
             run_raw(llm, ids, sampling, as_ids=tokens is not None, as_json=as_json)
 
 
-def _is_default(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT
+CHAT_ONLY = ("system", "effort", "show_reasoning", "schema", "regex", "choices")
+FORMS = ("schema", "regex", "choices")
 
 
-def _check_chat(as_chat: bool, tokens: str | None) -> None:
-    """What belongs to --chat, or not. Raises UsageError."""
-    if as_chat and tokens is not None:
-        raise click.UsageError("--chat takes a text, not --tokens")
-    given = [name for name in ("system", "effort", "show_reasoning", "schema") if not _is_default(name)]
-    if given and not as_chat:
-        raise click.UsageError(f"--{given[0].replace('_', '-')} needs --chat")
+def _check_together(prompted: bool, tokens: bool, as_chat: bool) -> None:
+    """Options that exclude each other, or would have no effect. Raises UsageError."""
+    given = click.get_current_context().get_parameter_source
+    named = [name for name in CHAT_ONLY if given(name) is not ParameterSource.DEFAULT]
+    forms = [f"--{name}" for name in FORMS if name in named]
+    if tokens and prompted:
+        raise click.UsageError("give --prompt or --file, or --tokens, not both")
+    if tokens and as_chat and given("as_chat") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--chat takes a text: leave out --chat or --tokens")
+    if named and (tokens or not as_chat):
+        other = "--tokens" if tokens else "--raw"
+        raise click.UsageError(
+            f"--{named[0].replace('_', '-')} has no effect with {other}: leave one of them out"
+        )
+    if len(forms) > 1:
+        raise click.UsageError(f"{' and '.join(forms)} were given: an answer has one form, give one")
+    if "show_reasoning" in named and given("as_json") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--show-reasoning has no effect with --json, which always has the reasoning")
 
 
-def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None) -> dict[str, Any]:
-    """The arguments of LLM.stream. Raises RequestError for a schema file that is not JSON, or OSError."""
+def _chat_request(
+    talk: ChatOptions, params: SamplingParams, schema: Path | None, regex: str | None, choices: str | None
+) -> dict[str, Any]:
+    """The arguments of LLM.stream. Raises RequestError."""
     request: dict[str, Any] = {
         "instructions": talk.system,
         "reasoning_effort": talk.effort,
@@ -111,9 +140,15 @@ def _chat_request(talk: ChatOptions, params: SamplingParams, schema: Path | None
     }
     if schema is not None:
         try:
-            request["schema"] = json.loads(schema.read_text(encoding="utf-8"))
+            request["schema"] = json.loads(read_text(schema, "schema"))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{schema} is not JSON ({error}): give a JSON schema", "schema") from None
+    if regex is not None:
+        request["regex"] = regex
+    if choices is not None:
+        request["choices"] = [choice.strip() for choice in choices.split(",") if choice.strip()]
+        if not request["choices"]:
+            raise RequestError(f"--choices is {choices!r}: expected texts such as 'yes,no'", "choices")
     return request
 
 
@@ -121,10 +156,13 @@ def run_chat(llm: LLM, message: str, request: dict[str, Any], *, show_reasoning:
     """Answer a message: the text as it comes, or one JSON object with all of the reply."""
     from mlx_gptoss.cli.terminal.once import answer_once
 
+    events = shown_reading(llm.stats, llm.stream(message, **request))
     if not as_json:
-        answer_once(llm.stream(message, **request), show_reasoning=show_reasoning)
+        answer_once(events, show_reasoning=show_reasoning)
         return
-    reply = llm.respond(message, **request)
+    *_, done = events
+    assert isinstance(done, Done)
+    reply = done.reply
     report = {
         "text": reply.text,
         "reasoning": reply.reasoning,
@@ -144,18 +182,25 @@ def parse_tokens(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _read_prompt(prompt: str | None) -> str:
-    """The text of --prompt, else of standard input. Raises RequestError when it is empty or not UTF-8."""
+def _read_prompt(prompt: str | None, files: Sequence[Path], *, raw: bool) -> str:
+    """The files, what is piped in, and --prompt. Raises RequestError when that is nothing, or not UTF-8."""
     from mlx_gptoss.tokenizer import check_text
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise click.UsageError("no prompt: give one with -p, or on standard input")
-        prompt = read_standard_input()
-    if not prompt:
+    named = [(str(path), read_text(path)) for path in files]
+    piped = ""
+    if not sys.stdin.isatty():
+        piped = read_standard_input()
+    elif prompt is None and not files:
+        raise click.UsageError("no prompt: give one with -p or -f, or on standard input")
+    if raw:  # a text to continue has no names in it
+        text = "".join([*(content for _, content in named), piped, prompt or ""])
+    else:
+        message = "\n\n".join(part for part in (piped.strip("\n"), prompt) if part)
+        text = with_files(message, named)
+    if not text:
         raise RequestError("the prompt is empty: give at least one character", "prompt")
-    check_text(prompt, "the prompt", "prompt")
-    return prompt
+    check_text(text, "the prompt", "prompt")
+    return text
 
 
 def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, as_json: bool) -> None:
@@ -187,14 +232,14 @@ def _pieces(
 ) -> Iterator[str]:
     """The output as it may be shown; every token id is appended to `produced`."""
     if as_ids:
-        for output in stream:
+        for output in shown_reading(llm.stats, stream):
             produced.append(output.token_id)
             yield f"{' ' if len(produced) > 1 else ''}{output.token_id}"
         return
     from mlx_gptoss.chat.stops import UntilStop
 
     detokenizer, shown, special = llm.tokenizer.detokenizer(), UntilStop(stops), llm.tokenizer.stop_ids
-    for output in stream:
+    for output in shown_reading(llm.stats, stream):
         produced.append(output.token_id)
         if output.token_id not in special:
             yield shown.push(detokenizer.push(output.token_id))
@@ -224,10 +269,12 @@ def _speed_line(figures: dict[str, Any]) -> str:
     def at(rate: float | None) -> str:
         return "" if rate is None else f" at {rate:.1f} tokens/s"
 
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
     first = figures["time_to_first_token"]
     return (
         f"prompt: {figures['prompt_tokens']} tokens{at(figures['prompt_tokens_per_second'])}; "
         f"output: {figures['completion_tokens']} tokens{at(figures['decode_tokens_per_second'])}; "
         f"{'' if first is None else f'first after {first:.2f} s, '}"
-        f"peak memory {figures['peak_memory'] / 1e9:.2f} GB"
+        f"peak memory {gigabytes(figures['peak_memory'])}"
     )

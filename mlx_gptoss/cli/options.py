@@ -32,8 +32,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Said of a sampling option where it has no default of its own.
-_UNSET = {"max_tokens": "  [default: what the context holds]"}
 
 
 def size(text: str) -> int:
@@ -252,8 +250,8 @@ chat_options = bundle(
 )
 
 
-def sampling_options(*, max_tokens: int | None = None) -> Decorator:
-    """The fields of SamplingParams that have a help text; `max_tokens` is the default of --max-tokens.
+def sampling_options(*, unset: str = "what the context holds") -> Decorator:
+    """The fields of SamplingParams that have a help text; `unset`: what is told of no --max-tokens.
 
     A wrong value is a RequestError when the command runs.
     """
@@ -261,8 +259,8 @@ def sampling_options(*, max_tokens: int | None = None) -> Decorator:
     for item in fields(SamplingParams):
         said = about(item.name)
         if said.help:
-            default = max_tokens if item.name == "max_tokens" else item.default
-            told = said.help + (_UNSET.get(item.name, "") if default is None else "")
+            default = item.default
+            told = f"{said.help}  [default: {unset}]" if item.name == "max_tokens" else said.help
             flag = f"--{item.name.replace('_', '-')}"
             options.append(click.option(flag, type=said.kind, default=default, show_default=True, help=told))
     stop_help = "End before this text. May be given repeatedly."

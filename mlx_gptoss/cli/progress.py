@@ -6,19 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TransferSpeedColumn
 
 
 @contextmanager
 def progress_bar(
-    label: str, *, in_bytes: bool = False, quiet: bool = False
+    label: str, *, in_bytes: bool = False, counts: bool = False, quiet: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
     """Yields the function to call with what is done and the total.
 
-    Drawn from the first call on, and never when `quiet` or when stderr is not a terminal.
+    Drawn from the first call on, and never when `quiet` or when stderr is not a terminal. What is done is
+    told `in_bytes` with their speed, or as `counts`, else in percent.
     """
     text, bar, percentage, remaining = Progress.get_default_columns()
-    measures = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (percentage,)
+    measures: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),) if counts else (percentage,)
+    if in_bytes:
+        measures = (DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
     progress = Progress(text, bar, *measures, remaining, console=console, transient=True, disable=hidden)

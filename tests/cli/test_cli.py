@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,11 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit status, stdout, stderr."""
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command line in this process, with nothing on standard input: exit status, stdout, stderr."""
 
     def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
         status = run([str(a) for a in args])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -71,7 +74,7 @@ def test_every_command_explains_itself(command: Command, name: str) -> None:
 
 def test_an_unknown_command_is_a_usage_error(command: Command) -> None:
     status, _, err = command("shout")
-    assert status == 2 and "No such command 'shout'" in err
+    assert status == 2 and err == "error: no such command 'shout' (see `mlx-gptoss --help`)\n"
 
 
 def test_sampling_options_default_to_the_librarys() -> None:
@@ -90,7 +93,7 @@ def test_every_sampling_option_sets_its_field() -> None:
     received: list[SamplingParams] = []
 
     @click.command()
-    @sampling_options(max_tokens=5)
+    @sampling_options()
     def anything(sampling: SamplingParams) -> None:
         received.append(sampling)
 
@@ -138,7 +141,7 @@ def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
 
 
 def test_generate_streams_what_the_engine_generates(command: Command, text_folder: Path) -> None:
-    status, out, err = command("generate", text_folder, "-p", "Hello", "--max-tokens", 24, *GREEDY)
+    status, out, err = command("generate", text_folder, "--raw", "-p", "Hello", "--max-tokens", 24, *GREEDY)
     assert status == 0
     tokenizer = Tokenizer.from_folder(text_folder)
     params = SamplingParams(temperature=0.0, max_tokens=24)
@@ -153,7 +156,7 @@ def test_generate_streams_what_the_engine_generates(command: Command, text_folde
 
 
 def test_generate_as_json_is_one_object_with_the_same_tokens(command: Command, text_folder: Path) -> None:
-    args = ["generate", text_folder, "-p", "Hello", "--max-tokens", 12, "--seed", 7]
+    args = ["generate", text_folder, "--raw", "-p", "Hello", "--max-tokens", 12, "--seed", 7]
     _, text, _ = command(*args)
     status, out, err = command(*args, "--json")
     report = json.loads(out)
@@ -180,16 +183,16 @@ def test_the_same_seed_gives_the_same_text_and_another_does_not(command: Command
 
 
 def test_a_stop_text_ends_the_output_before_it(command: Command, text_folder: Path) -> None:
-    args = ["generate", text_folder, "-p", "Hello", "--max-tokens", 24, *GREEDY]
+    args = ["generate", text_folder, "--raw", "-p", "Hello", "--max-tokens", 24, *GREEDY]
     whole = command(*args)[1].rstrip("\n")
     stop = whole[3:5]
     assert command(*args, "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
 def test_the_prompt_may_come_from_standard_input(text_folder: Path) -> None:
-    args = [*CLI, "generate", str(text_folder), "--max-tokens", "4", *GREEDY, "--json"]
+    args = [*CLI, "generate", str(text_folder), "--raw", "--max-tokens", "4", *GREEDY, "--json"]
     piped = subprocess.run(args, input="Hello", capture_output=True, text=True, check=True)
-    given = subprocess.run([*args, "-p", "Hello"], capture_output=True, text=True, check=True)
+    given = subprocess.run([*args, "-p", "lo"], input="Hel", capture_output=True, text=True, check=True)
     assert json.loads(piped.stdout)["tokens"] == json.loads(given.stdout)["tokens"]
 
 
@@ -200,10 +203,9 @@ def test_the_prompt_may_come_from_standard_input(text_folder: Path) -> None:
             "printf 'abc\\377' | PYTHONUTF8=1 PYTHONIOENCODING=utf-8:strict $CLI generate {0}",
             "standard input",
         ),
-        ("printf 'abc\\377' | PYTHONUTF8=1 PYTHONIOENCODING=utf-8:strict $CLI chat {0}", "standard input"),
         ("printf 'abc\\377' | PYTHONIOENCODING=utf-8:surrogateescape $CLI generate {0}", "the prompt"),
         ("""$CLI generate {0} -p "$(printf 'abc\\377')" """, "the prompt"),
-        ("""$CLI generate {0} --chat -p "$(printf 'abc\\377')" """, "the prompt"),
+        ("""$CLI generate {0} --raw -p "$(printf 'abc\\377')" """, "the prompt"),
     ],
 )
 def test_a_prompt_that_is_not_utf_8_is_one_line_before_the_model_is_looked_at(line: str, told: str) -> None:
@@ -233,7 +235,9 @@ def test_a_closed_pipe_is_no_traceback(bare_folder: Path) -> None:
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Run a shell line in which $CLI is the command."""
     line = line.replace("$CLI", " ".join(CLI))
-    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        ["sh", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -250,8 +254,8 @@ def test_output_that_cannot_be_written_is_one_line(bare_folder: Path, what: str)
     [
         "inspect {0} --json",
         "inspect {0}",
+        "generate {0} -p Hello --max-tokens 3 --raw",
         "generate {0} -p Hello --max-tokens 3",
-        "generate {0} -p Hello --max-tokens 3 --chat",
     ],
 )
 def test_a_closed_standard_output_is_output_thrown_away(text_folder: Path, what: str) -> None:
@@ -435,9 +439,7 @@ def test_a_schema_that_is_not_json_is_one_line(
     command: Command, text_folder: Path, tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "schema.json").write_text(content)
-    line = only_line(
-        command("generate", text_folder, "--chat", "-p", "x", "--schema", tmp_path / "schema.json")
-    )
+    line = only_line(command("generate", text_folder, "-p", "x", "--schema", tmp_path / "schema.json"))
     assert "is not JSON" in line
 
 
@@ -462,3 +464,43 @@ def test_too_little_memory_is_said_before_loading(
 def test_two_prompts_are_a_usage_error(command: Command, bare_folder: Path) -> None:
     status, out, err = command("generate", bare_folder, "-p", "a", "--tokens", "1")
     assert (status, out) == (2, "") and "not both" in err
+
+
+# ------------------------------------------------------------------------------------- usage and standing
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["chat"], "missing argument 'MODEL'. Give a folder, a Hub id, 20b, 120b or demo"),
+        (["pull"], "missing argument 'MODEL'. Give 20b, 120b or a Hub id"),
+        (["chat", "demo", "--efort", "low"], "no such option '--efort'. Did you mean '--effort'?"),
+        (["chat", "demo", "--effort", "huge"], "invalid value for '--effort': 'huge' is not one of"),
+        (["generate", "demo", "--max-tokens", "x"], "'x' is not a valid integer"),
+        (["serve", "demo", "--kv-budget", "4XB"], "expected a size such as 4GB"),
+    ],
+)
+def test_usage_errors_are_one_line_like_all_others(command: Command, words: list[str], told: str) -> None:
+    status, out, err = command(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and told in err
+    assert f"see `mlx-gptoss {words[0]} --help`" in err
+
+
+def test_a_revision_of_what_is_on_this_disk_is_told(command: Command, bare_folder: Path) -> None:
+    for model in (bare_folder, "demo"):
+        assert "only a model of the Hub has revisions" in only_line(
+            command("inspect", model, "--revision", "main")
+        )
+
+
+def test_help_comes_quickly() -> None:
+    """Under 0.3 s more than Python itself takes: the best of some tries, on a machine however busy."""
+
+    def seconds(*args: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *args], capture_output=True, check=True)
+        return time.perf_counter() - began
+
+    extra = [seconds("-m", "mlx_gptoss", "--help") - seconds("-c", "pass") for _ in range(5)]
+    assert min(extra) < 0.3

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import click
 
 from mlx_gptoss.cli.terminal.markdown import plain
-from mlx_gptoss.harmony import Event, ReasoningDelta, TextDelta
+from mlx_gptoss.harmony import Done, Event, ReasoningDelta, TextDelta
+
+CUT = "the answer was cut: it reached --max-tokens or the end of the context"
 
 
 def answer_once(events: Iterator[Event], *, show_reasoning: bool = False) -> None:
-    """Print the answer as it comes, and the reasoning to stderr if asked to."""
-    said, thought = "", False
+    """Print the answer as it comes; to stderr the reasoning, if asked to, and that the answer was cut."""
+    said, thought, cut = "", False, False
     to_terminal = sys.stdout.isatty()
     for event in events:
         match event:
@@ -26,7 +28,11 @@ def answer_once(events: Iterator[Event], *, show_reasoning: bool = False) -> Non
                     thought = False
                 said = event.text or said
                 click.echo(plain(event.text) if to_terminal else event.text, nl=False)
+            case Done():
+                cut = event.finish_reason == "length"
     if thought:
         click.echo(err=True)
     if not said.endswith("\n"):
         click.echo()
+    if cut:
+        click.echo(CUT, err=True)
