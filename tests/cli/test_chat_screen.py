@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mlx_gptoss.cli.terminal.answer import AnswerView
+from mlx_gptoss.cli.terminal.answer import AnswerView, round_seconds
 from mlx_gptoss.cli.terminal.markdown import plain, split_blocks
 from mlx_gptoss.cli.terminal.screen import SHOW_CURSOR, Screen
 from mlx_gptoss.harmony import (
@@ -211,6 +211,27 @@ def test_reasoning_peeks_while_it_goes_on() -> None:
     lines = terminal.lines()
     assert lines[:4] == ["thought 26", "thought 27", "thought 28", "thought 29"]
     assert lines[5].startswith("thinking, 30 tokens, ")
+
+
+def test_a_prompt_that_is_being_read_tells_how_much_and_how_long() -> None:
+    terminal = Terminal(60, 20)
+    ticks = iter(range(10**6))
+    view = AnswerView(terminal.console, clock=lambda: float(next(ticks)))
+    view.waiting()
+    view.reading(0, 12_000)
+    assert terminal.lines() == ["reading 0 of 12,000 tokens"]
+    view.reading(3000, 12_000)
+    assert terminal.lines() == ["reading 3,000 of 12,000 tokens, 3 s left"]
+    view.show(TextDelta("Read."))
+    view.reading(12_000, 12_000)  # too late
+    view.close()
+    view.reading(12_000, 12_000)
+    assert terminal.lines() == ["Read."]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.2, "0 s"), (59.4, "59 s"), (200, "3 min 20 s")])
+def test_seconds_are_told_as_people_count_them(seconds: float, told: str) -> None:
+    assert round_seconds(seconds) == told
 
 
 def test_reasoning_can_be_left_on_the_screen() -> None:

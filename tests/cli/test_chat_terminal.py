@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import re
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
-import pyte
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60  # to wait for anything, on a machine however busy
-
-
-class Window:
-    """A terminal with the chat running in it."""
-
-    def __init__(self, state: Path, width: int = 80, height: int = 24) -> None:
-        self.screen = pyte.HistoryScreen(width, height, history=5000, ratio=0.5)
-        self._stream = pyte.ByteStream(self.screen)
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["-m", "tests.support.chat_app"],
-            cwd=str(ROOT),
-            env={
-                "PATH": "/usr/bin:/bin",
-                "TERM": "xterm-256color",
-                "LANG": "C.UTF-8",
-                "XDG_STATE_HOME": str(state),
-            },
-            dimensions=(height, width),
-            timeout=SECONDS,
-        )
-        self.child.delaybeforesend = None
-
-    def text(self) -> str:
-        """What is in the scroll-back and on the screen."""
-        above = [
-            "".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top
-        ]
-        return "\n".join(line.rstrip() for line in (*above, *self.screen.display))
-
-    def until(self, seen: Callable[[str], bool] | str) -> str:
-        """Read until the screen shows it; the whole text."""
-        deadline = time.monotonic() + SECONDS
-        wanted = (lambda text: seen in text) if isinstance(seen, str) else seen
-        while not wanted(self.text()):
-            assert time.monotonic() < deadline, self.text()
-            try:
-                data = self.child.read_nonblocking(65536, timeout=0.2)
-            except pexpect.TIMEOUT:
-                continue
-            except pexpect.EOF:
-                assert wanted(self.text()), self.text()
-                break
-            self._stream.feed(data)
-            # The emulator is asked where the cursor is, as a terminal would be.
-            if b"\x1b[6n" in data:
-                self.child.send(f"\x1b[{self.screen.cursor.y + 1};{self.screen.cursor.x + 1}R")
-        return self.text()
-
-    def answers(self, count: int) -> str:
-        """Wait until so many answers have been counted and the prompt is back."""
-        return self.until(lambda text: text.count("cached)") >= count and "❯" in text.split("cached)")[-1])
-
-    def type(self, text: str) -> None:
-        self.child.send(text)
-
-    def start_over(self) -> None:
-        """A new conversation on an empty screen of the first size."""
-        self.resize(80, 24)
-        self.type("\x15/reset\r")
-        self.until("a new conversation")
-        self.screen.reset()
-        self.screen.history.top.clear()
-        self.type("\x0c")
-        self.until("❯")
-
-    def resize(self, width: int, height: int) -> None:
-        self.child.setwinsize(height, width)
-        self.screen.resize(height, width)
-        self.child.kill(signal.SIGWINCH)
+from tests.support.window import Window
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +88,81 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(window: Window) -> 
     window.until("stopped:")
     window.type(" and more\r")
     assert "more" in window.answers(1)
+
+
+def test_commands_and_paths_are_completed_by_the_tab_key(window: Window, tmp_path: Path) -> None:
+    (tmp_path / "notes-of-today.md").write_text("bees dance")
+    window.type("/ret\t")
+    window.until("❯ /retry")
+    window.type(f"\x15/file {tmp_path}/not\t")
+    window.until(lambda text: "notes-of-today.md" in re.sub(r"\s", "", text))
+    window.type("\r")
+    window.until(lambda text: "sent with your next message" in " ".join(text.split()))
+    window.type("what?\r")
+    assert "You said:" in window.answers(1)
+    window.type("/effort h\t")
+    window.until("❯ /effort high")
+    window.type("\r")
+    window.until("reasoning effort: high")
+
+
+def test_retry_copy_and_the_last_reasoning(window: Window) -> None:
+    window.type("hello\r")
+    window.answers(1)
+    window.type("/retry\r")
+    assert window.answers(2).count("You said: hello") == 2
+    window.type("/copy\r")
+    window.until("copied 15 characters through the terminal")
+    assert b"\x1b]52;c;" + base64.b64encode(b"You said: hello") in window.sent
+    window.type("/reasoning last\r")
+    assert "Let me think about what was said." in window.until("Let me think about what was said.")
+    window.type("/?\r")
+    window.until("/exit")
+    window.type("/clear\r")
+    window.until("a new conversation")
+
+
+def test_the_last_message_is_changed_in_the_users_editor(tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "changed" > "$1"\n')
+    editor.chmod(0o755)
+    window = Window(tmp_path, environment={"VISUAL": str(editor), "EDITOR": str(editor)})
+    window.until("❯")
+    window.type("hello\r")
+    window.answers(1)
+    window.type("/edit\r")
+    assert "You said: changed" in window.answers(2)
+    window.type("more\x18\x05")  # Ctrl-X Ctrl-E
+    window.until("❯ changed")
+    window.type("\r")
+    window.answers(3)
+    window.type("/bye\r")
+    assert window.finish()[0] == 0
+
+
+def test_a_long_prompt_tells_how_much_of_it_is_read(window: Window) -> None:
+    window.type("\x1b[200~count " + "words of a long text " * 800 + "\x1b[201~\r")
+    text = window.until(
+        lambda text: re.search(r"reading [\d,]+ of 1\d,\d{3} tokens, \d+ s left", text) is not None
+    )
+    assert "…" not in text.splitlines()[-3:]
+    window.until("characters")
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_the_bottom_line_and_the_help_are_whole_at_every_width(tmp_path: Path, width: int) -> None:
+    window = Window(tmp_path, width, 40)
+    window.until("❯")
+    window.type("/help\r")
+    bottom = re.compile(r"leave \(also.*scripted · \d+ of 20,000 tokens · /help", re.S)
+    text = window.until(lambda text: bottom.search(text) is not None)
+    assert "…" not in text
+    window.type("markdown\r")
+    window.answers(1)
+    used = set(re.findall(rb"\x1b\[(?:[\d;]*;)?((?:[39][0-7])|(?:4[0-7])|(?:10[0-7]))m", window.sent))
+    assert used <= {b"31", b"32", b"34", b"35", b"36"}  # what light and dark terminals show alike
+    window.type("\x04")
+    assert window.finish()[0] == 0
 
 
 def test_leaving_ends_the_program_and_what_was_typed_is_kept(tmp_path: Path) -> None:

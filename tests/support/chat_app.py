@@ -8,9 +8,10 @@ The model echoes what it was told; "long" gets a long answer, "markdown" one wit
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from mlx_gptoss.cli.chat import run_chat
-from mlx_gptoss.cli.terminal.chat import Settings
+from mlx_gptoss.cli.terminal.talk import Settings
 from tests.support.scripted_model import scripted_engine
 
 MARKDOWN = """# A heading
@@ -51,8 +52,8 @@ def main() -> None:
     engine, model = scripted_engine(script)
     forward = type(model).__call__
 
-    def slowly(self: object, *args: object, **kwargs: object) -> object:
-        time.sleep(0.002)  # a real model is not instantaneous either
+    def slowly(self: object, *args: Any, **kwargs: object) -> object:
+        time.sleep(0.002 + 0.0002 * args[0].size)  # a real model is not instantaneous either
         return forward(self, *args, **kwargs)  # type: ignore[arg-type]
 
     type(model).__call__ = slowly  # type: ignore[method-assign,assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,23 +25,32 @@ from mlx_gptoss.harmony import (
 FRAME_SECONDS = 0.05  # between two drawings, at least
 LONGEST_PAUSE = 0.5  # and at most
 PEEK_LINES = 4  # of the reasoning, while it is going on
-CODE_THEME = "ansi_dark"
 SHOWN_ARGUMENTS = 300  # characters of a call or of its result
 
 
 class AnswerView:
     """Draws the events of one answer. `close` it, whatever happens.
 
-    show_reasoning: leave the reasoning on the screen instead of folding it to one line.
+    show_reasoning: leave the reasoning on the screen instead of folding it to one line; hint: what that line
+    says at its end.
     """
 
     def __init__(
-        self, console: Console, *, show_reasoning: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        *,
+        show_reasoning: bool = False,
+        hint: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.text = ""  # of the answer so far, as the model wrote it
         self.tokens = 0  # deltas so far, about as many as tokens
         self._screen = Screen(console)
         self._show_reasoning = show_reasoning
+        self._hint = hint
+        self._lock = threading.Lock()  # of the screen: `reading` comes from another thread
+        self._closed = False
+        self._reading_since: float | None = None
         self._clock = clock
         self._began = clock()
         self._first: float | None = None
@@ -54,6 +64,10 @@ class AnswerView:
 
     def show(self, event: Event) -> None:
         """Take in an event."""
+        with self._lock:
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, ReasoningDelta | TextDelta | PreambleDelta | ToolCallDelta):
             self.tokens += 1
             if self._first is None:
@@ -87,13 +101,28 @@ class AnswerView:
 
     def waiting(self) -> None:
         """Show that something is going on before the first token."""
-        self._screen.draw([], [self._dim("…")])
+        with self._lock:
+            self._screen.draw([], [self._dim("…")])
+
+    def reading(self, read: int, total: int) -> None:
+        """Show how many tokens of the prompt are read, and how long the rest will take. From any thread."""
+        with self._lock:
+            if self._closed or self._kind:
+                return
+            now = self._clock()
+            if self._reading_since is None or read == 0:
+                self._reading_since = now
+            spent = now - self._reading_since
+            left = f", {round_seconds(spent / read * (total - read))} left" if read and spent else ""
+            self._screen.draw([""] * self._gap, [self._dim(f"reading {read:,} of {total:,} tokens{left}")])
 
     def close(self) -> None:
         """Finish what is open, and give the cursor back."""
-        self._switch("")
-        self._screen.settle([])
-        self._screen.close()
+        with self._lock:
+            self._closed = True
+            self._switch("")
+            self._screen.settle([])
+            self._screen.close()
 
     @property
     def seconds_to_first(self) -> float | None:
@@ -115,7 +144,9 @@ class AnswerView:
         if self._kind == "reasoning" and self._show_reasoning:
             self._settle(self._reasoning_lines())
         elif self._kind == "reasoning":
-            self._settle([self._dim(f"▸ thought for {seconds:.1f} s ({self._open_tokens} tokens)")])
+            self._settle(
+                [self._dim(f"▸ thought for {seconds:.1f} s ({self._open_tokens} tokens){self._hint}")]
+            )
         elif self._kind in ("text", "preamble"):
             self._settle_blocks(self._open)
         self._kind, self._open, self._open_tokens = kind, "", 0
@@ -158,7 +189,7 @@ class AnswerView:
     def _blocks(self, markdown: str) -> Iterator[list[str]]:
         """The lines of each block."""
         for block in split_blocks(markdown):
-            if lines := self._screen.render(TerminalMarkdown(block, CODE_THEME)):
+            if lines := self._screen.render(TerminalMarkdown(block)):
                 yield lines
 
     def _dim(self, line: str) -> str:
@@ -166,3 +197,9 @@ class AnswerView:
         text = Text(line, style="dim")
         text.truncate(max(1, width - 1), overflow="ellipsis")
         return "".join(self._screen.render(text))
+
+
+def round_seconds(seconds: float) -> str:
+    """9 s, 3 min 20 s: as long as people care to know."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

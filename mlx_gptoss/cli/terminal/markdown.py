@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from io import StringIO
 from itertools import pairwise
+from typing import cast
 
 from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 
+from mlx_gptoss.cli.terminal.formulas import unicode_formula
+from mlx_gptoss.cli.terminal.theme import CODE_THEME, THEME
 from mlx_gptoss.markdown.parser import make_parser, written
 
 # Everything a terminal could take for a command, except line feed and tab.
@@ -46,18 +50,22 @@ def split_blocks(text: str) -> list[str]:
 class TerminalMarkdown(Markdown):
     """A text as rich draws it, read by the page's parser: what rich has no element for is written out."""
 
-    def __init__(self, text: str, code_theme: str) -> None:
-        super().__init__(text, code_theme=code_theme)
+    def __init__(self, text: str) -> None:
+        super().__init__(text, code_theme=cast(str, CODE_THEME))  # rich takes themes as well as their names
         self.parsed = _drawable(_PARSER.parse(text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with console.use_theme(THEME):
+            yield from super().__rich_console__(console, options)
 
 
 def _drawable(tokens: list[Token]) -> list[Token]:
-    """The tokens in those that rich knows: formulas as written, boxes of tasks, numbers of footnotes."""
+    """The tokens in those that rich knows: formulas in Unicode, boxes of tasks, numbers of footnotes."""
     result = []
     mark = ""  # for the beginning of the next text
     for token in tokens:
         if token.type in ("math_block", "amsmath"):
-            result += _paragraph(written(token))
+            result += _paragraph(_formula(token))
         elif token.type == "footnote_open":
             mark = f"[{token.meta['id'] + 1}] "
         elif token.type == "inline":
@@ -76,7 +84,7 @@ def _drawable(tokens: list[Token]) -> list[Token]:
 def _drawable_inline(token: Token) -> Token:
     match token.type:
         case "math_inline" | "math_inline_double":
-            return _text(written(token))
+            return _text(_formula(token))
         case "footnote_ref":
             return _text(f"[{token.meta['id'] + 1}]")
         case "html_inline":
@@ -84,10 +92,21 @@ def _drawable_inline(token: Token) -> Token:
     return token
 
 
+def _formula(token: Token) -> str:
+    """In Unicode where that is easy to read, else as the model wrote it."""
+    shown = unicode_formula(token.content)
+    if shown is None:
+        return written(token)
+    return shown + (token.info if token.type == "math_block" else "")
+
+
 def _text(content: str) -> Token:
     return Token("text", "", 0, content=content)
 
 
 def _paragraph(content: str) -> list[Token]:
-    inline = Token("inline", "", 0, content=content, children=[_text(content)])
+    children: list[Token] = []
+    for line in content.split("\n"):
+        children += [Token("hardbreak", "br", 0)] * bool(children) + [_text(line)]
+    inline = Token("inline", "", 0, content=content, children=children)
     return [Token("paragraph_open", "p", 1), inline, Token("paragraph_close", "p", -1)]

@@ -7,16 +7,20 @@ of a pasted text for a message of its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from mlx_gptoss.files import state_folder
+
+TAKE_PATHS = ("/file", "/load", "/save")
+WORDS = {"/effort": ("low", "medium", "high"), "/reasoning": ("last",)}
 
 
 def history_file() -> Path:
@@ -24,15 +28,35 @@ def history_file() -> Path:
     return state_folder() / "chat_history"
 
 
-class Prompt:
-    """Asks for messages. commands: what the Tab key completes. status: the line at the bottom."""
+class CommandCompleter(Completer):
+    """Commands with what they do, and what may follow them: a path, a word."""
 
-    def __init__(self, commands: Iterable[str], status: Callable[[], str]) -> None:
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        command, blank, rest = text.partition(" ")
+        if blank and command in TAKE_PATHS:
+            yield from self._paths.get_completions(Document(rest), event)
+            return
+        choices = dict.fromkeys(WORDS.get(command, ()), "") if blank else self._commands
+        begun = rest if blank else text
+        for word, meaning in choices.items():
+            if word.startswith(begun) and text:
+                yield Completion(word, -len(begun), display_meta=meaning)
+
+
+class Prompt:
+    """Asks for messages. commands: what the Tab key completes, and what it means. status: the bottom line."""
+
+    def __init__(self, commands: Mapping[str, str], status: Callable[[], str]) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             multiline=True,
             key_bindings=_keys(),
-            completer=WordCompleter(list(commands), sentence=True),
+            completer=CommandCompleter(commands),
             complete_while_typing=False,
             bottom_toolbar=status,
             prompt_continuation="  ",

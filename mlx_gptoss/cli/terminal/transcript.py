@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_gptoss.errors import GptOssError, RequestError
+from mlx_gptoss.files import read_limited, state_folder
 from mlx_gptoss.harmony import Message
 
+MAX_BYTES = 64 * 2**20  # of a saved chat
 FORMAT = "mlx-gptoss chat"
 VERSION = 1
 
@@ -76,16 +79,25 @@ def _markdown(message: Message) -> str:
 
 
 class Saver:
-    """Writes transcripts as NAME.json and NAME.md. It replaces only what it wrote itself."""
+    """Writes transcripts as NAME.json and NAME.md. It replaces only what it wrote itself, or loaded.
+
+    name: of the last one written or loaded.
+    """
 
     def __init__(self) -> None:
+        self.name: str | None = None
         self._written: dict[Path, str] = {}
+
+    def loaded(self, transcript: Transcript, name: str) -> None:
+        """The chat of these files goes on: they may be replaced, as long as they hold what was loaded."""
+        first, second = _files(name)
+        self._written[first.resolve()] = transcript.to_json()
+        self._written[second.resolve()] = transcript.to_markdown()
+        self.name = name
 
     def save(self, transcript: Transcript, name: str) -> tuple[Path, Path]:
         """The two files written. Raises RequestError when one exists that this saver did not write."""
-        base = Path(name).expanduser()
-        base = base.with_name(base.name.removesuffix(".json").removesuffix(".md"))
-        first, second = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.md")
+        first, second = _files(name)
         for path in (first, second):
             if path.exists() and not self._is_mine(path):
                 raise RequestError(f"{path} exists already: choose another name")
@@ -97,6 +109,7 @@ class Saver:
                 reason = error.strerror
                 raise RequestError(f"{path} cannot be written ({reason}): choose another place") from None
             self._written[path.resolve()] = text
+        self.name = name
         return first, second
 
     def _is_mine(self, path: Path) -> bool:
@@ -104,17 +117,42 @@ class Saver:
         return written is not None and path.read_text(encoding="utf-8", errors="replace") == written
 
 
+def _files(name: str) -> tuple[Path, Path]:
+    """NAME.json and NAME.md. Raises RequestError when it is no name."""
+    base = Path(name).expanduser()
+    if not base.name:
+        raise RequestError(f"{name!r} names no file: give a name such as chat")
+    base = base.with_name(base.name.removesuffix(".json").removesuffix(".md"))
+    return base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.md")
+
+
 def load_transcript(name: str) -> Transcript:
     """Read NAME or NAME.json. Raises RequestError."""
     path = Path(name).expanduser()
-    if not path.is_file() and path.suffix != ".json":
-        path = path.with_name(path.name.removesuffix(".md") + ".json")
+    if not path.exists() or path.suffix == ".md":
+        path, _ = _files(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RequestError(f"{path} cannot be read ({reason}): give a file that /save wrote") from None
     return Transcript.from_json(text, str(path))
+
+
+def last_chat() -> Path:
+    """Where the last chat is kept, for --resume."""
+    return state_folder() / "last_chat.json"
+
+
+def keep(transcript: Transcript) -> None:
+    """Keep a chat as the last one, readable by its owner only. Raises OSError."""
+    path = last_chat()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(transcript.to_json())
+    os.replace(temporary, path)
 
 
 def answer_of(messages: Sequence[Message]) -> str:
