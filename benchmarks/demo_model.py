@@ -23,6 +23,7 @@ from typing import Any
 
 from demo.world.mixture import sample
 from demo.world.sample import Sample
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.harmony import Conversation, Done, Message, Reply, render
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.sampling import SamplingParams
@@ -59,7 +60,8 @@ def replies(llm: LLM, conversations: Sequence[Conversation], temperature: float 
     for start in range(0, len(conversations), AT_ONCE):
         running = [
             llm.start(
-                c, params=SamplingParams(temperature=temperature, max_tokens=MAX_TOKENS, seed=start + i)
+                c,
+                TurnOptions(SamplingParams(temperature=temperature, max_tokens=MAX_TOKENS, seed=start + i)),
             )
             for i, c in enumerate(conversations[start : start + AT_ONCE])
         ]
@@ -85,7 +87,7 @@ def is_right(reply: Reply, made: Sample, step: int) -> bool:
     )
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:
@@ -195,7 +197,7 @@ def loads_in_mlx_lm(folder: Path) -> str:
     from mlx_lm import generate
     from mlx_lm import load as load_mlx_lm
 
-    model, tokenizer = load_mlx_lm(str(folder))
+    model, tokenizer, *_ = load_mlx_lm(str(folder))
     with load(folder) as llm:
         prompt = render(Conversation([Message.user("What is 17 + 25?")]), llm.tokenizer)
     return generate(model, tokenizer, prompt, max_tokens=80)
