@@ -172,13 +172,14 @@ def schema(number: int, rng: random.Random) -> Payload:
     strict = bool(number // len(SCHEMAS) % 2)
     place = number // len(SCHEMAS) // 2 % 6
     path = PATHS[place % 3]
+    fields: dict[str, dict[str, Any]]
     if place < 3:
         named = {"name": "n", "schema": made, "strict": strict}
-        fields: dict[str, Any] = {
+        fields = {
             "/v1/chat/completions": {"response_format": {"type": "json_schema", "json_schema": named}},
             "/v1/responses": {"text": {"format": {"type": "json_schema", **named}}},
             "/v1/messages": {"output_config": {"format": {"type": "json_schema", "schema": made}}},
-        }[path]
+        }
     else:
         function = {"name": "f", "parameters": made, "strict": strict}
         fields = {
@@ -188,8 +189,8 @@ def schema(number: int, rng: random.Random) -> Payload:
             },
             "/v1/responses": {"tools": [{"type": "function", **function}], "tool_choice": "required"},
             "/v1/messages": {"tools": [{"name": "f", "input_schema": made}], "tool_choice": {"type": "any"}},
-        }[path]
-    return path, json.dumps(prompt(path, **fields)).encode()
+        }
+    return path, json.dumps(prompt(path, **fields[path])).encode()
 
 
 # --- sending it

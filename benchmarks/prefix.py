@@ -51,7 +51,7 @@ class Words:
         self._role = {r: llm.tokenizer.encode(r) for r in ("system", "user", "assistant", "tool", "final")}
 
     def text(self, n: int) -> list[int]:
-        return self._rng.integers(0, 256, n).tolist()
+        return [int(token) for token in self._rng.integers(0, 256, n)]
 
     def message(self, role: str, content: Sequence[int]) -> list[int]:
         s = self.special

@@ -9,4 +9,4 @@ for entry in mlx_gptoss/*; do
     ln -s "$PWD/$entry" "$tree/$entry"
 done
 ln -s "$PWD/convert" "$tree/mlx_gptoss/convert"
-MYPYPATH=$tree "$1" --config-file pyproject.toml -p mlx_gptoss
+MYPYPATH=$tree "$1" --config-file pyproject.toml -p mlx_gptoss -p tests -p benchmarks -p demo -p scripts

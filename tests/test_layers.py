@@ -60,7 +60,7 @@ MODULES = sorted(sources(ROOT))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
+def test_imports_point_down(module: str) -> None:
     house = graph(ROOT)
     place = room_of(module)
     for target, line in house[module].items():
@@ -74,20 +74,20 @@ def test_imports_point_down(module):
             )
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_circle() -> None:
     assert cycles(graph(ROOT)) == []
 
 
-def test_every_room_has_a_floor():
+def test_every_room_has_a_floor() -> None:
     assert {room_of(m) for m in MODULES} == set(FLOORS)
     assert {room_of(m, 2) for m in MODULES if room_of(m) == "server"} == set(SERVER_FLOORS)
 
 
-def test_every_module_says_what_it_holds():
+def test_every_module_says_what_it_holds() -> None:
     paths = sources(ROOT).values()
     assert not [p for p in paths if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))]
 
 
-def test_every_source_stays_readable_in_one_sitting():
+def test_every_source_stays_readable_in_one_sitting() -> None:
     paths = sources(ROOT).values()
     assert not {str(p): n for p in paths if (n := p.read_text(encoding="utf-8").count("\n")) > 600}

@@ -55,7 +55,7 @@ PUBLIC = [
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "fastapi", "uvicorn", "rich", "numpy", "tokenizers"}
 
 
-def test_public_names_are_pinned():
+def test_public_names_are_pinned() -> None:
     assert sorted(mlx_gptoss.__all__) == sorted(PUBLIC)
     assert set(PUBLIC) <= set(dir(mlx_gptoss))
 
@@ -81,11 +81,11 @@ def test_every_package_says_what_it_exports(package: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_resolves_to_something_documented(name):
+def test_every_public_name_resolves_to_something_documented(name: str) -> None:
     assert getattr(mlx_gptoss, name).__doc__
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = mlx_gptoss.nonsense
 
@@ -100,14 +100,14 @@ def test_an_unknown_name_is_an_attribute_error():
         *(f"mlx_gptoss.cli.{c}" for c in COMMANDS),
     ],
 )
-def test_importing_loads_nothing_heavy(module):
+def test_importing_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     drawn = {"rich"} if module.startswith("mlx_gptoss.cli.") else set()
     assert not (HEAVY - drawn) & set(done.stdout.split())
 
 
-def test_every_package_folder_is_installed():
+def test_every_package_folder_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     found = {

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def pyright(folder: Path) -> tuple[dict[int, str], set[int]]:
 
 
 @pytest.mark.parametrize("check", [mypy, pyright])
-def test_wrong_keywords_are_refused_and_replies_are_typed_by_their_schema(check, tmp_path: Path) -> None:
+def test_wrong_keywords_are_refused_and_replies_are_typed_by_their_schema(
+    check: Callable[[Path], tuple[dict[int, str], set[int]]], tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     assert check(tmp_path) == (TYPES, WRONG)

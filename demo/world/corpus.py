@@ -110,6 +110,7 @@ def segments(sample: Sample, rng: random.Random) -> list[tuple[str, bool]]:
         keep = rng.random() < 0.5
         added: list[Message] = []
         for step in steps[:upto]:
+            assert step.call is not None and step.result is not None
             added += [Message.reasoning(step.analysis)] if keep else []
             added += [
                 Message.tool_call(step.call, step.arguments),

@@ -8,7 +8,7 @@ from typing import Any
 
 from demo.world.sample import Problem, Sample, Step
 from demo.world.words import CAPITALS, JOBS, NAMES, PETS, THINGS, made_up, proper, thing
-from mlx_gptoss.harmony.types import Conversation, Message
+from mlx_gptoss.harmony.types import Conversation, Message, ReasoningEffort
 
 _TYPE = {int: "integer", str: "string", bool: "boolean"}
 
@@ -40,7 +40,7 @@ def schema_of(rng: random.Random, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sample(
-    rng: random.Random, task: str, question: str, analysis: str, data: dict[str, Any], effort: str
+    rng: random.Random, task: str, question: str, analysis: str, data: dict[str, Any], effort: ReasoningEffort
 ) -> Sample:
     conversation = Conversation(
         [Message.user(question)],
@@ -52,13 +52,13 @@ def _sample(
     return Sample(task, conversation, [Step(f"{analysis} JSON: {', '.join(data)}.".lstrip(), final)])
 
 
-def problem_as_json(rng: random.Random, problem: Problem, effort: str) -> Sample:
+def problem_as_json(rng: random.Random, problem: Problem, effort: ReasoningEffort) -> Sample:
     """The answer to a problem under one key, which may be made up."""
     key = rng.choice(problem.keys) if rng.random() < 0.85 else made_up(rng, 2)
     return _sample(rng, "json", problem.question, problem.analysis(effort), {key: problem.data}, effort)
 
 
-def person(rng: random.Random, effort: str) -> Sample:
+def person(rng: random.Random, effort: ReasoningEffort) -> Sample:
     """Facts out of a sentence, for the keys that the schema asks for."""
     values: dict[str, Any] = {
         "name": rng.choice(NAMES) if rng.random() < 0.7 else made_up(rng).capitalize(),
@@ -86,7 +86,7 @@ def person(rng: random.Random, effort: str) -> Sample:
     return _sample(rng, "json", prefix + sentence, f"{lead}{listed}.", data, effort)
 
 
-def city_and_country(rng: random.Random, effort: str) -> Sample:
+def city_and_country(rng: random.Random, effort: ReasoningEffort) -> Sample:
     """Two keys out of one question on a capital."""
     country, city = rng.choice(list(CAPITALS.items()))
     pairs = [("country", country), ("capital" if rng.random() < 0.7 else "city", city)]
@@ -99,9 +99,9 @@ def city_and_country(rng: random.Random, effort: str) -> Sample:
     return _sample(rng, "json", question, f"{lead}{country}: {city}.", dict(pairs), effort)
 
 
-def shopping(rng: random.Random, effort: str) -> Sample:
+def shopping(rng: random.Random, effort: ReasoningEffort) -> Sample:
     """A list of items out of a sentence."""
-    items = []
+    items: list[str] = []
     while len(items) < rng.choice((2, 3, 3, 4)):
         item = rng.choice(THINGS) if rng.random() < 0.8 else thing(rng)
         if item not in items:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 from demo.world.sample import Problem
 from demo.world.words import NAMES, SPELLED, THINGS, made_up, proper, thing
@@ -75,7 +77,7 @@ def spell(rng: random.Random) -> Problem:
 def _items(rng: random.Random, distinct_initials: bool = False) -> list[str]:
     count = rng.choice((3, 3, 3, 4))
     kind = rng.random()
-    make = (
+    make: Callable[[], str] = (
         (lambda: rng.choice(THINGS))
         if kind < 0.5 or distinct_initials
         else (lambda: made_up(rng, 2))
@@ -126,6 +128,7 @@ def least_by_pairs(items: list[str]) -> str:
 
 def sort(rng: random.Random) -> Problem:
     """Three or four numbers below 100, or three words, sorted by picking the least again and again."""
+    key: Callable[[str], Any]
     if rng.random() < 0.75:
         items = [str(n) for n in rng.sample(range(100), rng.choice((3, 3, 3, 4)))]
         key, what, shown = int, "numbers", [f"{int(x):02}" for x in items]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from demo.world import arithmetic, facts, json_answers, lists, tools
 from demo.world.sample import Problem, Sample, Step
 from demo.world.words import made_up
-from mlx_gptoss.harmony.types import Message
+from mlx_gptoss.harmony.types import Conversation, Message, ReasoningEffort
 
 Maker = Callable[[random.Random], Problem]
 
@@ -59,7 +59,7 @@ def _random_date(rng: random.Random) -> str | None:
     return f"{rng.randrange(2024, 2031)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
 
-def _problem_sample(rng: random.Random, effort: str, current: str | None) -> Sample:
+def _problem_sample(rng: random.Random, effort: ReasoningEffort, current: str | None) -> Sample:
     """A problem, perhaps after other turns, under instructions, or with tools that do not matter."""
     kind = rng.random()
     messages: list[Message] = []
@@ -88,14 +88,14 @@ def _problem_sample(rng: random.Random, effort: str, current: str | None) -> Sam
         instructions = rng.choice((f"End every answer with {word}.", f"Always end with the word {word}."))
         asked = replace(asked, final=f"{asked.final} {word}")
     step = Step(asked.analysis(effort), asked.final)
-    sample = Sample(asked.task, json_answers.Conversation([*messages, Message.user(asked.question)]), [step])
+    sample = Sample(asked.task, Conversation([*messages, Message.user(asked.question)]), [step])
     sample.conversation.instructions = instructions
     if rng.random() < 0.05 and asked.task not in ("beyond", "date"):
         sample.conversation.tools = tools.some_tools(rng)
     return sample
 
 
-def _json_sample(rng: random.Random, effort: str) -> Sample:
+def _json_sample(rng: random.Random, effort: ReasoningEffort) -> Sample:
     kind = rng.random()
     if kind < 0.35:
         return json_answers.person(rng, effort)
@@ -111,7 +111,8 @@ def _json_sample(rng: random.Random, effort: str) -> Sample:
 
 def sample(rng: random.Random) -> Sample:
     """One conversation with the steps the assistant should take."""
-    effort = rng.choices(("low", "medium", "high"), (0.3, 0.5, 0.2))[0]
+    efforts: tuple[ReasoningEffort, ...] = ("low", "medium", "high")
+    effort = rng.choices(efforts, (0.3, 0.5, 0.2))[0]
     current = _random_date(rng)
     kind = rng.random()
     if kind < TOOLS:

@@ -9,7 +9,7 @@ from typing import Any
 from demo.world.sample import Sample, Step
 from demo.world.tool_kinds import MAKERS, Maker, Use, attribute, convert, numbers
 from demo.world.words import made_up
-from mlx_gptoss.harmony.types import Conversation, Message, Tool
+from mlx_gptoss.harmony.types import Conversation, Message, ReasoningEffort, Tool
 
 # Shares of questions that no tool fits, and of two questions for the same tool.
 NO_TOOL, AGAIN = 0.18, 0.18
@@ -41,7 +41,7 @@ def _shown(result: Any) -> str:
     return result if isinstance(result, str) else json.dumps(result)
 
 
-def _thinking(use: Use, tools: list[Tool], effort: str) -> str:
+def _thinking(use: Use, tools: list[Tool], effort: ReasoningEffort) -> str:
     values = ", ".join(f"{k}={v}" for k, v in use.arguments.items())
     call = f"{use.tool.name}: {values}." if values else f"{use.tool.name}."
     if effort == "low":
@@ -50,7 +50,7 @@ def _thinking(use: Use, tools: list[Tool], effort: str) -> str:
     return f"{listed}The user wants {use.want}. Call {call}"
 
 
-def _call(use: Use, tools: list[Tool], effort: str, result: str) -> Step:
+def _call(use: Use, tools: list[Tool], effort: ReasoningEffort, result: str) -> Step:
     arguments = json.dumps(use.arguments, separators=(",", ":"), ensure_ascii=False)
     return Step(_thinking(use, tools, effort), call=use.tool.name, arguments=arguments, result=result)
 
@@ -80,7 +80,7 @@ def _error(rng: random.Random, use: Use) -> tuple[str, str]:
     return prefix + what, what
 
 
-def tool_use(rng: random.Random, effort: str) -> Sample:
+def tool_use(rng: random.Random, effort: ReasoningEffort) -> Sample:
     """One call or two and the answer, or a no when no tool fits."""
     kind = rng.random()
     # Only look-ups have a second question of the same kind.

@@ -52,7 +52,7 @@ class Generation:
         self._on_done = on_done
         self._logprobs: list[tuple[int, TokenLogprobs]] | None = [] if want_logprobs else None
         self._reasoning_tokens = 0
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._send: Sink = sink or self._items.put
         self._stream: Cancellable | None = None
         self._cancelled = False

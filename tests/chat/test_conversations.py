@@ -110,7 +110,7 @@ def test_arguments_nobody_takes_are_named() -> None:
     llm, _ = scripted_engine(echo)
     with llm:
         with pytest.raises(RequestError, match="temprature") as caught:
-            llm.respond("x", temprature=1)
+            llm.respond("x", temprature=1)  # type: ignore[call-overload]
         assert caught.value.field == "temprature"
         with pytest.raises(RequestError, match="max_steps is 0"):
             llm.chat(max_steps=0)

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_gptoss.checkpoint import hub
 from mlx_gptoss.errors import ConfigError, GptOssError, HubError, ModelNotFoundError
+from mlx_gptoss.model.config import read_config
 from tests.support.checkpoints import hf_config, original_config
 from tests.support.hub_server import HubServer
 from tests.support.random_weights import Shape
@@ -320,7 +321,7 @@ def test_a_repository_that_moves_while_it_is_downloaded_is_not_loaded(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.add_repo(REPO, FILES)
-    read = hub.read_config
+    read = read_config
 
     def moved(folder: Path) -> object:
         found = read(folder)

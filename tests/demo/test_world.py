@@ -78,6 +78,7 @@ def test_a_grammar_lets_the_expected_replies_through(tokenizer: Tokenizer) -> No
             tokenizer, tools=conversation.tools, schema=conversation.response_schema, tool_choice="auto"
         )
         for token in encode(tokenizer, step.text()) if constraint else []:
+            assert constraint is not None
             mask = constraint.allowed()
             assert mask is None or mask[token // 32] >> (token % 32) & 1, (
                 step.text(),

@@ -469,6 +469,6 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
 
 def test_load_refuses_unknown_options(folder: Path) -> None:
     with pytest.raises(RequestError, match="no option 'kv_buget'"):
-        mlx_gptoss.load(folder, kv_buget=1)
+        mlx_gptoss.load(folder, kv_buget=1)  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="prefill_chunk is 0"):
         mlx_gptoss.load(folder, prefill_chunk=0)

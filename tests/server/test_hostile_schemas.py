@@ -130,7 +130,7 @@ def test_requests_go_on_while_as_many_as_may_run_are_still_starting(tokenizer: T
 
     def ask(text: str) -> int:
         body = {"messages": [{"role": "user", "content": text}]}
-        return client.post("/v1/chat/completions", json=body).status_code
+        return caller.post("/v1/chat/completions", json=body).status_code
 
     llm = scripted_llm.ScriptedLLM(tokenizer, write)
     settings = ServerSettings(port=0, max_active=41)
@@ -138,7 +138,7 @@ def test_requests_go_on_while_as_many_as_may_run_are_still_starting(tokenizer: T
     limits = httpx.Limits(max_connections=None)
     with (
         live(app) as url,
-        httpx.Client(base_url=url, timeout=10, limits=limits) as client,
+        httpx.Client(base_url=url, timeout=10, limits=limits) as caller,
         ThreadPoolExecutor(40) as threads,
     ):
         slow = [threads.submit(ask, "slow") for _ in range(40)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,7 +67,7 @@ def result_of(ask: Ask, answer: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def fresh(tokenizer: Tokenizer) -> Iterator[tuple[ScriptedLLM, TestClient]]:
+def fresh(tokenizer: Tokenizer) -> tuple[ScriptedLLM, TestClient]:
     """An application that remembers nothing yet."""
     llm = ScriptedLLM(tokenizer)
     return llm, TestClient(create_app(llm), base_url="http://localhost")  # type: ignore[arg-type]

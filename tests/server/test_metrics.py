@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from fastapi.testclient import TestClient
@@ -19,7 +18,7 @@ pytest_plugins = ["tests.support.server_fixtures"]
 
 
 @pytest.fixture
-def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
+def client(tokenizer: Tokenizer) -> TestClient:
     """An application that has counted nothing yet."""
     return TestClient(create_app(ScriptedLLM(tokenizer)), base_url="http://localhost")  # type: ignore[arg-type]
 

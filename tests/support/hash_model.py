@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig, YarnConfig
-from mlx_gptoss.model.graph import Segment
 
 WINDOW = 16
 VOCAB = 211

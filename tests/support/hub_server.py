@@ -112,7 +112,7 @@ class HubServer:
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Point huggingface_hub, which reads its settings once at import, here and at the folder `cache`."""
-        from huggingface_hub import constants, file_download
+        from huggingface_hub import constants
         from huggingface_hub.utils import close_session, disable_progress_bars
 
         disable_progress_bars()
@@ -124,7 +124,7 @@ class HubServer:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks plain HTTP and LFS
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # what a broken transfer may lose
-        monkeypatch.setattr(file_download.time, "sleep", lambda _: None)  # no waiting between tries
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between tries
         monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
 
     def add_repo(self, repo_id: str, files: Mapping[str, bytes], *, ref: str = "main") -> str:

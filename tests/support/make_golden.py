@@ -145,7 +145,8 @@ def _transformers_logits(folder: str, tokens: np.ndarray, prompt: int) -> np.nda
     for i in range(prompt, len(tokens)):
         step = model(ids[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True)
         rows.append(step.logits[0])
-    return torch.cat(rows).numpy()
+    logits: np.ndarray = torch.cat(rows).numpy()
+    return logits
 
 
 if __name__ == "__main__":

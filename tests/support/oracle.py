@@ -48,8 +48,9 @@ def forward(
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    y = x @ weight.astype(np.float64).T
-    return y if bias is None else y + bias
+    y: np.ndarray = x @ weight.astype(np.float64).T
+    shifted: np.ndarray = y if bias is None else y + bias
+    return shifted
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

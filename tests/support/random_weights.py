@@ -69,13 +69,15 @@ def to_bf16(values: np.ndarray) -> np.ndarray:
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
     """bfloat16 bits (uint16) -> float32, exact."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    words: np.ndarray = bits.astype(np.uint32) << np.uint32(16)
+    return words.view(np.float32)
 
 
 def mxfp4_values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Blocks u8 [..., K/32, 16] and scales u8 [..., K/32] -> float32 [..., K], exact."""
     values = np.stack([FP4_VALUES[blocks & 15], FP4_VALUES[blocks >> 4]], -1).reshape(*scales.shape, 32)
-    return np.ldexp(values, scales.astype(np.int32)[..., None] - 127).reshape(*scales.shape[:-1], -1)
+    scaled: np.ndarray = np.ldexp(values, scales.astype(np.int32)[..., None] - 127)
+    return scaled.reshape(*scales.shape[:-1], -1)
 
 
 def affine_parts(weight: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,14 +94,16 @@ def affine_parts(weight: np.ndarray, bits: int, group: int) -> tuple[np.ndarray,
 def affine_values(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, group: int) -> np.ndarray:
     """The float32 [..., K] that affine codes stand for: code x scale + bias within each group."""
     wide = codes.reshape(*scales.shape, group).astype(np.float32)
-    return (wide * from_bf16(scales)[..., None] + from_bf16(biases)[..., None]).reshape(codes.shape)
+    values: np.ndarray = wide * from_bf16(scales)[..., None] + from_bf16(biases)[..., None]
+    return values.reshape(codes.shape)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [..., K] -> uint32 words [..., K * bits / 32], first code lowest (bits 4 or 8)."""
     each = 32 // bits
     lanes = codes.reshape(*codes.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint32) * np.uint32(bits))
-    return np.bitwise_or.reduce(lanes, -1)
+    words: np.ndarray = np.bitwise_or.reduce(lanes, -1)
+    return words
 
 
 def random_stream(seed: int, name: str, part: int = 0) -> np.random.Generator:
