@@ -4,31 +4,25 @@
 
 A target is a room ("engine") or a module ("engine.scheduler"); by default all rooms of TESTS. The sites where
 cosmic-ray's operators apply are ranked by a hash of the seed, the definition and the line, so that an edit
-moves only its own sites in or out of the sample. One mutant is made at each of the first `count` sites and
-its room's tests run on it, in a copy of the tree, up to the first failure.
+moves only its own sites in or out of the sample. One mutant is made at each of the first `count` sites, and
+the tests that run its statement run on it, in a copy of the tree, up to the first failure.
 
 Verdicts are appended to build/mutants/results.jsonl, and a run that is repeated goes on where it was; what
-survived runs again once its room's tests have changed. `--tests` tries a few files instead, while one writes
-them. build/mutants/report.json has the table and the
-survivors' diffs. Survivors judged to be no different in behaviour stand in tests/mutants_equivalent.toml.
+survived runs again once one of its test files has changed. `--tests` tries a few files instead, while one
+writes them. build/mutants/report.json has the table and the survivors' diffs. Survivors judged to be no
+different in behaviour stand in tests/mutants_equivalent.toml.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import difflib
 import fcntl
 import hashlib
 import json
-import os
 import queue
 import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 import tomllib
 from collections import Counter, defaultdict
@@ -47,27 +41,12 @@ from parso.python.tree import Class, Function, Lambda
 from parso.tree import NodeOrLeaf
 
 from scripts.count_imports import room_of, sources
+from scripts.mutants_bench import ROOT, TESTS, Bench, Lines, Stage, digest, test_files
 
-ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutants"
 EQUIVALENT = ROOT / "tests" / "mutants_equivalent.toml"
 
 Place: TypeAlias = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of its start and end
-
-# Each room -> the tests that have to notice a change in it: its own, and those of rooms it is tested through.
-TESTS = {
-    "engine": ("tests/engine", "tests/chat"),
-    "chat": ("tests/chat", "tests/engine/test_core.py", "tests/grammar/test_engine.py"),
-    "model": ("tests/model", "tests/engine"),
-    "harmony": ("tests/harmony", "tests/chat"),
-    "grammar": ("tests/grammar", "tests/chat"),
-    "checkpoint": ("tests/checkpoint", "tests/model/test_parity.py", "tests/engine/test_prefix.py"),
-    "convert": ("tests/convert",),
-}
-
-# Tests of so many seconds run after all others.
-SLOW = 0.2
-NO_TESTS = 5  # pytest's exit status when every test was left out
 
 # Of cosmic-ray's operators those whose mutants are a slip that someone could make. Left out are the many that
 # raise a TypeError wherever they apply (+ to @, < to `is`) and are no test of the tests.
@@ -83,6 +62,10 @@ OPERATORS = re.compile(
 )
 
 
+OUTCOMES = ("killed", "timeout", "survived", "equivalent")
+COLUMNS = {"name": 28, "sampled": 9, **{outcome: len(outcome) + 2 for outcome in OUTCOMES}, "percent": 9}
+
+
 @dataclass(frozen=True)
 class Site:
     """A place in the code and the (operator, occurrence) pairs that change it. `key` survives line shifts.
@@ -92,6 +75,7 @@ class Site:
 
     module: str
     definition: str
+    line: int
     key: str
     code: str
     changes: tuple[tuple[str, int], ...]
@@ -103,6 +87,7 @@ class Mutant:
 
     module: str
     definition: str
+    line: int
     key: str
     code: str
     before: str
@@ -112,10 +97,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant. `code` and `tests` are digests of the definition and of the test files."""
+    """What became of a mutant. `code` and `tests` are digests of its definition and its test files."""
 
     key: str
-    outcome: str  # killed, timeout, survived or equivalent
+    outcome: str  # one of OUTCOMES
     by: str = ""  # the test that noticed
     seconds: float = 0.0
     code: str = ""
@@ -146,7 +131,7 @@ def sites(module: str, source: str) -> list[Site]:
         column = start[1] - (len(line) - len(line.lstrip()))
         key = f"{module}:{definition}:{line.strip()}:{column}"
         seen[key] += 1
-        found.append(Site(module, definition, f"{key}:{seen[key]}", code, tuple(pairs)))
+        found.append(Site(module, definition, start[0], f"{key}:{seen[key]}", code, tuple(pairs)))
     return found
 
 
@@ -169,7 +154,7 @@ def mutant_at(site: Site, source: str, seed: int) -> Mutant | None:
             continue
         old, new = _changed(source, mutated)
         key = f"{site.key} -> {new}"
-        return Mutant(site.module, site.definition, key, site.code, old, new, mutated)
+        return Mutant(site.module, site.definition, site.line, key, site.code, old, new, mutated)
     return None
 
 
@@ -216,135 +201,31 @@ def sample(targets: Sequence[str], count: int, seed: int) -> list[Mutant]:
     return chosen
 
 
-def tests_of(module: str) -> list[str]:
-    """The test files of a module's room, those that bear its name first."""
-    files: list[str] = []
-    for entry in TESTS[room_of(module)]:
-        path = ROOT / entry
-        found = sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
-        files += [str(f.relative_to(ROOT)) for f in found]
-    name = module.rpartition(".")[2].partition("_")[0]
-    return sorted(files, key=lambda f: name not in Path(f).stem)
-
-
-def digest(text: str) -> str:
-    """A short hash."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds that tests take on the unchanged code: all of them, and each slow one by its name."""
-
-    total: float
-    slow: dict[str, float]
-
-    def runs(self, files: Sequence[str]) -> list[tuple[list[str], float]]:
-        """Arguments of pytest and time limits: first the quick tests, which find most mutants."""
-        quick = [*files, *(f"--deselect={test}" for test in self.slow)]
-        slow = sorted(self.slow, key=lambda test: self.slow[test])
-        limits = (15 + 3 * (self.total - sum(self.slow.values())), 15 + 3 * self.total)
-        return list(zip((quick, slow) if slow else (quick,), limits, strict=False))
-
-
-class Bench:
-    """A copy of the tree in the form it is installed in, to run tests on mutants."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.rmtree(folder, ignore_errors=True)
-        hidden = shutil.ignore_patterns(".*", "build", "shared", "__pycache__", "node_modules")
-        shutil.copytree(ROOT, folder, ignore=hidden)
-        (folder / "convert").rename(folder / "mlx_gptoss" / "convert")
-        (folder / "convert").symlink_to(Path("mlx_gptoss", "convert"))
-
-    def pytest(
-        self, arguments: Sequence[str], limit: float | None, compiled: bool = False
-    ) -> tuple[int | None, str]:
-        """(exit status, output) of a test run; None after `limit` seconds.
-
-        Only the run on the unchanged code writes what it compiled: a later one could not be told from it.
-        """
-        temporary = self.folder / "build" / "temporary"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        options.append(f"--basetemp={temporary / 'pytest'}")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *arguments],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(self.folder),
-                "TMPDIR": str(temporary),
-                "PYTHONDONTWRITEBYTECODE": "" if compiled else "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return None, ""
-        finally:  # also of what the tests started and left behind
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return process.returncode, output
-
-    def measure(self, files: Sequence[str]) -> Timing:
-        """Run tests on the unchanged code, where they must pass; ends the program when they do not."""
-        start = time.perf_counter()
-        durations = ("--durations=0", f"--durations-min={SLOW}")
-        status, output = self.pytest([*files, *durations], None, compiled=True)
-        seconds = time.perf_counter() - start
-        found = re.findall(r"^(\d+\.\d+)s call +(\S.*)$", output, re.MULTILINE)
-        slow = {test: float(seconds) for seconds, test in found}
-        if status == 0 and slow:  # the names must hold, or a mutant would seem to be found
-            status, output = self.pytest([*slow, "--collect-only"], None)
-        if status != 0:
-            raise SystemExit(f"tests fail on the unchanged code:\n{output[-3000:]}")
-        return Timing(seconds, slow)
-
-    def try_out(self, mutant: Mutant, runs: Sequence[tuple[list[str], float]]) -> tuple[str, str]:
-        """(outcome, the test that failed) for a mutant."""
-        path = self.folder / sources(ROOT)[mutant.module].relative_to(ROOT)
-        original, stat = path.read_text(encoding="utf-8"), path.stat()
-        path.write_text(mutant.source, encoding="utf-8")
-        try:
-            for arguments, limit in runs:
-                status, output = self.pytest(arguments, limit)
-                if status is None:
-                    return "timeout", ""
-                if status not in (0, NO_TESTS):
-                    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-                    return "killed", failed[0] if failed else output[-300:]
-            return "survived", ""
-        finally:
-            path.write_text(original, encoding="utf-8")
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
 class Campaign:
     """Runs a sample of mutants and keeps the verdicts."""
 
     def __init__(self, mutants: list[Mutant], jobs: int, tests: list[str]) -> None:
         self.mutants = mutants
-        self.files = {m.module: tests or tests_of(m.module) for m in mutants}
         self.verdicts: dict[str, Verdict] = {}
         self._results = WORK / "results.jsonl"
-        self._jobs = jobs
-        self._tests = {
-            module: digest("".join((ROOT / f).read_text(encoding="utf-8") for f in sorted(files)))
-            for module, files in self.files.items()
-        }
+        self._benches = [Bench(WORK / f"tree{i}") for i in range(jobs)]
+        files = tests or test_files(dict.fromkeys(e for m in mutants for e in TESTS[room_of(m.module)]))
+        for bench in self._benches:
+            bench.compile(files)
+        lines, read = Lines(self._benches[0], WORK / "lines", files), cache(Path.read_text)
+        self._stages: dict[str, list[Stage]] = {}
+        for m in mutants:
+            self._stages[m.key] = lines.stages(m.module, read(sources(ROOT)[m.module]), m.line)
         self._recall()
         equivalent = load_equivalent()
         for m in mutants:
             if any(_is(m, entry) for entry in equivalent):
                 self.verdicts[m.key] = Verdict(m.key, "equivalent")
+
+    def _tests(self, m: Mutant) -> str:
+        """A digest of the test files that a mutant meets."""
+        files = sorted({file for stage in self._stages[m.key] for file in stage.files})
+        return digest("".join((ROOT / file).read_text(encoding="utf-8") for file in files))
 
     def _recall(self) -> None:
         """Take over the verdicts of earlier runs that still hold."""
@@ -356,30 +237,28 @@ class Campaign:
             m = mutants.get(old.key)
             if m is None or old.code != m.code:
                 continue
-            if old.outcome != "survived" or old.tests == self._tests[m.module]:
+            if old.outcome != "survived" or old.tests == self._tests(m):
                 self.verdicts[old.key] = old
 
     def run(self) -> None:
         """Test every mutant without a verdict."""
         pending = [m for m in self.mutants if m.key not in self.verdicts]
-        if not pending:
-            return
-        made = [Bench(WORK / f"tree{i}") for i in range(self._jobs)]
-        timings = self._measure(made, {m.module for m in pending})
         benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
-        for bench in made:
+        for bench in self._benches:
             benches.put(bench)
 
         def work(m: Mutant) -> Verdict:
             bench, start = benches.get(), time.perf_counter()
             try:
-                outcome, by = bench.try_out(m, timings[room_of(m.module)].runs(self.files[m.module]))
+                outcome, by = bench.try_out(m.module, m.source, self._stages[m.key])
             finally:
                 benches.put(bench)
-            seconds = round(time.perf_counter() - start, 1)
-            return Verdict(m.key, outcome, by, seconds, m.code, self._tests[m.module])
+            return Verdict(m.key, outcome, by, round(time.perf_counter() - start, 1), m.code, self._tests(m))
 
-        with ThreadPoolExecutor(self._jobs) as pool, self._results.open("a", encoding="utf-8") as file:
+        with (
+            ThreadPoolExecutor(len(self._benches)) as pool,
+            self._results.open("a", encoding="utf-8") as file,
+        ):
             futures = [pool.submit(work, m) for m in pending]
             try:
                 for i, future in enumerate(as_completed(futures)):
@@ -391,18 +270,6 @@ class Campaign:
             finally:
                 for future in futures:
                     future.cancel()
-
-    def _measure(self, benches: Sequence[Bench], modules: set[str]) -> dict[str, Timing]:
-        """The timing of each room's tests. They run in every bench, so that each has its compiled code."""
-        timings: dict[str, Timing] = {}
-        for module in sorted(modules):
-            room = room_of(module)
-            if room not in timings:
-                timings[room] = [bench.measure(self.files[module]) for bench in benches][-1]
-                print(
-                    f"{room}: {timings[room].total:.0f} s, {len(timings[room].slow)} slow tests", flush=True
-                )
-        return timings
 
     def survivors(self) -> Iterator[Mutant]:
         return (m for m in self.mutants if self.verdicts[m.key].outcome == "survived")
@@ -440,16 +307,10 @@ def table(campaign: Campaign) -> list[dict[str, str | int | float]]:
             groups[group][campaign.verdicts[m.key].outcome] += 1
     rows: list[dict[str, str | int | float]] = []
     for group, counts in sorted(groups.items()):
-        killed, survived = counts["killed"] + counts["timeout"], counts["survived"]
-        share = round(100 * killed / (killed + survived), 1) if killed + survived else 100.0
+        found, survived = counts["killed"] + counts["timeout"], counts["survived"]
+        share = round(100 * found / (found + survived), 1) if found + survived else 100.0
         rows.append(
-            {
-                "name": group,
-                "killed": killed,
-                "survived": survived,
-                "equivalent": counts["equivalent"],
-                "percent": share,
-            }
+            {"name": group, "sampled": counts.total(), **{o: counts[o] for o in OUTCOMES}, "percent": share}
         )
     return rows
 
@@ -466,9 +327,9 @@ def report(campaign: Campaign, seed: int) -> None:
     (WORK / "report.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
     for survivor in survivors:
         print(f"\n{survivor['diff']}")
-    print(f"\n{'':28}killed survived equivalent percent")
+    print("\n" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
     for row in rows:
-        print("{name:28}{killed:6}{survived:9}{equivalent:11}{percent:8}".format(**row))
+        print("".join(f"{row[name]:>{width}}" for name, width in COLUMNS.items()))
     for entry in stale(load_equivalent()):
         print(f"{EQUIVALENT.name}: {entry['module']} has no {entry['before']!r} any more")
 
