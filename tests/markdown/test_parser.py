@@ -1,47 +1,13 @@
-"""The parser of page and terminal: CommonMark's examples, and GitHub's extensions as cmark-gfm has them."""
+"""The parser of page and terminal: GitHub's extensions as cmark-gfm has them, formulas, and a few tags."""
 
 from __future__ import annotations
 
-import re
 from itertools import product
-from pathlib import Path
 
 import pytest
 
 from mlx_gptoss.markdown.parser import make_parser
-
-SPEC = Path(__file__).parent.parent / "page/node_modules/commonmark-spec/spec.txt"
-_EXAMPLE = re.compile(r"^`{32} example\n(.*?)^\.\n(.*?)^`{32}$|^#{1,6} +([^\n]*)$", re.DOTALL | re.MULTILINE)
-_AUTOLINK = re.compile(r"<[a-zA-Z][a-zA-Z0-9+.-]*:[^>\s]*>|<[\w.+-]+@[\w.-]+>|\]\(<")
-_HTML = re.compile(r"<[a-zA-Z/!?][^>]*>|^<")
-# Bare addresses are links, as in GitHub's flavour.
-LINKED = {"https://example.com\n", "foo@bar.example.com\n"}
-
-
-def normalized(html: str) -> str:
-    html = html.replace(" />", ">").replace("&quot;", '"').replace('=""', "")
-    return re.sub(r"\s+", " ", re.sub(r">\s+<", "><", html)).strip()
-
-
-def examples() -> list[tuple[str, str]]:
-    """Those without HTML, which is text here."""
-    found, section = [], ""
-    for text, html, heading in _EXAMPLE.findall(SPEC.read_text("utf-8")):
-        section = heading or section
-        text, html = text.replace("→", "\t"), html.replace("→", "\t")
-        as_html = section in ("HTML blocks", "Raw HTML") or _HTML.search(_AUTOLINK.sub("", text))
-        if not heading and not as_html and not re.search(r"\]\(<(?:b|foo\n)", text) and text not in LINKED:
-            found.append((text, html))
-    return found
-
-
-@pytest.mark.skipif(not SPEC.exists(), reason="`make page` fetches CommonMark's examples")
-def test_commonmarks_examples_render_as_its_specification_says() -> None:
-    pairs = examples()
-    assert len(pairs) > 550
-    wrong = [text for text, html in pairs if normalized(make_parser().render(text)) != normalized(html)]
-    assert not wrong
-
+from tests.markdown.comparing import alike
 
 TABLES = [
     f"{lead}| {head} | b |\n|{align}|---|\n| {cell} | 2 |{after}"
@@ -73,15 +39,6 @@ def test_githubs_extensions_render_as_cmark_gfm_does(text: str) -> None:
     wanted = cmarkgfm.markdown_to_html_with_extensions(
         text, extensions=["table", "strikethrough", "autolink", "tasklist"]
     )
-
-    def alike(html: str) -> str:
-        html = normalized(html).replace("<s>", "<del>").replace("</s>", "</del>")
-        html = re.sub(r' style="text-align:(\w+)"', r' align="\1"', html)
-        html = re.sub(r' class="(?:contains-task-list|task-list-item|task-list-item-checkbox)"', "", html)
-        return html.replace('<input disabled type="checkbox"', '<input type="checkbox" disabled').replace(
-            'type="checkbox" disabled checked', 'type="checkbox" checked disabled'
-        )
-
     assert alike(make_parser().render(text)) == alike(wanted)
 
 
