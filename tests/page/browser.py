@@ -43,10 +43,16 @@ def make_driver() -> Any:
 class Page:
     """What a person does with the page, and sees."""
 
-    def __init__(self, driver: Any, llm: ScriptedLLM, url: str) -> None:
+    def __init__(self, driver: Any, url: str, llm: ScriptedLLM | None = None) -> None:
         self.driver = driver
-        self.llm = llm
         self.url = url
+        self._llm = llm
+
+    @property
+    def llm(self) -> ScriptedLLM:
+        """The LLM behind it, where that runs in this process."""
+        assert self._llm is not None
+        return self._llm
 
     def open(self, path: str = "/") -> None:
         """Load it anew. Only the fragment changing would load nothing."""
@@ -112,9 +118,9 @@ class Page:
         """The titles in the sidebar."""
         return list(self.js("return [...document.querySelectorAll('#list a')].map(link => link.title)"))
 
-    def sizes(self, width: int, height: int) -> None:
+    def sizes(self, width: int, height: int, scale: int = 1) -> None:
         """The window's, in CSS pixels; narrow ones are phones."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 600})
 

@@ -25,7 +25,7 @@ def opened(tokenizer: Tokenizer) -> Iterator[Page]:
     driver = make_driver()
     try:
         with live(create_app(llm, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
-            yield Page(driver, llm, url)
+            yield Page(driver, url, llm)
     finally:
         driver.quit()
 

@@ -1,4 +1,4 @@
-"""The page for everybody: axe-core finds nothing, and a keyboard alone does everything."""
+"""The page for everybody: axe-core finds nothing, nothing moves that should not, and the key is asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.page.browser import CONTROL, Keys, Page, scripted
+from mlx_gptoss.server import ServerSettings, create_app
+from tests.page.browser import Keys, Page, scripted
 from tests.page.test_chat import RICH, last
-from tests.support.scripted_llm import Script, answer
+from tests.support.scripted_llm import Script
+from tests.support.server_help import live
 
 pytest_plugins = ["tests.support.server_fixtures"]
 AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
@@ -57,87 +59,6 @@ def test_axe_finds_nothing(page: Page, width: int, scheme: str) -> None:
         page.press(Keys.ESCAPE)
 
 
-def test_a_keyboard_alone_does_everything(page: Page) -> None:
-    """Every step by keys, from where the focus is."""
-
-    def focused() -> str:
-        return str(
-            page.js(
-                "const e = document.activeElement; return e.id || e.getAttribute('aria-label') || e.title"
-            )
-        )
-
-    def tab_to(name: str, back: bool = False) -> None:
-        for _ in range(60):
-            if focused() == name:
-                return
-            page.press(*((Keys.SHIFT, Keys.TAB) if back else (Keys.TAB,)))
-        raise AssertionError(f"{name} was not reached")
-
-    page.wait(lambda: focused() == "prompt")
-    page.press("first", Keys.ENTER)
-    page.wait(lambda: last(page) == "You said: first")
-    page.finished()
-    assert focused() == "prompt"
-    page.press(Keys.ALT, Keys.ARROW_UP)
-    page.wait(lambda: focused() == "Edit the message")
-    page.press("!", Keys.ENTER)
-    page.wait(lambda: last(page) == "You said: first!")
-    page.finished()
-    page.press(Keys.SHIFT, Keys.ESCAPE)
-    assert focused() == "prompt"
-    tab_to("Details", back=True)
-    page.press(Keys.ENTER)
-    assert "complete" in last(page, ".details")
-    tab_to("Answer again", back=True)
-    page.press(Keys.ENTER)
-    page.wait(lambda: page.text(".turn:last-child .branch") == "2/2")
-    page.finished()
-    page.press(Keys.SHIFT, Keys.ESCAPE)
-    tab_to("Earlier version", back=True)
-    page.press(Keys.ENTER)
-    page.wait(lambda: page.text(".turn:last-child .branch") == "1/2")
-    assert focused() == "Later version", "the focus stays at the branch"
-    page.llm.write = scripted(Script(text="word " * 3000, delay=0.01))
-    page.press(CONTROL, Keys.SHIFT, "o")
-    page.wait(lambda: not page.find(".turn") and focused() == "prompt")
-    page.press("go on", Keys.ENTER)
-    page.wait(lambda: "word" in last(page))
-    page.press(Keys.ESCAPE)
-    page.wait(lambda: page.llm.running[-1].ended.is_set())
-    page.finished()
-    page.llm.write = answer
-    page.press(CONTROL, "k")
-    page.wait(lambda: focused() == "search")
-    page.press("first")
-    page.wait(lambda: page.chats() == ["first"])
-    tab_to("first")
-    page.press(Keys.ENTER)
-    page.wait(lambda: last(page) == "You said: first!")
-    page.press(CONTROL, "k")
-    tab_to("Actions for first")
-    page.press(Keys.ENTER)
-    page.wait(
-        lambda: page.text("#menu") != "" and page.js("return document.activeElement.textContent") == "Rename"
-    )
-    page.press(Keys.ENTER)
-    page.wait(lambda: focused() == "New name")
-    page.press(CONTROL, "a")
-    page.press("renamed", Keys.ENTER)
-    page.wait(lambda: page.chats() == ["renamed"] or focused() == "renamed")
-    page.press(CONTROL, ",")
-    page.wait(lambda: page.one("#settings").is_displayed())
-    tab_to("set-temperature")
-    page.press("0.7", Keys.ESCAPE)
-    page.wait(lambda: not page.find("dialog[open]"))
-    page.press(CONTROL, "/")
-    page.wait(lambda: page.one("#shortcuts").is_displayed())
-    page.press(Keys.ESCAPE)
-    page.wait(lambda: not page.find("dialog[open]"))
-    page.press(CONTROL, Keys.SHIFT, "s")
-    page.wait(lambda: page.one("#open-side").is_displayed())
-
-
 def test_reduced_motion_is_respected_and_every_control_has_a_name(page: Page) -> None:
     features = [{"name": "prefers-reduced-motion", "value": "reduce"}]
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -146,3 +67,28 @@ def test_reduced_motion_is_respected_and_every_control_has_a_name(page: Page) ->
     assert page.js(moving) == 0
     for control in page.find("button, textarea, select, input"):
         assert control.accessible_name or not control.is_displayed(), control.get_attribute("outerHTML")
+
+
+def test_the_key_comes_from_the_fragment_or_is_asked_for(page: Page) -> None:
+    stored = "return [localStorage['gptoss.key'] ?? null, sessionStorage['gptoss.key'] ?? null]"
+    app = create_app(page.llm, ServerSettings(port=0, api_key="secret word"))  # type: ignore[arg-type]
+    with live(app) as url:
+        guarded = Page(page.driver, url, page.llm)
+        guarded.open("/#key=secret%20word")
+        guarded.wait(lambda: guarded.text("#model") == "scripted")
+        assert "secret" not in guarded.driver.current_url and "secret" not in guarded.js(
+            "return document.body.innerHTML"
+        )
+        guarded.say("hello")
+        assert last(guarded) == "You said: hello"
+        guarded.js("localStorage.clear()")
+        guarded.open()
+        guarded.wait(lambda: guarded.find("#key-dialog[open]"))
+        guarded.press("wrong", Keys.ENTER)
+        guarded.wait(lambda: guarded.js("return document.querySelector('#key').value") == "")
+        guarded.wait(lambda: guarded.find("#key-dialog[open]"))
+        guarded.press("secret word", Keys.TAB, Keys.SPACE)  # not to be kept
+        guarded.press(Keys.TAB, Keys.ENTER)
+        guarded.wait(lambda: guarded.text("#model") == "scripted")
+        assert guarded.js(stored) == [None, "secret word"]
+    page.driver.get_log("browser")  # the refusals are told there

@@ -7,6 +7,7 @@ import { hear, tell, writtenElsewhere } from "./tabs.js";
 /** @import { Call, Conversation, Message } from "./types.js" */
 
 const SAVE = 400; // milliseconds between two savings
+const MAX_TOKENS = 16_384; // of an answer with its reasoning, where the chat's settings say nothing
 /** @type {Map<string, { message: Message, control: AbortController }>} */
 const running = new Map();
 /** @type {(message: Message) => void} */
@@ -84,6 +85,7 @@ export async function write(conversation, before, message) {
       if (!(error instanceof ApiError)) console.error(error);
     }
   }
+  delete message.reading;
   if (clock.first) message.writing = performance.now() - clock.first;
   clearInterval(timer);
   window.removeEventListener("pagehide", save);
@@ -109,6 +111,8 @@ function take(message, data, clock) {
     const reasoning = data.usage.completion_tokens_details?.reasoning_tokens ?? 0;
     message.usage = { prompt, completion, cached, reasoning };
   }
+  const { prompt_progress: progress } = data;
+  if (progress) message.reading = { read: progress.processed, cached: progress.cache, total: progress.total };
   const choice = data.choices[0];
   if (choice?.finish_reason) message.finish = choice.finish_reason;
   const { reasoning, content, tool_calls: calls } = choice?.delta ?? {};
@@ -117,6 +121,7 @@ function take(message, data, clock) {
   if (!clock.first) {
     clock.first = now;
     message.first = now - clock.began;
+    delete message.reading;
   }
   if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
   else if (message.reasoning && message.thought === undefined) message.thought = now - clock.first;
@@ -158,9 +163,9 @@ function requestBody({ settings }, before) {
     if (message.role === "user") messages.push({ role: "user", content: fullText(message) });
     else messages.push(...answerMessages(message));
   }
-  const options = { stream: true, stream_options: { include_usage: true } };
+  const options = { stream: true, stream_options: { include_usage: true }, return_progress: true };
   /** @type {Record<string, unknown>} */
-  const body = { messages, ...options, reasoning_effort: settings.effort };
+  const body = { messages, ...options, reasoning_effort: settings.effort, max_tokens: MAX_TOKENS };
   for (const name of /** @type {const} */ (["temperature", "top_p", "max_tokens"]))
     if (settings[name] !== null) body[name] = settings[name];
   if (settings.schema)

@@ -2,7 +2,8 @@
 
 import * as answers from "./answers.js";
 import * as composer from "./composer.js";
-import { $, el, newId } from "./dom.js";
+import { $, newId } from "./dom.js";
+import { isEdited, openEditor } from "./editor.js";
 import { speak, toast } from "./feedback.js";
 import { MessageView } from "./message.js";
 import { toEnd } from "./scrolling.js";
@@ -12,7 +13,6 @@ import { children, latestLeaf, path } from "./tree.js";
 
 /** @import { Call, Conversation, Message, Settings } from "./types.js" */
 
-const EDIT = "gptoss.edit.";
 const log = $("log", HTMLElement);
 /** @type {Conversation} */
 let chat = blank(newId());
@@ -95,7 +95,7 @@ export function draw() {
     views.set(message.id, view);
     const siblings = children(messages, message.parent);
     view.update(message, { index: siblings.indexOf(message), count: siblings.length, last: index === shown.length - 1 });
-    if (localStorage.getItem(EDIT + message.id) !== null && !view.node.querySelector(".editor")) openEditor(view);
+    if (isEdited(message.id)) edit(view);
     return view.node;
   });
   if (nodes.length !== log.children.length || nodes.some((node, index) => log.children[index] !== node))
@@ -179,51 +179,31 @@ async function answerTo(parent, again) {
 }
 
 /** @param {MessageView} view */
-function openEditor(view) {
+function edit(view) {
   const { message } = view;
-  const key = EDIT + message.id;
-  const field = el("textarea", { rows: 3, "aria-label": "Edit the message" });
-  field.value = localStorage.getItem(key) ?? message.content;
-  const close = () => {
-    localStorage.removeItem(key);
-    editor.remove();
-    view.node.classList.remove("editing");
-  };
-  const submit = async () => {
-    const text = field.value.trim();
-    if (!text || runningAnswer()) return;
+  return openEditor(view, async (text, close) => {
+    if (runningAnswer()) return toast("An answer is being written: stop it, or wait for its end.");
     const { parent, files = [] } = message;
     await ask(newMessage({ role: "user", parent, state: "done", content: text, files }), close);
-  };
-  field.addEventListener("input", () => localStorage.setItem(key, field.value));
-  field.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") {
-      event.stopPropagation();
-      close();
-    } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-      event.preventDefault();
-      submit();
-    }
   });
-  const cancel = el("button", { type: "button", onclick: close }, "Cancel");
-  const editor = el("div", { class: "editor" }, field);
-  editor.append(el("div", { class: "buttons" }, cancel, el("button", { type: "button", class: "primary", onclick: submit }, "Send")));
-  view.node.classList.add("editing");
-  view.node.append(editor);
-  return field;
 }
 
 const actions = {
   /** @param {Message} message */
   edit(message) {
     const view = views.get(message.id);
-    if (view && !view.node.querySelector(".editor")) openEditor(view).focus();
+    if (view) edit(view)?.focus();
   },
   /** @param {Message} message */
   again(message) {
     if (runningAnswer()) return;
     const empty = !message.content && !message.reasoning && !message.calls?.length;
     answerTo(message.parent, empty ? message : undefined);
+  },
+  /** @param {Message} message an answer that was cut off */
+  more(message) {
+    if (runningAnswer()) return;
+    ask(newMessage({ role: "user", parent: message.id, state: "done", content: "Continue." }), () => {});
   },
   /**
    * @param {Message} message
@@ -284,7 +264,8 @@ export function startChat(onDraw) {
   drawn = onDraw;
   answers.onChange(answerChanged);
   composer.startComposer(send, async (id, empty) => {
-    if (id === chat.id && !messages.size) await (empty && !chat.title ? store.erase(id) : keep());
+    if (id !== chat.id || messages.size) await (empty || store.bringBack(id));
+    else await (empty && !chat.title && !(await store.messages(id)).size ? store.erase(id) : keep());
     drawn();
   });
   $("stop", HTMLButtonElement).addEventListener("click", stopAnswer);

@@ -1,6 +1,7 @@
 // What is told about an answer: tokens, speed, and how it ended.
 
 import { el } from "./dom.js";
+import { server } from "./server.js";
 
 /** @import { Message } from "./types.js" */
 
@@ -9,6 +10,7 @@ const ENDS = new Map([
   ["length", "cut off at the longest answer or the end of the context"],
   ["tool_calls", "waits for the result of a tool"],
 ]);
+const LONG = 1000; // tokens of a prompt that take a while to be read
 /** @param {number} value */
 const count = (value) => value.toLocaleString("en");
 
@@ -27,6 +29,31 @@ export function seconds(milliseconds) {
  */
 export function speed({ usage, writing }) {
   return usage && usage.completion > 1 && writing ? ((usage.completion - 1) / writing) * 1000 : null;
+}
+
+/**
+ * How much of a long prompt is read; empty for one that takes no time.
+ * @param {Message} message
+ */
+export function readSoFar({ reading }) {
+  if (!reading || reading.total - reading.cached < LONG) return "";
+  return `Reading the conversation: ${count(reading.read)} of ${count(reading.total)} tokens`;
+}
+
+/**
+ * Why an answer that reached a limit ends where it does, and whether the model can go on.
+ * @param {Message} message
+ * @returns {{ text: string, more: boolean } | null}
+ */
+export function cutOff({ usage, content, finish, state }) {
+  if (finish !== "length" || state !== "done") return null;
+  const { context } = server();
+  if (usage && context && usage.prompt + usage.completion >= context)
+    return { text: `The context of ${count(context)} tokens is full. Begin a new chat, or edit an earlier message.`, more: false };
+  const where = usage ? ` after ${count(usage.completion)} tokens` : "";
+  if (content) return { text: `Cut off${where}, the longest answer that the settings allow.`, more: true };
+  const cure = "Allow a longer answer in the settings, or less reasoning effort.";
+  return { text: `Cut off${where}, before the reasoning came to an end. ${cure}`, more: false };
 }
 
 /**

@@ -10,16 +10,25 @@ import { $, el, icon } from "./dom.js";
  */
 export function toast(text, label, action) {
   const node = el("div", { class: "toast" }, el("span", {}, text));
-  const timer = setTimeout(() => node.remove(), action ? 12000 : 5000);
+  const end = () => {
+    if (node.matches(":hover, :focus-within")) setTimeout(end, 2000);
+    else node.remove();
+  };
+  setTimeout(end, action ? 12_000 : 5000);
   if (label && action) {
     const act = () => {
-      clearTimeout(timer);
       node.remove();
       action();
     };
     node.append(el("button", { type: "button", onclick: act }, label));
   }
   $("toasts", HTMLElement).append(node);
+}
+
+/** What the latest note offers to do, if it offers anything. */
+export function offered() {
+  const button = [...document.querySelectorAll(".toast button")].at(-1);
+  return button instanceof HTMLElement ? () => button.click() : undefined;
 }
 
 /**

@@ -2,6 +2,7 @@
 
 import * as chat from "./chat.js";
 import { $, el } from "./dom.js";
+import { offered } from "./feedback.js";
 import { openSettings } from "./settings.js";
 import { toggleSidebar } from "./sidebar.js";
 
@@ -15,6 +16,7 @@ const SHEET = [
   ["Esc", "Stop the answer"],
   [`${COMMAND} Shift O`, "New chat"],
   [`${COMMAND} K`, "Search the chats"],
+  [`${COMMAND} Shift Z`, "Bring back a deleted chat"],
   [`${COMMAND} Shift S`, "Show or hide the sidebar"],
   [`${COMMAND} ,`, "Settings of this chat"],
   ["Shift Esc", "Go to the message field"],
@@ -43,11 +45,12 @@ function actionOf(event, startNew) {
   if (key === "escape") return escape;
   if (event.altKey && key === "arrowup") return chat.editLast;
   if (!command) return undefined;
-  if (event.shiftKey) return { o: startNew, s: () => toggleSidebar() }[key];
+  if (event.shiftKey) return { o: startNew, s: () => toggleSidebar(), z: offered() }[key];
   return { k: search, ",": openSettings, "/": openSheet }[key];
 }
 
 function escape() {
+  if (document.querySelector("#menu:popover-open") || document.activeElement?.matches("#search:not(:placeholder-shown)")) return;
   if (document.body.classList.contains("drawer-open")) {
     toggleSidebar(false);
     $("open-side", HTMLButtonElement).focus();

@@ -1,7 +1,7 @@
 // One message on the page. It is updated in place as its answer grows.
 
 import { fullText } from "./answers.js";
-import { detailList, seconds, speed } from "./details.js";
+import { cutOff, detailList, readSoFar, seconds, speed } from "./details.js";
 import { el, icon, iconButton } from "./dom.js";
 import { copyFrom } from "./feedback.js";
 import { Rendered } from "./markdown.js";
@@ -12,6 +12,7 @@ import { Rendered } from "./markdown.js";
  * @typedef {object} Actions What a message's buttons do.
  * @property {(message: Message) => void} edit
  * @property {(message: Message) => void} again
+ * @property {(message: Message) => void} more go on where it was cut off
  * @property {(message: Message, step: number) => void} turn to a branch beside this one
  * @property {(message: Message, call: Call, result: string) => void} result
  */
@@ -32,7 +33,8 @@ export class MessageView {
     this.calls = el("div", { class: "calls" });
     this.error = el("div", { class: "failure", role: "alert" });
     this.bar = el("div", { class: "acts" });
-    this.wait = el("div", { class: "wait", "aria-label": "Waiting for the first word" });
+    this.read = el("span", { class: "read" });
+    this.wait = el("div", { class: "wait" }, el("span", { class: "dot" }), this.read);
     this.rendered = new Rendered(this.body, message.id);
     const label = user ? "You" : "Assistant";
     this.node = el("article", { class: `turn ${message.role}`, "aria-label": label, "data-id": message.id });
@@ -82,6 +84,8 @@ export class MessageView {
     this.reasoning.update(message);
     if (running) this.rendered.grow(message.content);
     this.wait.hidden = !running || Boolean(message.reasoning || message.content || message.calls?.length);
+    const read = readSoFar(message);
+    if (this.read.textContent !== read) this.read.textContent = read;
     if (running && message.calls?.length) this.calls.replaceChildren(...message.calls.map((call) => this.callNode(call, false)));
   }
 
@@ -92,6 +96,11 @@ export class MessageView {
   failure(message, last) {
     if (message.state === "stopped" && !message.content && !message.calls?.length)
       return [el("p", { class: "stopped" }, "Stopped.")];
+    const cut = cutOff(message);
+    if (cut) {
+      const more = el("button", { type: "button", onclick: () => this.actions.more(message) }, "Continue");
+      return [el("p", { class: "stopped" }, cut.text), ...(last && cut.more ? [more] : [])];
+    }
     if (!message.error) return [];
     const retry = el("button", { type: "button", onclick: () => this.actions.again(message) }, icon("again"), "Retry");
     return [el("p", {}, message.error), ...(last ? [retry] : [])];

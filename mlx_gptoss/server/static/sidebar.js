@@ -49,11 +49,15 @@ async function draw() {
     const day = dayOf(one.updated);
     groups.set(day, [...(groups.get(day) ?? []), row(one)]);
   }
-  const focused = document.activeElement?.closest("li")?.dataset.id;
+  const rows = [...list.querySelectorAll("li")];
+  const at = rows.findIndex((item) => item.contains(document.activeElement));
   const sections = [...groups].map(([day, rows]) => el("section", {}, el("h3", {}, day), el("ul", {}, ...rows)));
   const empty = text ? "Nothing found." : "Your chats will be listed here.";
   list.replaceChildren(...(sections.length ? sections : [el("p", { class: "hint" }, empty)]));
-  if (focused) rowOf(focused)?.querySelector("a")?.focus({ preventScroll: true });
+  if (at < 0) return;
+  const now = [...list.querySelectorAll("li")];
+  const same = now.find((item) => item.dataset.id === rows[at]?.dataset.id);
+  ((same ?? now[Math.min(at, now.length - 1)])?.querySelector("a") ?? field).focus({ preventScroll: true });
 }
 
 /** @param {string} id */
@@ -129,7 +133,7 @@ export async function remove(one) {
   if (one.id === shown()) begin();
   drawSoon();
   toast(`Deleted “${titleOf(one).slice(0, 40)}”`, "Undo", async () => {
-    await store.changeConversation({ id: one.id, deleted: 0 });
+    await store.bringBack(one.id);
     location.hash = `#/${one.id}`;
     drawSoon();
   });

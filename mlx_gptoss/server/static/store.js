@@ -106,6 +106,14 @@ export async function changeConversation(fields, otherwise) {
 }
 
 /**
+ * Undo that a conversation was deleted.
+ * @param {string} id
+ */
+export async function bringBack(id) {
+  if ((await conversation(id))?.deleted) await changeConversation({ id, deleted: 0 });
+}
+
+/**
  * Add a message, or change its fields.
  * @param {Message} message
  */

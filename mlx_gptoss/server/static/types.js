@@ -40,6 +40,7 @@
  * @property {string} [reasoning]
  * @property {Call[]} [calls]
  * @property {string} [error]
+ * @property {{ read: number, cached: number, total: number }} [reading] tokens of the prompt, while it is read
  * @property {number} [thought] milliseconds of reasoning
  * @property {number} [first] milliseconds to the first token
  * @property {number} [writing] milliseconds from the first token to the last
