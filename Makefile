@@ -66,7 +66,7 @@ clients: $(VENV)/.installed-test
 # Fetch what the page's tests use of node's packages, and run them in a browser (chromium, chromedriver).
 page: $(VENV)/.installed-test
 	npm install --prefix tests/page --no-audit --no-fund
-	$(BIN)/python -m pytest tests/page tests/markdown
+	PAGE_ACTIONS=200 $(BIN)/python -m pytest tests/page tests/markdown
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

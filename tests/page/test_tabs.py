@@ -1,21 +1,46 @@
-"""Two tabs and a window at once, and a server that comes and goes: nothing is lost, nothing shown twice."""
+"""Two tabs and two windows at once, and a server that is killed: nothing is lost, nothing shown twice."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.server import ServerSettings, create_app
-from mlx_gptoss.tokenizer import Tokenizer
 from tests.page.browser import Page, TimeoutException, make_driver
-from tests.support.scripted_llm import Script, ScriptedLLM
-from tests.support.server_help import live
+from tests.page.scripted_server import KillableServer
 
 pytest_plugins = ["tests.support.server_fixtures"]
 
-ACTIONS = 200
+ACTIONS = int(os.environ.get("PAGE_ACTIONS", "50"))  # `make page` takes 200
+KINDS = [
+    "new",
+    "draft",
+    "send",
+    "send",
+    "send",
+    "edit",
+    "again",
+    "switch",
+    "switch",
+    "delete",
+    "undo",
+    "reload",
+]
+OFFLINE = [
+    "new",
+    "draft",
+    "send",
+    "send",
+    "edit",
+    "again",
+    "switch",
+    "delete",
+    "undo",
+]  # what needs no server
 READ = """
 const done = arguments[0];
 const request = indexedDB.open('gptoss');
@@ -47,6 +72,7 @@ class _People:
         self.sent: dict[str, str] = {}  # text -> chat
         self.drafts: dict[str, str] = {}  # chat -> text
         self.deleted: list[str] = []
+        self.seen: dict[str, str] = {}  # answer -> what of it was on the screen when the server was killed
         self.count = 0
 
     @property
@@ -142,61 +168,55 @@ class _People:
     def reload(self) -> None:
         self.page.driver.refresh()
 
+    def outage(self, server: KillableServer) -> None:
+        """The server is killed in the middle of an answer, and comes back after a while."""
+        self.new()
+        self.page.wait(lambda: not self.page.find(".turn"))
+        self.send()
+        answer = ".turn.assistant:last-child"
+        self.page.wait(lambda: self.page.text(f"{answer} .body").count("words") > 3)
+        shown = self.page.text(f"{answer} .body")
+        server.kill()
+        self.page.wait(lambda: "broke off" in self.page.text(f"{answer} .failure p"))
+        self.seen[self.page.js("return document.querySelector(arguments[0]).dataset.id", answer)] = shown
+        for _ in range(4):
+            getattr(self, self.random.choice(OFFLINE))()
+        server.start()
+        self.page.wait(lambda: self.page.text("#model") == "scripted")
 
-def test_nothing_is_lost_and_nothing_shown_twice(tokenizer: Tokenizer) -> None:
-    llm = ScriptedLLM(tokenizer)
-    llm.write = lambda conversation, _: Script(text="A few words. " * 40, delay=0.004)  # half a second
+
+def test_nothing_is_lost_and_nothing_shown_twice(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    settings = ServerSettings(port=port, shutdown_grace=0.1)
+    server = KillableServer(port, tmp_path / "tokenizer")
     driver = make_driver()
-    server = contextlib.ExitStack()
-
-    def start() -> str:
-        return server.enter_context(live(create_app(llm, settings)))  # type: ignore[arg-type]
-
     try:
-        page = Page(driver, llm, start())
+        page = Page(driver, server.start())
         page.open()
         tabs = [driver.current_window_handle]
-        for kind in ("tab", "window"):
+        for kind in ("tab", "window", "window"):
             driver.switch_to.new_window(kind)
             page.open()
             tabs.append(driver.current_window_handle)
         people = _People(page, seed=14)
-        kinds = [
-            "new",
-            "draft",
-            "send",
-            "send",
-            "send",
-            "edit",
-            "again",
-            "switch",
-            "switch",
-            "delete",
-            "undo",
-            "reload",
-        ]
-        done: dict[str, int] = {}
+        done = Counter[str]()
         for number in range(ACTIONS):
             driver.switch_to.window(people.random.choice(tabs))
-            if number % 40 == 39:
-                server.close()
-                people.draft()
-                start()
-                continue
-            kind = people.random.choice(kinds)
-            done[kind] = done.get(kind, 0) + 1
-            getattr(people, kind)()
+            kind = "outage" if number % 25 == 24 else people.random.choice(KINDS)
+            done[kind] += 1
+            if kind == "outage":
+                people.outage(server)
+            else:
+                getattr(people, kind)()
         _check(page, people, tabs)
         print(
-            done,
+            dict(done),
             f"{len(people.sent)} messages, {len(people.drafts)} drafts, {len(people.deleted)} deleted chats",
         )
+        assert len(people.seen) == ACTIONS // 25
     finally:
         driver.quit()
-        server.close()
+        server.kill()
 
 
 def _check(page: Page, people: _People, tabs: list[str]) -> None:
@@ -214,11 +234,33 @@ def _check(page: Page, people: _People, tabs: list[str]) -> None:
         m["parent"] is None or by_id[m["parent"]]["conversation"] == m["conversation"] for m in messages
     )
     assert drafts == people.drafts
+    for answer, shown in people.seen.items():
+        assert by_id[answer]["content"].startswith(shown.strip()) and by_id[answer]["state"] == "failed"
     wanted = (set(people.sent.values()) | set(people.drafts)) - set(people.deleted)
-    assert {chat["id"] for chat in chats if not chat.get("deleted")} >= wanted
+    there = {chat["id"] for chat in chats if not chat.get("deleted")}
+    assert not wanted - there, [(chat, people.drafts.get(chat)) for chat in wanted - there]
     for tab in tabs:
         page.driver.switch_to.window(tab)
         page.wait(lambda: len(page.js(LISTED)) >= len(wanted))
         shown = page.js(LISTED)
         assert len(shown) == len(set(shown)) and wanted <= set(shown)
         assert not set(shown) & set(people.deleted)
+
+
+def test_who_writes_in_a_chat_that_another_tab_deleted_keeps_it(page: Page) -> None:
+    driver = page.driver
+    page.say("mine")
+    page.wait(lambda: page.chats() == ["mine"])
+    first = driver.current_window_handle
+    address = page.js("return location.hash")
+    driver.switch_to.new_window("tab")
+    page.open("/" + address)
+    page.wait(lambda: page.chats() == ["mine"])
+    page.js("document.querySelector('#list li button').click()")
+    page.click("#menu button:last-child")
+    page.wait(lambda: not page.chats())
+    driver.close()
+    driver.switch_to.window(first)
+    page.wait(lambda: not page.chats())
+    page.write("more")
+    page.wait(lambda: page.chats() == ["mine"])
