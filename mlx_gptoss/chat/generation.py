@@ -45,7 +45,7 @@ class Generation:
         self.reply: Reply | None = None
         self._tokenizer = tokenizer
         self._parser = StreamParser(tokenizer)
-        self._builder = ReplyBuilder()
+        self._builder = ReplyBuilder(want_logprobs)
         self._until = UntilStop(stop) if stop else None
         self._shown: list[str] = []
         self._parse = parse

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 else:
     Parsed = TypeVar("Parsed")
 
+SHOWN = 60  # characters of an answer in a reply's repr
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
@@ -100,9 +101,11 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reply(Generic[Parsed]):
-    """What a generation came to. `parsed` is a whole answer as data where a schema was given."""
+    """What a generation came to. `parsed` is a whole answer as data where a schema was given, `logprobs` the
+    answer's tokens (id, log-probabilities) where they were asked for. Notebooks show the text as Markdown.
+    """
 
     text: str
     reasoning: str
@@ -113,6 +116,22 @@ class Reply(Generic[Parsed]):
     diagnostics: tuple[Diagnostic, ...] = ()
     parsed: Parsed | None = None
     stop_text: str | None = None  # the stop text that ended it
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] | None = None
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}…"
+        called = [call.name for call in self.tool_calls]
+        more = f", tool_calls={called}" if called else ""
+        more += "" if self.parsed is None else f", parsed={type(self.parsed).__name__}"
+        counts = f"{self.usage.prompt_tokens} + {self.usage.completion_tokens} tokens"
+        return f"<Reply {text!r}{more}, {self.finish_reason}, {counts}>"
+
+    def _repr_markdown_(self) -> str:
+        """The answer; of a turn without one the calls, and what ended it early."""
+        parts = [self.text] if self.parsed is None else [f"```json\n{self.text}\n```"]
+        parts += [f"`{call.name}({call.arguments})`" for call in self.tool_calls]
+        parts += [f"*({self.finish_reason})*"] if self.finish_reason in ("length", "cancelled") else []
+        return "\n\n".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -130,9 +149,13 @@ Event = (
 
 
 class ReplyBuilder:
-    """Adds events up to a Reply. `text` and `reasoning` are the deltas joined in their order."""
+    """Adds events up to a Reply. `text` and `reasoning` are the deltas joined in their order.
 
-    def __init__(self) -> None:
+    logprobs: whether the reply is to have those of its text.
+    """
+
+    def __init__(self, logprobs: bool = False) -> None:
+        self._logprobs: list[tuple[int, TokenLogprobs]] | None = [] if logprobs else None
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._messages: list[Message] = []
@@ -145,6 +168,8 @@ class ReplyBuilder:
             match event:
                 case TextDelta():
                     self._text.append(event.text)
+                    if self._logprobs is not None:
+                        self._logprobs += event.logprobs or ()
                 case ReasoningDelta():
                     self._reasoning.append(event.text)
                 case ToolCall():
@@ -168,4 +193,5 @@ class ReplyBuilder:
             tuple(self._diagnostics),
             parsed,
             stop_text,
+            None if self._logprobs is None else tuple(self._logprobs),
         )
