@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Session,
     )
     from mlx_gptoss.errors import (
+        BatchError,
         BusyError,
         CheckpointError,
         ConfigError,
@@ -60,10 +61,12 @@ if TYPE_CHECKING:
     )
     from mlx_gptoss.sampling import (
         SamplingParams,
+        TokenLogprobs,
     )
 
 __all__ = [
     "LLM",
+    "BatchError",
     "BusyError",
     "CheckpointError",
     "ConfigError",
@@ -88,6 +91,7 @@ __all__ = [
     "SchemaError",
     "Session",
     "TextDelta",
+    "TokenLogprobs",
     "TokenizerError",
     "Tool",
     "ToolCall",
@@ -101,14 +105,14 @@ __all__ = [
 
 _LAZY = {
     "chat.session": "Session",
-    "errors": "BusyError CheckpointError ConfigError ContextLengthError ConversionError GptOssError "
-    "HubError MemoryLimitError ModelNotFoundError RequestError SchemaError TokenizerError "
-    "ToolError VerificationError ",
+    "errors": "BatchError BusyError CheckpointError ConfigError ContextLengthError ConversionError "
+    "GptOssError HubError MemoryLimitError ModelNotFoundError RequestError SchemaError TokenizerError "
+    "ToolError VerificationError",
     "harmony": "Conversation Diagnostic Done Event Message MessageDone PreambleDelta ReasoningDelta Reply "
     "TextDelta Tool ToolCall ToolCallDelta Usage",
     "llm": "LLM load",
     "mcp.tools": "McpTools mcp_tools",
-    "sampling": "SamplingParams",
+    "sampling": "SamplingParams TokenLogprobs",
 }
 _HOME = {name: home for home, names in _LAZY.items() for name in names.split()}
 

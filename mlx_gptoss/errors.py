@@ -11,12 +11,17 @@ GptOssError
  │  └ ToolError            a tool declared twice or without a name, a result for an unknown call
  ├ MemoryLimitError        it does not fit in memory; `.needed` and `.available` in bytes
  ├ BusyError               the queue is full; `.retry_after` in seconds
+ ├ BatchError              some of many prompts failed; `.errors` has each by its index
  ├ ConversionError         a conversion's source or target cannot be used
  │  └ VerificationError    a converted folder differs from its manifest or its source
  └ HubError                a download or an upload failed
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
 
 
 class GptOssError(Exception):
@@ -97,6 +102,16 @@ class BusyError(GptOssError):
         self.retry_after = retry_after
 
 
+class BatchError(GptOssError):
+    """Some prompts of `respond_many` failed; the others were answered. `errors` has each by its index."""
+
+    def __init__(self, errors: Mapping[int, GptOssError], count: int) -> None:
+        index, first = next(iter(errors.items()))
+        more = f" (and {len(errors) - 1} more: see .errors)" if len(errors) > 1 else ""
+        super().__init__(f"{len(errors)} of {count} prompts failed; prompts[{index}]: {first}{more}")
+        self.errors = dict(errors)
+
+
 class ConversionError(GptOssError):
     """A conversion's source or target cannot be used."""
 
@@ -107,3 +122,14 @@ class VerificationError(ConversionError):
 
 class HubError(GptOssError):
     """A download from, or an upload to, the Hub failed."""
+
+
+def did_you_mean(
+    word: str, known: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """The end of an error's line: which of the known words was meant, or "" when none is near.
+
+    other_names: what people call them elsewhere -> the known word.
+    """
+    meant = other_names.get(word) or next(iter(get_close_matches(word, list(known), 1, 0.7)), None)
+    return f"; did you mean {meant}?" if meant else ""

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, overload
+from typing import Unpack
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.chat.completion import StopText
 from mlx_gptoss.chat.generation import Generation
-from mlx_gptoss.chat.prompt import Prompt, RequestKeywords, as_messages, split_request
-from mlx_gptoss.chat.session import Session
-from mlx_gptoss.chat.turn import TurnOptions, events_of, start_turn
+from mlx_gptoss.chat.respond import Responder
+from mlx_gptoss.chat.turn import TurnOptions, start_turn
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
@@ -28,16 +27,12 @@ from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.speculate import DrafterFactory, ModelDrafter, PromptLookup
 from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
-from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError
-from mlx_gptoss.grammar import Schema
-from mlx_gptoss.harmony import Conversation, Done, Event, Reply
+from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError, did_you_mean
+from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
-from mlx_gptoss.tools.call import ToolLike
-
-Parsed = TypeVar("Parsed")
 
 # Bytes that the files of kept prefixes may take.
 DISK_LIMIT = 16 * 2**30
@@ -45,6 +40,10 @@ DISK_LIMIT = 16 * 2**30
 SCRATCH = 512 * 2**20
 # Of the memory that the weights leave, the share that KV caches and the prefix store may take.
 KV_SHARE = 0.6
+# What other libraries call max_context.
+CONTEXT_NAMES = dict.fromkeys(
+    ("n_ctx", "num_ctx", "context_length", "max_model_len", "max_seq_len"), "max_context"
+)
 
 
 def load(
@@ -68,13 +67,15 @@ def load(
     known = {f.name for f in fields(EngineOptions)}
     for name in options:
         if name not in known:
-            raise RequestError(f"load has no option {name!r}: expected {', '.join(sorted(known))}", name)
+            near = did_you_mean(name, known, CONTEXT_NAMES) or f": expected {', '.join(sorted(known))}"
+            raise RequestError(f"load has no option {name!r}{near}", name)
     chosen = EngineOptions(**options)
     folder = resolve(model, revision=revision, offline=offline)
     checkpoint = Checkpoint(folder, dtype)
     has_text = (folder / "tokenizer.json").exists()
     # What is wrong with them is told before the weights are read.
     stops = frozenset[int]() if has_text else configured_stops(folder)
+    bound = configured_bound(folder)
     memory = plan_checkpoint(checkpoint)
     memory.require()
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
@@ -110,28 +111,45 @@ def load(
             message_start=tokenizer.special.start if tokenizer else None,
             pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
         )
-        return LLM(engine, checkpoint.config, folder, str(model), tokenizer)
+        return LLM(engine, checkpoint.config, folder, str(model), tokenizer, memory=memory, max_tokens=bound)
     except BaseException:
         worker.close()
         raise
 
 
-class LLM:
+class LLM(Responder):
     """A loaded model. Close it, or use it in a `with` statement; what is forgotten closes itself.
 
+    Answers, streams and chats, plain and async, are those of Responder.
+
     config: the model's shape. max_context: tokens of a prompt and its output. name: as it was asked for.
+    memory: its bytes by part, where they are known. max_tokens: the model's own bound on a turn without one.
     engine: what runs the requests, on token ids.
     """
 
     def __init__(
-        self, engine: Engine, config: ModelConfig, folder: Path, name: str, tokenizer: Tokenizer | None
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        folder: Path,
+        name: str,
+        tokenizer: Tokenizer | None,
+        *,
+        memory: MemoryPlan | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.name = name
         self.max_context = engine.max_context
+        self.max_tokens = max_tokens
+        self.memory = memory
         self.engine = engine
         self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        stored = "" if self.memory is None else f", {self.memory.summary()}"
+        return f"<LLM {self.name}{stored}, context {self.max_context:,} tokens>"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -195,8 +213,6 @@ class LLM:
     def _stop_text(self, params: SamplingParams | None) -> StopText | None:
         return StopText(self.tokenizer, params.stop) if params is not None and params.stop else None
 
-    # --- conversations
-
     def start(
         self, conversation: Conversation, options: TurnOptions | None = None, *, sink: Sink | None = None
     ) -> Generation:
@@ -205,93 +221,10 @@ class LLM:
         With a `sink` the events go there, on the engine's thread. Raises RequestError (SchemaError,
         ToolError), ContextLengthError, TokenizerError or BusyError.
         """
-        return start_turn(self.engine, self.tokenizer, conversation, options or TurnOptions(), sink)
-
-    @overload
-    def respond(
-        self,
-        prompt: Prompt,
-        *,
-        schema: type[Parsed],
-        tools: Sequence[ToolLike] = ...,
-        **request: Unpack[RequestKeywords],
-    ) -> Reply[Parsed]: ...
-
-    @overload
-    def respond(
-        self,
-        prompt: Prompt,
-        *,
-        schema: Schema | None = ...,
-        tools: Sequence[ToolLike] = ...,
-        **request: Unpack[RequestKeywords],
-    ) -> Reply[Any]: ...
-
-    def respond(
-        self,
-        prompt: Prompt,
-        *,
-        schema: Any = None,
-        tools: Sequence[ToolLike] = (),
-        **request: Unpack[RequestKeywords],
-    ) -> Reply[Any]:
-        """Answer a text or a list of messages, and return the whole reply.
-
-        schema: a JSON schema or a pydantic model that the answer follows; `reply.parsed` is its data. tools:
-        Tools, functions or dicts; they are declared, not run (see `chat`). The rest: see RequestKeywords.
-
-        Raises RequestError (SchemaError, ToolError), ContextLengthError, TokenizerError or BusyError.
-        """
-        *_, done = self.stream(prompt, schema=schema, tools=tools, **request)
-        assert isinstance(done, Done)
-        return done.reply
-
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        schema: Schema | None = None,
-        tools: Sequence[ToolLike] = (),
-        **request: Unpack[RequestKeywords],
-    ) -> Iterator[Event]:
-        """Like `respond`, as events: ReasoningDelta, TextDelta, ToolCallDelta, ToolCall, .., and last Done.
-
-        The request is checked and started at once; leaving the iteration cancels it.
-        """
-        asked = {**request, "schema": schema, "tools": tools}
-        conversation, options = split_request(as_messages(prompt), asked)
-        return events_of(self.start(conversation, options))
-
-    @overload
-    def chat(
-        self,
-        *,
-        schema: type[Parsed],
-        tools: Sequence[ToolLike] = ...,
-        max_steps: int = ...,
-        **request: Unpack[RequestKeywords],
-    ) -> Session[Parsed]: ...
-
-    @overload
-    def chat(
-        self,
-        *,
-        schema: Schema | None = ...,
-        tools: Sequence[ToolLike] = ...,
-        max_steps: int = ...,
-        **request: Unpack[RequestKeywords],
-    ) -> Session[Any]: ...
-
-    def chat(
-        self,
-        *,
-        schema: Any = None,
-        tools: Sequence[ToolLike] = (),
-        max_steps: int = 8,
-        **request: Unpack[RequestKeywords],
-    ) -> Session[Any]:
-        """A conversation that keeps its timeline and runs its tools; see Session."""
-        return Session(self, schema=schema, tools=tools, max_steps=max_steps, **request)
+        options = options or TurnOptions()
+        return start_turn(
+            self.engine, self.tokenizer, conversation, options, sink, max_tokens=self.max_tokens
+        )
 
     # --- the model itself
 
@@ -398,3 +331,12 @@ def configured_stops(folder: Path) -> frozenset[int]:
                 raise ConfigError(f"{path}: eos_token_id is {ids!r}: expected a token id or a list of them")
             found.update(listed)
     return frozenset(found)
+
+
+def configured_bound(folder: Path) -> int | None:
+    """`max_new_tokens` of the model's generation config, if it has one. Raises ConfigError."""
+    path = folder / "generation_config.json"
+    bound = read_object(path).get("max_new_tokens") if path.is_file() else None
+    if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or bound < 1):
+        raise ConfigError(f"{path}: max_new_tokens is {bound!r}: expected a whole number >= 1")
+    return bound

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 PUBLIC = [
+    "BatchError",
     "BusyError",
     "CheckpointError",
     "ConfigError",
@@ -41,6 +42,7 @@ PUBLIC = [
     "SchemaError",
     "Session",
     "TextDelta",
+    "TokenLogprobs",
     "TokenizerError",
     "Tool",
     "ToolCall",

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from mlx_gptoss.chat.generation import Generation
 from mlx_gptoss.engine.core import Engine
+from mlx_gptoss.engine.handoff import Handoff
 from mlx_gptoss.engine.request import Sink
 from mlx_gptoss.grammar import ResponseFormat, ToolChoice, compile_constraint
-from mlx_gptoss.harmony import Conversation, Event, Reply, render
+from mlx_gptoss.harmony import Conversation, Done, Event, ReasoningEffort, Reply, render
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.tokenizer import Tokenizer
+
+# Tokens of a turn at most, where nothing else is said. With high effort a competition problem takes
+# gpt-oss-20b some 20,000 tokens of reasoning (OpenAI's model card): thrice that cuts no honest answer short,
+# and a model that runs in circles stops after minutes, not at the end of its context.
+MAX_TOKENS: dict[ReasoningEffort | None, int] = {"low": 8_192, "medium": 32_768, "high": 65_536, None: 32_768}
 
 
 @dataclass(frozen=True)
 class TurnOptions:
     """How a turn is generated.
 
-    response_format: what the answer must be. tool_choice: "auto", "none", "required", or ("named", a tool's
-    name). strict_tools: False lets a call's arguments be any JSON object where the tool's schema cannot be
-    enforced. reasoning_budget: analysis tokens at most. progress: PromptProgress comes before the events.
+    params: without max_tokens a turn has those of MAX_TOKENS for its effort, or the model's own where that is
+    less. response_format: what the answer must be. tool_choice: "auto", "none", "required", or ("named", a
+    tool's name). strict_tools: False lets a call's arguments be any JSON object where the tool's schema
+    cannot be enforced. reasoning_budget: analysis tokens at most. progress: PromptProgress comes before the
+    events.
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -38,12 +46,18 @@ def start_turn(
     conversation: Conversation,
     options: TurnOptions,
     sink: Sink | None = None,
+    *,
+    max_tokens: int | None = None,
 ) -> Generation:
     """Queue the next turn and return at once. With a `sink` the events go there, on the engine's thread.
 
+    max_tokens: the model's own bound where the options have none.
     Raises RequestError (SchemaError, ToolError), ContextLengthError or BusyError.
     """
     params, response_format = options.params, options.response_format
+    if params.max_tokens is None:
+        bound = MAX_TOKENS.get(conversation.reasoning_effort, MAX_TOKENS[None])
+        params = replace(params, max_tokens=bound if max_tokens is None else min(bound, max_tokens))
     constraint = compile_constraint(
         tokenizer,
         tools=conversation.tools,
@@ -90,3 +104,39 @@ def _events(generation: Generation) -> Iterator[Event]:
         yield from generation
     finally:
         generation.cancel()
+
+
+async def aevents_of(start: Callable[[Sink], Generation]) -> AsyncGenerator[Event, None]:
+    """The events of a generation on the event loop, started there; leaving the iteration cancels it."""
+    handoff = Handoff()
+    try:
+        await handoff.begin(0, start)
+        while True:
+            for _, item in handoff.take():
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if isinstance(item, Done):
+                    return
+            await handoff.wait()
+    finally:
+        handoff.cancel()
+
+
+async def areply_of(start: Callable[[Sink], Generation]) -> Reply:
+    """The whole reply of a generation on the event loop; cancelling the task that waits cancels it."""
+    handoff = Handoff()
+    try:
+        await handoff.begin(0, lambda sink: start(ends_only(sink)))
+        await handoff.wait()
+        ((_, end),) = handoff.take()
+        if isinstance(end, Exception):
+            raise end
+        return end.reply
+    finally:
+        handoff.cancel()
+
+
+def ends_only(sink: Sink) -> Sink:
+    """A sink that passes on the end of a generation, a Done or an exception, and nothing else."""
+    return lambda item: sink(item) if isinstance(item, Done | Exception) else None

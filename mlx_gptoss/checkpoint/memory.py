@@ -84,6 +84,12 @@ class MemoryPlan:
     def _token_layer(self) -> int:
         return 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.size
 
+    def summary(self) -> str:
+        """In one phrase: how the experts and most of the rest are stored, and the bytes of it all."""
+        rest = max((p for p in self.parts if p.name != "experts"), key=lambda p: p.stored)
+        experts = max((p for p in self.parts if p.name == "experts"), key=lambda p: p.stored)
+        return f"experts {experts.format}, the rest {rest.format}, weights {gigabytes(self.weights)}"
+
     def kv(self, context: int) -> int:
         """Bytes of the KV caches of one sequence of `context` tokens."""
         return self.kv_per_token * context + self.kv_window

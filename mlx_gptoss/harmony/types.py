@@ -184,6 +184,9 @@ class Conversation:
                 f"reasoning effort {self.reasoning_effort!r}: expected one of {', '.join(EFFORTS)}",
                 "reasoning_effort",
             )
+        for name in ("instructions", "current_date", "knowledge_cutoff", "identity"):
+            check_type(getattr(self, name), str | None, name, "text, or None")
+        check_type(self.response_name, str, "response_name", "text")
         check_unique(self.tools, "tools")
         check_unique(self.builtin, "builtin")
         check_type(self.response_schema, dict | bool | None, "response_schema", "a JSON schema")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gptoss.chat.turn import TurnOptions
+from mlx_gptoss.chat.turn import MAX_TOKENS, TurnOptions
 from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import (
@@ -22,6 +22,7 @@ from mlx_gptoss.harmony import (
     ToolCall,
     ToolCallDelta,
 )
+from mlx_gptoss.sampling import SamplingParams
 from tests.support.scripted_model import scripted_engine
 
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -87,6 +88,38 @@ def test_logprobs_come_with_the_text_they_belong_to() -> None:
         assert all(p.logprob <= 0 and len(p.top) == 1 for d in deltas for _, p in d.logprobs or ())
 
 
+def test_a_reply_has_the_logprobs_of_its_text_when_they_were_asked_for() -> None:
+    llm, _ = scripted_engine(lambda context: answer("héllo", "hm"))
+    with llm:
+        reply = llm.respond("x", logprobs=1)
+        assert [i for i, _ in reply.logprobs or ()] == llm.tokenizer.encode("héllo")
+        assert llm.respond("x").logprobs is None
+        nothing = llm.respond("x", logprobs=0, max_tokens=3)
+        assert (nothing.text, nothing.logprobs) == ("", ())
+
+
+def test_a_turn_without_max_tokens_has_its_efforts_bound_or_the_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def length(**request: Any) -> int:
+        reply = llm.respond("go", **request)
+        assert reply.finish_reason == "length"
+        return reply.usage.completion_tokens
+
+    assert MAX_TOKENS["low"] < MAX_TOKENS["medium"] == MAX_TOKENS[None] < MAX_TOKENS["high"]
+    monkeypatch.setitem(MAX_TOKENS, "low", 20)
+    monkeypatch.setitem(MAX_TOKENS, "high", 40)
+    llm, _ = scripted_engine(lambda context: answer("long " * 200))
+    with llm:
+        assert length(reasoning_effort="low") == length(reasoning_effort="low", max_tokens=None) == 20
+        assert length(reasoning_effort="high") == 40
+        assert length(reasoning_effort="low", params=SamplingParams(temperature=0.0)) == 20
+        assert length(reasoning_effort="low", max_tokens=60) == 60
+        llm.max_tokens = 30
+        assert [length(reasoning_effort=effort) for effort in ("low", "high")] == [20, 30]
+        assert llm.respond("go", reasoning_effort="low", max_tokens=llm.max_context).finish_reason == "stop"
+
+
 def test_calls_are_events_and_a_finish_reason() -> None:
     llm, _ = scripted_engine(lambda context: call("add", {"a": 1}))
     tool = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "number"}}})
@@ -131,6 +164,7 @@ def test_a_chat_keeps_what_was_sampled_and_computes_only_what_is_new() -> None:
         assert "let me see" not in model.contexts[1] and "you said one<|end|>" in model.contexts[1]
         assert second.usage.cached_tokens >= first.usage.prompt_tokens
         assert [m.role for m in chat.history] == ["user", "assistant", "assistant"] * 2
+        assert repr(chat) == f"<Session of 6 messages, {chat.usage.completion_tokens} tokens generated>"
         assert chat.tokens == chat.tokens and len(chat.tokens) > second.usage.prompt_tokens
         assert chat.usage.completion_tokens == first.usage.completion_tokens + second.usage.completion_tokens
 

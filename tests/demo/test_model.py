@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import mlx_gptoss as gptoss
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
+from mlx_gptoss.errors import ConfigError
 from mlx_gptoss.harmony import Tool
 from mlx_gptoss.llm import LLM
 
@@ -36,6 +40,19 @@ def test_it_is_laid_out_as_openai_publishes_gpt_oss(llm: LLM) -> None:
     assert llm.config.layer_types == ("sliding_attention", "full_attention") * 2
     stops = json.loads((DEMO_FOLDER / "generation_config.json").read_text())["eos_token_id"]
     assert llm.tokenizer.stop_ids == frozenset(stops)
+
+
+def test_it_says_in_one_line_what_it_is_and_bounds_itself(llm: LLM) -> None:
+    weights = r"<LLM demo, experts mxfp4, the rest bfloat16, weights [\d.]+ MB, context 4,096 tokens>"
+    assert re.fullmatch(weights, repr(llm))
+    assert llm.max_tokens == 1024
+
+
+def test_a_bound_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO_FOLDER, tmp_path / "demo")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "many"}')
+    with pytest.raises(ConfigError, match="max_new_tokens is 'many': expected a whole number"):
+        gptoss.load(folder)
 
 
 @pytest.mark.parametrize(
