@@ -59,6 +59,7 @@ def write_configs(config: dict, target: Path) -> None:
         "bos_token_id": ids["<|startoftext|>"],
         "do_sample": True,
         "eos_token_id": stops,
+        "max_new_tokens": 1024,  # more than any of its conversations has; it may run in circles
         "pad_token_id": ids["<|endoftext|>"],
     }
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
