@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from io import BufferedReader
 from pathlib import Path
 
@@ -16,6 +17,21 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def open_uncached(path: Path) -> int:
+    """A descriptor of a regular file whose bytes are kept by whoever reads them. Raises OSError.
+
+    On macOS the system does not keep a second copy of what is read; Linux gives such a copy up when memory is
+    wanted, and reads past it (O_DIRECT) would need buffers aligned as malloc does not align them.
+    """
+    with open_regular(path) as file:
+        descriptor = os.dup(file.fileno())
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor
 
 
 def read_limited(path: Path, limit: int) -> bytes:

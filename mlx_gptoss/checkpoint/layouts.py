@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.model.config import ModelConfig
@@ -18,6 +20,7 @@ from mlx_gptoss.model.quantization import MXFP4, Quantization
 # The parts of the model, in its order. A tensor's key begins with the part it belongs to.
 PARTS = ("embedding", "attention", "router", "experts", "norms", "head")
 FLOATS = ("BF16", "F16", "F32")
+RECORD_ALIGNMENT = 16384
 MAX_LISTED = 10  # problems spelled out in one error
 
 PackingOf = Callable[[str], Quantization | None]
@@ -30,11 +33,13 @@ class Form(Enum):
     BLOCKS: MXFP4, blocks uint8 [E, outputs, inputs / 32, 16] and scales uint8 [E, outputs, inputs / 32].
     TRANSPOSED: dense, [E, inputs, outputs].
     MATRICES: [E, outputs, inputs], dense or packed as config.json says of its path.
+    RECORDS: MXFP4, all of an expert side by side (see record_parts), uint8 [E, record_size].
     """
 
     BLOCKS = auto()
     TRANSPOSED = auto()
     MATRICES = auto()
+    RECORDS = auto()
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Layout:
     @property
     def mark(self) -> str:
         """A tensor that only this layout has."""
+        if self.experts is Form.RECORDS:
+            return self.path("experts.records")
         return self.path(self.gate_up[0]) + self.expert_weight
 
     def places(self, layers: int) -> Iterator[tuple[str, int]]:
@@ -98,7 +105,9 @@ class Layout:
         size = sizes(config)
         for key, layer in self.places(config.num_layers):
             path, part, shape = self.path(key, layer), part_of(key), size[key]
-            if part == "experts":
+            if key == "experts.records":
+                yield TensorSpec(path, part, (config.num_experts, *shape), ("U8",), MXFP4)
+            elif part == "experts":
                 yield from self._stack(path, (config.num_experts, *shape), packing_of)
             elif len(shape) == 1:
                 yield TensorSpec(path, part, shape)
@@ -117,14 +126,14 @@ class Layout:
             yield TensorSpec(path + self.expert_scales, part, groups, ("U8",), packing)
         elif self.experts is Form.TRANSPOSED:
             yield TensorSpec(path + self.expert_weight, part, (count, inputs, outputs))
-        else:
+        elif self.experts is Form.MATRICES:
             yield from _matrix(path, part, shape, packing)
 
     def stack_packing(self, path: str, packing_of: PackingOf) -> Quantization | None:
         """How the stack of experts at a path is packed; None when it is dense."""
         if self.experts is Form.MATRICES:
             return packing_of(path)
-        return MXFP4 if self.experts is Form.BLOCKS else None
+        return None if self.experts is Form.TRANSPOSED else MXFP4
 
 
 def _matrix(
@@ -166,9 +175,40 @@ def sizes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         "experts.gate": (f, d),
         "experts.up": (f, d),
         "experts.down": (d, f),
+        "experts.records": (record_size(c),),
         "norms.final": (d,),
         "head": (c.vocab_size, d),
     }
+
+
+class RecordPart(NamedTuple):
+    """Blocks or scales of one of an expert's matrices: bytes [start, end) of its record."""
+
+    key: str
+    ending: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def record_parts(c: ModelConfig) -> list[RecordPart]:
+    """What an expert's record holds, in its order: the blocks of both matrices, then their scales.
+
+    Blocks are a multiple of 16 bytes, so that they can be taken as words where they lie.
+    """
+    matrices = {"experts.gate_up": 2 * c.intermediate_size, "experts.down": c.hidden_size}
+    inputs = {"experts.gate_up": c.hidden_size, "experts.down": c.intermediate_size}
+    parts, at = [], 0
+    for ending, each in (("_blocks", (16,)), ("_scales", ())):
+        for key, outputs in matrices.items():
+            shape = (outputs, inputs[key] // MXFP4.group_size, *each)
+            parts.append(RecordPart(key, ending, shape, at, at := at + prod(shape)))
+    return parts
+
+
+def record_size(c: ModelConfig) -> int:
+    """Bytes from one record to the next: whole pages of a Mac, so that a read touches no other's."""
+    return -(-record_parts(c)[-1].end // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
 
 # Hugging Face's names; the layouts that use them differ in the experts alone.
@@ -211,6 +251,9 @@ _ORIGINAL = {
 # As published; the other matrices dense, or packed as config.json's `quantization` says (what this package's
 # converter writes).
 HF = Layout("hf", "hf-mxfp4", _HF | _TOGETHER, Form.BLOCKS, "_blocks", "_scales", "_bias")
+_RECORDS = _TOGETHER | {"experts.records": "model.layers.{i}.mlp.experts.records"}
+# As HF, with an expert's bytes side by side: what this package's converter writes for streaming.
+STREAMING = Layout("streaming", "streaming", _HF | _RECORDS, Form.RECORDS, "", "", "_bias")
 # mlx-lm's conversions.
 MLX = Layout("mlx", "mlx", _HF | _APART, Form.MATRICES, ".weight", ".scales", ".bias")
 _ROWS = (
@@ -220,6 +263,7 @@ _ROWS = (
     # Fine-tunes that transformers saved.
     Layout("bf16", "hf-bf16", _HF | _TOGETHER, Form.TRANSPOSED, "", "", "_bias"),
     MLX,
+    STREAMING,
 )
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ROWS}
 

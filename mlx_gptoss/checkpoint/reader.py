@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.finite import not_finite
-from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout
+from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout, record_parts
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.device import on_gpu, parse_dtype
 from mlx_gptoss.errors import CheckpointError, ConfigError
@@ -26,6 +26,14 @@ from mlx_gptoss.model.graph import Attention, Layer, MixtureOfExperts, Model
 from mlx_gptoss.model.matrix import Embedding, Matrix, stack_rows
 from mlx_gptoss.model.projection import Dense, Projection, Stacked
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MXFP4, Quantization
+
+
+class Streaming(Protocol):
+    """What makes those parts of the graph that are not to be in memory whole."""
+
+    def embedding(self, checkpoint: Checkpoint) -> Embedding: ...
+
+    def experts(self, checkpoint: Checkpoint, layer: int, bias: mx.array) -> Experts: ...
 
 
 class Checkpoint:
@@ -41,6 +49,7 @@ class Checkpoint:
         self.tensors = read_folder(folder)
         self.layout = detect_layout(self.tensors, folder)
         self._quantization = _read_quantization(self.raw_config)
+        self.streaming: Streaming | None = None  # set where not all experts are to be in memory
         self._unchecked: list[tuple[str, mx.array]] = []
         self._files: dict[Path, dict[str, mx.array]] = {}
         self.specs = {spec.name: spec for spec in self.layout.tensors(self.config, self.quantization_of)}
@@ -62,6 +71,8 @@ class Checkpoint:
     # --- parts of the graph
 
     def embedding(self) -> Embedding:
+        if self.streaming is not None:
+            return self.streaming.embedding(self)
         return Embedding(self._matrix(self.layout.path("embedding"), cast=False), self.dtype)
 
     def norm(self) -> mx.array:
@@ -105,20 +116,30 @@ class Checkpoint:
         """The experts of a layer, in the way that suits this device."""
         halves = [self.layout.path(key, layer) for key in self.layout.gate_up]
         down = self.layout.path("experts.down", layer)
+        bias = self._vectors([path + self.layout.expert_bias for path in (*halves, down)])
+        if self.streaming is not None:
+            return self.streaming.experts(self, layer, bias)
+        if self.layout.experts is Form.RECORDS:
+            weights = self.expert_weights(*self._from_records(layer), bias)
+            return ResidentExperts(weights) if on_gpu() else HostExperts(weights)
         gate_up = stack_rows([self._stack(path) for path in halves])
         if gate_up is None:
             raise CheckpointError(
                 f"{self.folder}: {' and '.join(halves)} are packed differently: expected one way"
             )
-        weights = ExpertWeights(
+        weights = self.expert_weights(gate_up, self._stack(down), bias)
+        return ResidentExperts(weights) if on_gpu() else HostExperts(weights)
+
+    def expert_weights(self, gate_up: Matrix, down: Matrix, bias: mx.array) -> ExpertWeights:
+        """A layer's experts out of their matrices and biases."""
+        return ExpertWeights(
             gate_up,
-            self._stack(down),
-            self._vectors([path + self.layout.expert_bias for path in (*halves, down)]),
-            interleaved=len(halves) == 1,
+            down,
+            bias,
+            interleaved=len(self.layout.gate_up) == 1,
             limit=self.config.swiglu_limit,
             alpha=self.config.swiglu_alpha,
         )
-        return ResidentExperts(weights) if on_gpu() else HostExperts(weights)
 
     def _stack(self, path: str) -> Matrix:
         """The matrices of all experts, [E, outputs, inputs]."""
@@ -129,6 +150,18 @@ class Checkpoint:
             return Matrix(self._floats(name).swapaxes(-1, -2))
         words = self._take(name).view(mx.uint32).flatten(-2)
         return Matrix(words, self._scales(path + self.layout.expert_scales), None, MXFP4)
+
+    def _from_records(self, layer: int) -> list[Matrix]:
+        """The stacks of gate_up and down, out of the experts' records."""
+        records = self._take(self.layout.path("experts.records", layer))
+        blocks, scales = [], []
+        for part in record_parts(self.config):
+            cut = mx.contiguous(records[:, part.start : part.end]).reshape(-1, *part.shape)
+            if part.ending == "_blocks":
+                blocks.append(cut.view(mx.uint32).flatten(-2))
+            else:
+                scales.append(self._check_scales(cut, self.layout.path(part.key, layer)))
+        return [Matrix(b, s, None, MXFP4) for b, s in zip(blocks, scales, strict=True)]
 
     # --- tensors
 
@@ -174,8 +207,10 @@ class Checkpoint:
         return Matrix(weight, self._floats(f"{path}.scales"), self._floats(f"{path}.biases"), quantization)
 
     def _scales(self, name: str) -> mx.array:
+        return self._check_scales(self._take(name), name)
+
+    def _check_scales(self, scales: mx.array, name: str) -> mx.array:
         """MXFP4 scale bytes; 255 stands for NaN and would silently poison every logit."""
-        scales = self._take(name)
         largest = int(np.asarray(mx.max(scales))) if on_gpu() else int(np.asarray(scales).max())
         if largest == 255:
             raise CheckpointError(

@@ -349,15 +349,17 @@ class SequenceCache:
         """Every array the caches hold: what to evaluate after a forward without logits."""
         return [a for layer in self.layers for a in layer.arrays()]
 
-    def masks(self, t: int) -> dict[str, Mask]:
-        """The attention masks of the next t tokens, one for each kind of layer; call before the forward.
+    def masks(self, t: int, ahead: int = 0) -> dict[str, Mask]:
+        """The attention masks of t tokens, one for each kind of layer; call before the forward.
+
+        They come after `ahead` tokens more than there are now.
 
         None: every returned key is visible; "causal": aligned at the last key; else bool [t, keys].
         """
         if t == 1:
             return {FULL: None, SLIDING: None}
         window: Mask = "causal"
-        seen = self.sliding[0].history if self.sliding else 0
+        seen = min(self.sliding[0].history + ahead, self._reach) if self.sliding else 0
         if seen + t > self._reach + 1:
             query = mx.arange(seen, seen + t)[:, None]
             key = mx.arange(seen + t)[None]

@@ -23,8 +23,8 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from mlx_gptoss.model.batch import Batch
-from mlx_gptoss.model.experts import ExpertWeights, by_pair
+from mlx_gptoss.model.batch import Batch, Pairs
+from mlx_gptoss.model.experts import ExpertWeights, Way, by_pair
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
 
@@ -112,16 +112,27 @@ class HostProjection:
 
 
 class HostExperts:
-    """All experts in memory: by MLX pair by pair, or for many rows by the host's BLAS expert by expert."""
+    """Experts in memory: by MLX pair by pair, or for many rows by the host's BLAS expert by expert.
 
-    def __init__(self, weights: ExpertWeights) -> None:
+    of: how many experts the model has, when the weights are those of some, and change.
+    """
+
+    def __init__(self, weights: ExpertWeights, of: int | None = None) -> None:
         self.weights = weights
-        self.gate_up, self.down = HostStack(weights.gate_up), HostStack(weights.down)
+        self.gate_up, self.down = HostStack(weights.gate_up, of), HostStack(weights.down, of)
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
         """As Experts."""
-        if not (self.gate_up.pays_by_expert(x, chosen) and self.down.knows_by_expert):
-            return by_pair(self.weights, self.gate_up, self.down, x, chosen, batch)
+        return self.way(x, chosen)(x, chosen, batch)
+
+    def way(self, x: mx.array, chosen: mx.array) -> Way:
+        by_expert = self.gate_up.pays_by_expert(x, chosen) and self.down.knows_by_expert
+        return self._by_expert if by_expert else self._by_pair
+
+    def _by_pair(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
+        return by_pair(self.weights, self.gate_up, self.down, x, chosen, batch)
+
+    def _by_expert(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
         experts = np.asarray(chosen).reshape(-1)
         rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
         bias = self.weights.bias[chosen].reshape(len(experts), -1)
@@ -137,15 +148,17 @@ class HostStack:
     """The matrices of all experts.
 
     Large ones are gathered by halves on two streams, and unpacked for products where that pays; a stack of
-    few values, 4 MB at most when unpacked, is kept so for more than one row at a time.
+    few values, 4 MB at most when unpacked, is used so for more than one row at a time, and kept so unless it
+    changes. of: see HostExperts.
     """
 
-    def __init__(self, matrix: Matrix) -> None:
+    def __init__(self, matrix: Matrix, of: int | None = None) -> None:
         self.matrix = matrix
-        self._experts = int(matrix.weight.shape[0])
+        self._experts = of or int(matrix.weight.shape[0])
         self._parts = _halves(matrix) if _is_large(matrix) else None
-        small = SMALL <= matrix.outputs * matrix.inputs * self._experts < LARGE
-        self._dense = np.asarray(matrix.dense(mx.float32)) if small else None
+        self._small = SMALL <= matrix.outputs * matrix.inputs * self._experts < LARGE
+        keep = self._small and of is None
+        self._dense = np.asarray(matrix.dense(mx.float32)) if keep else None
 
     def gather(
         self, x: mx.array, experts: mx.array, rows: mx.array | None, *, in_order: bool = False
@@ -160,13 +173,13 @@ class HostStack:
     @property
     def knows_by_expert(self) -> bool:
         """Whether `by_expert` can be used."""
-        return self._dense is not None or (self._parts is not None and self.matrix.quantization == MXFP4)
+        return self._small or (self._parts is not None and self.matrix.quantization == MXFP4)
 
     def pays_by_expert(self, x: mx.array, chosen: mx.array) -> bool:
         """Whether `by_expert` is the faster way for these rows."""
         if x.dtype != mx.float32 or not self.knows_by_expert:
             return False
-        if self._dense is not None:
+        if self._small:
             return len(x) > 1
         return bool(chosen.size >= UNPACK_FROM * min(self._experts, chosen.size))
 
@@ -174,14 +187,20 @@ class HostStack:
         """Each row through its expert: x float32 [N, inputs], experts int [N] -> float32 [N, outputs]."""
         out = np.empty((len(x), self.matrix.outputs), np.float32)
         with _blas().limit(limits=1):
-            if self._dense is not None:
+            if self._small:
                 for expert, rows in _rows_of_experts(expert_of_row):
-                    out[rows] = x[rows] @ self._dense[expert].T
+                    out[rows] = x[rows] @ self._unpacked_whole(expert).T
             else:
-                self._unpacked(x, expert_of_row, out)
+                self._by_parts(x, expert_of_row, out)
         return out
 
-    def _unpacked(self, x: np.ndarray, expert_of_row: np.ndarray, out: np.ndarray) -> None:
+    def _unpacked_whole(self, expert: int) -> np.ndarray:
+        if self._dense is not None:
+            dense: np.ndarray = self._dense[expert]
+            return dense
+        return np.asarray(self.matrix.mapped(lambda a: a[expert : expert + 1]).dense(mx.float32))[0]
+
+    def _by_parts(self, x: np.ndarray, expert_of_row: np.ndarray, out: np.ndarray) -> None:
         """`by_expert` for MXFP4: some rows of a matrix at a time are unpacked, on every core."""
         outputs = self.matrix.outputs
         blocks, scales = np.asarray(self.matrix.weight).view(np.uint8), np.asarray(self.matrix.scales)

@@ -5,13 +5,14 @@ Shapes: T tokens, k experts a token, E experts, D hidden, F intermediate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
 from mlx_gptoss.device import fuse
-from mlx_gptoss.model.batch import Batch
+from mlx_gptoss.model.batch import Batch, Pairs
 from mlx_gptoss.model.matrix import Matrix
 
 # Below this many (token, expert) pairs, sorting the pairs by expert costs a GPU more than it saves.
@@ -28,6 +29,20 @@ class Experts(Protocol):
     def arrays(self) -> list[mx.array]:
         """Every weight that is in memory."""
         ...
+
+
+Way: TypeAlias = Callable[[mx.array, mx.array, Pairs], mx.array]
+"""How rows, the experts chosen for them and their pairs become outputs; arguments as those of Experts."""
+
+
+class ExpertsInMemory(Experts, Protocol):
+    """Experts that are applied in one of several ways, which the number of rows decides.
+
+    Part of the rows, applied in the way of all of them, gives the same bits: an expert's rows must stay
+    together.
+    """
+
+    def way(self, x: mx.array, chosen: mx.array) -> Way: ...
 
 
 class Stack(Protocol):
@@ -68,7 +83,7 @@ class ExpertWeights:
 
 
 def by_pair(
-    weights: ExpertWeights, gate_up: Stack, down: Stack, x: mx.array, chosen: mx.array, batch: Batch
+    weights: ExpertWeights, gate_up: Stack, down: Stack, x: mx.array, chosen: mx.array, batch: Pairs
 ) -> mx.array:
     """Every (token, expert) pair by itself, in the tokens' order; the stacks hold the weights' matrices."""
     bias = weights.bias[chosen]
@@ -84,11 +99,17 @@ class ResidentExperts:
         self.weights = weights
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
-        weights = self.weights
-        if chosen.size < SORT_FROM:
-            return by_pair(weights, weights.gate_up, weights.down, x, chosen, batch)
-        # The pairs in the experts' order: each expert is read once.
-        flat = chosen.flatten()
+        return self.way(x, chosen)(x, chosen, batch)
+
+    def way(self, x: mx.array, chosen: mx.array) -> Way:
+        return self._as_they_come if chosen.size < SORT_FROM else self._in_order
+
+    def _as_they_come(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
+        return by_pair(self.weights, self.weights.gate_up, self.weights.down, x, chosen, batch)
+
+    def _in_order(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
+        """The pairs in the experts' order: each expert is read once."""
+        weights, flat = self.weights, chosen.flatten()
         order = mx.argsort(flat)
         experts = flat[order]
         bias = weights.bias[experts]

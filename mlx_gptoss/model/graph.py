@@ -96,11 +96,19 @@ class MixtureOfExperts:
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """X [T, D] -> x plus the experts' sum, [T, D]."""
+        rows, chosen, weights = self.route(x, batch)
+        return self.add(x, weights, self.experts(rows, chosen, batch))
+
+    def route(self, x: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """X [T, D] -> the experts' inputs [T, D], the experts chosen for each row, their weights [T, k]."""
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         scores = self.router(rows, batch)
         chosen = mx.argpartition(scores, kth=-self.k, axis=-1)[:, -self.k :]
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
-        y = self.experts(rows, chosen, batch)
+        return rows, chosen, weights
+
+    def add(self, x: mx.array, weights: mx.array, y: mx.array) -> mx.array:
+        """X [T, D] plus the weighted sum of the experts' outputs y [T, k, D]."""
         return mx.addmm(x[:, None], weights[:, None], y).squeeze(1)
 
     def arrays(self) -> list[mx.array]:
@@ -149,6 +157,7 @@ class Model:
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, batch)
+        batch.settle()
         for segment in segments:
             segment.cache.advance(segment.length)
         return self.logits(x, rows)

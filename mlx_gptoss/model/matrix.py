@@ -114,7 +114,11 @@ class Embedding:
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Tokens int [T] -> [T, hidden]."""
-        return self.table.mapped(lambda a: mx.take(a, tokens, axis=0)).dense(self.dtype)
+        return self.rows(tokens).dense(self.dtype)
+
+    def rows(self, tokens: mx.array) -> Matrix:
+        """The table's rows of these tokens."""
+        return self.table.mapped(lambda a: mx.take(a, tokens, axis=0))
 
     def arrays(self) -> list[mx.array]:
         return self.table.arrays()

@@ -71,6 +71,27 @@ def bf16_tensors(source: Source) -> Iterator[Tensor]:
     yield from _plain(source, experts)
 
 
+def streaming_tensors(source: Source) -> Iterator[Tensor]:
+    """Hugging Face's layout with all that an expert has side by side: blocks, then scales, then padding."""
+
+    def experts(i: int, which: str) -> Iterator[Tensor]:
+        if which == "gate_up_proj":
+            name = f"model.layers.{i}.mlp.experts.records"
+            yield Tensor(name, "U8", (source.shape.experts, size), records(i))
+
+    def records(i: int) -> Callable[[], Iterable[np.ndarray]]:
+        return lambda: (record(i, e) for e in range(source.shape.experts))
+
+    def record(i: int, e: int) -> np.ndarray:
+        parts = [source.expert(i, which, e) for which in ("gate_up_proj", "down_proj")]
+        joined = np.concatenate([parts[m][kind].reshape(-1) for kind in (0, 1) for m in (0, 1)])
+        return np.concatenate([joined, np.zeros(size - len(joined), np.uint8)])
+
+    values = 3 * source.shape.intermediate * source.shape.hidden
+    size = -(-values * 17 // 32 // 16384) * 16384
+    yield from _plain(source, experts)
+
+
 def original_tensors(source: Source) -> Iterator[Tensor]:
     """OpenAI's `original/` layout: q, k and v in one matrix, other names."""
     yield _dense(source, "embedding.weight", "model.embed_tokens.weight")
@@ -322,7 +343,7 @@ def write_checkpoint(
     shards: int | None = None,
     rope_parameters: bool = False,
 ) -> Path:
-    """Write a checkpoint of `layout` ("hf", "original", "bf16" or "mlx") into `folder` and return the folder.
+    """Write a checkpoint of `layout` (hf, original, bf16, mlx or streaming) into `folder`; return the folder.
 
     `shards` defaults to OpenAI's three for "hf" and one file otherwise.
     """
@@ -337,6 +358,7 @@ def write_checkpoint(
             hf_config(shape, quantized=False, rope_parameters=rope_parameters),
         ),
         "original": lambda: (original_tensors(source), original_config(shape)),
+        "streaming": lambda: (streaming_tensors(source), hf_config(shape, rope_parameters=rope_parameters)),
         "mlx": lambda: (mlx_tensors(source, recipe), mlx_config(shape, recipe)),
     }[layout]()
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,7 +399,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="20b")
-    parser.add_argument("--layout", choices=["hf", "original", "bf16", "mlx"], default="hf")
+    parser.add_argument("--layout", choices=["hf", "original", "bf16", "mlx", "streaming"], default="hf")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--experts", type=int)
     parser.add_argument("--vocab", type=int)
