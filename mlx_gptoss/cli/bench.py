@@ -59,12 +59,12 @@ UNITS = (
 
 
 @click.command()
-@model_options
 @click.option("--contexts", default="128,1024", show_default=True, help="Prompt lengths, in tokens.")
 @click.option("--batches", default="1,4", show_default=True, help="Requests at once.")
 @click.option("--tokens", default=32, show_default=True, help="Tokens to generate in each run.")
 @click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this runtime as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@model_options
 def bench(
     source: ModelSource, contexts: str, batches: str, tokens: int, compare: str | None, as_json: bool
 ) -> None:

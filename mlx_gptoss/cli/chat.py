@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options
 @chat_options
 @click.option(
     "--tool",
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with the last chat.")
 @click.option("--unsafe-python", is_flag=True, help="Run the model's Python without isolation.")
 @sampling_options()
+@model_options
 def chat(
     source: ModelSource,
     talk: ChatOptions,

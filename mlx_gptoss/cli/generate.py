@@ -39,7 +39,6 @@ RAW_MAX_TOKENS = 256
 
 
 @click.command()
-@model_options
 @click.option("-p", "--prompt", metavar="TEXT", help="What to say; comes after files and standard input.")
 @click.option(
     "-f",
@@ -49,6 +48,13 @@ RAW_MAX_TOKENS = 256
     multiple=True,
     help="A text file that becomes part of the message, with its name. May be given repeatedly.",
 )
+@chat_options
+@click.option(
+    "--schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON schema that the answer follows."
+)
+@click.option("--regex", metavar="PATTERN", help="A regular expression that the whole answer matches.")
+@click.option("--choices", metavar="A,B,..", help="The answer is one of these texts, set apart by commas.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
 @click.option(
     "--tokens", metavar="IDS", help="Token ids to continue, e.g. '1 2 3'; prints ids and needs no tokenizer."
 )
@@ -59,13 +65,7 @@ RAW_MAX_TOKENS = 256
     help="Answer in the chat format, or continue the text as it is.  [default: --chat]",
 )
 @sampling_options(unset="--chat: what it takes; --raw: 256")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of a stream.")
-@chat_options
-@click.option(
-    "--schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON schema that the answer follows."
-)
-@click.option("--regex", metavar="PATTERN", help="A regular expression that the whole answer matches.")
-@click.option("--choices", metavar="A,B,..", help="The answer is one of these texts, set apart by commas.")
+@model_options
 def generate(
     source: ModelSource,
     prompt: str | None,

@@ -31,12 +31,17 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 
 
 @click.command()
-@model_options
 @click.option(
     "--name", "model_name", help="What clients are told the model is called.  [default: MODEL's last part]"
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0: a free one.",
+)
 @click.option(
     "--api-key",
     envvar="GPTOSS_API_KEY",
@@ -72,6 +77,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
+@model_options
 def serve(
     source: ModelSource, model_name: str | None, max_body: float, open_page: bool, **settings: Any
 ) -> None:
