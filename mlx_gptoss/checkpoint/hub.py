@@ -224,7 +224,7 @@ def _from_hub(
             at = f" at revision {revision!r}" if revision else ""
             raise ModelNotFoundError(
                 f"{repo!r}{at} is not wholly in the local cache, and offline was asked for; "
-                "run the same command once with a connection"
+                f"run the same command once with a connection{did_you_mean(repo, _names_here())}"
             )
         return cached
     try:

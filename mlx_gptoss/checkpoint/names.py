@@ -36,4 +36,4 @@ def did_you_mean(text: str, others: Iterable[str] = ()) -> str:
     for full in (*SHORT_NAMES.values(), *others):
         names |= {full.lower(): full, full.rpartition("/")[2].lower(): full}
     found = get_close_matches(text.lower(), names, n=1, cutoff=0.65)
-    return f"; did you mean {names[found[0]]!r}?" if found else ""
+    return f"; did you mean {names[found[0]]!r}?" if found and names[found[0]] != text else ""

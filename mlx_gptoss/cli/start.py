@@ -41,8 +41,8 @@ def start() -> None:
     console.print(
         Text.assemble(("mlx-gptoss", "bold"), f" {version('gptoss-mlx')}: gpt-oss on Apple Silicon")
     )
-    told = "of which the GPU may take" if on_gpu() else "of which are free"
-    console.print(f"This machine has {gigabytes(total_memory())} of memory, {told} {gigabytes(free)}.\n")
+    share = f"{gigabytes(free)} of it {'for the GPU' if on_gpu() else 'free'}"
+    console.print(f"This machine has {gigabytes(total_memory())} of memory, {share}.\n")
     here = list(installed())
     _print_here(console, here, free)
     _print_choices(console, here, free)
@@ -66,7 +66,7 @@ def _print_choices(console: Console, here: list[Installed], free: int) -> None:
     choices = [choice for choice in CHOICES if choice.name not in names]
     if not choices:
         return
-    console.print(Text("To be had", "bold"))
+    console.print(Text("To download", "bold"))
     rows = []
     for choice in choices:
         needed = choice.weights + BESIDE

@@ -18,7 +18,7 @@ def command(state: Path, *words: str, width: int = 80) -> Window:
 def test_alone_it_shows_what_is_here_and_the_next_command(tmp_path: Path, width: int) -> None:
     status, text = command(tmp_path, width=width).finish()
     assert status == 0 and "…" not in text
-    for part in ("On this machine", "demo", "To be had", "20b", "mlx-gptoss pull 20b", "Next"):
+    for part in ("On this machine", "demo", "To download", "20b", "mlx-gptoss pull 20b", "Next"):
         assert part in text
     assert re.search(r"mlx-gptoss chat demo +talk to a toy", text)
 

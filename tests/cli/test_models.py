@@ -95,7 +95,9 @@ def test_a_mistyped_model_is_told_what_was_meant(server: HubServer, typed: str, 
 def test_a_mistyped_id_is_told_what_was_meant(server: HubServer) -> None:
     with pytest.raises(ModelNotFoundError, match=r"did you mean 'openai/gpt-oss-120b'\?"):
         hub.resolve("openai/gpt-oss120b")
-    assert did_you_mean("mistral-large") == ""
+    with pytest.raises(ModelNotFoundError, match=r"did you mean 'openai/gpt-oss-20b'\?"):
+        hub.resolve("openai/gpt-oss20b", offline=True)
+    assert did_you_mean("mistral-large") == did_you_mean("openai/gpt-oss-20b") == ""
 
 
 def test_a_mistyped_command_is_told_what_was_meant(command: Command) -> None:
