@@ -50,6 +50,7 @@ SERVER_FLOORS = {
     "openai": 5,
     "page": 5,
     "status_routes": 5,
+    "tokenizer_routes": 5,
     "models_routes": 5,
     "gate": 5,
     "app": 6,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from mlx_gptoss.server import models_routes, status_routes
+from mlx_gptoss.server import models_routes, status_routes, tokenizer_routes
 from mlx_gptoss.server.anthropic import messages_routes
 from mlx_gptoss.server.gate import Gate
 from mlx_gptoss.server.http.errors import install_handlers
@@ -53,7 +53,7 @@ def create_app(llm: LLM | None = None, settings: ServerSettings | None = None) -
     )
     app.state.server = state
     apis = [api.router(state) for api in APIS]
-    routers = [*apis, status_routes.router(state), page.router()]
+    routers = [*apis, status_routes.router(state), tokenizer_routes.router(state), page.router()]
     for router in routers:
         app.include_router(router)
     routes = [route for group in (app, *routers) for route in group.routes if isinstance(route, Route)]

@@ -39,6 +39,28 @@ def likelihoods(body: dict[str, Any], contexts: list[int]) -> list[tuple[float, 
     return found
 
 
+def test_tokens_are_counted_by_the_server(llm: LLM) -> None:
+    """As lm-eval does, which then needs no tokenizer of its own."""
+    client = TestClient(create_app(llm), base_url="http://localhost")
+    info = client.get("/tokenizer_info").json()
+    special = llm.tokenizer.special
+    for name, token in (("bos", special.startoftext), ("eos", special.return_), ("pad", special.endoftext)):
+        told = client.post("/tokenize", json={"prompt": info[f"{name}_token"]}).json()
+        assert (told["tokens"], told["count"], told["max_model_len"]) == ([token], 1, 512)
+    text = "Anna lives in Rome.<|end|>"
+    tokens = client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert tokens == [*llm.tokenizer.encode(text.removesuffix("<|end|>")), special.end]
+    assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
+    for path, body, param in (
+        ("/tokenize", {"prompt": "", "messages": []}, "messages"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/detokenize", {"tokens": [10**6]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ):
+        wrong = client.post(path, json=body)
+        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == param
+
+
 def test_log_likelihoods_through_the_server_are_those_of_the_logits(llm: LLM) -> None:
     rng = random.Random(13)
     words = WORDS.split()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 from mlx_gptoss.errors import ContextLengthError, RequestError
 from mlx_gptoss.server.ollama.request import NAMES, GenerationRequest, refuse_images
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.translate.markup import encode_markup
 from mlx_gptoss.server.translate.turn import TurnRequest
-from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-_MARKUP = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS.values()))})")
-_FIELDS = {text: field for field, text in SPECIAL_TOKENS.items()}
+from mlx_gptoss.tokenizer import Tokenizer
 
 
 class GenerateRequest(GenerationRequest):
@@ -55,10 +52,4 @@ def raw_tokens(prompt: str, tokenizer: Tokenizer, max_context: int) -> list[int]
     """
     if beyond := tokenizer.count_beyond(prompt, max_context):
         raise ContextLengthError(beyond, max_context, "prompt", at_least=True)
-    tokens: list[int] = []
-    for part in _MARKUP.split(prompt):
-        if part in _FIELDS:
-            tokens.append(getattr(tokenizer.special, _FIELDS[part]))
-        else:
-            tokens += tokenizer.encode(part)
-    return tokens
+    return encode_markup(prompt, tokenizer)
