@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
+CLIENTS := build/clients
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The versions that everybody develops with; `make LOCK=/dev/null test` takes the newest instead.
 LOCK := requirements-dev.lock
@@ -58,10 +59,10 @@ golden: $(VENV)/.installed-test
 	$(PIP) -e '.[train]'
 	$(BIN)/python -m tests.support.make_golden
 
-# Fetch the clients for node that tests/server/test_clients.py tries, and try them.
-clients: $(VENV)/.installed-test
+# Fetch the clients that tests/server/test_fetched_clients.py tries, for node and for Python, and try them.
+clients: $(VENV)/.installed-test $(CLIENTS)/.installed
 	npm install --prefix tests/server/clients --no-audit --no-fund
-	$(BIN)/python -m pytest tests/server/test_clients.py
+	$(BIN)/python -m pytest tests/server/test_clients.py tests/server/test_fetched_clients.py
 
 # Fetch what the page's tests use of node's packages, and run them in a browser (chromium, chromedriver).
 page: $(VENV)/.installed-test
@@ -91,4 +92,9 @@ $(LOWEST)/.installed: pyproject.toml scripts/lowest.py
 	PYTHON="$${PYTHON:-python3.11}" sh scripts/make_venv.sh $(LOWEST)
 	$(LOWEST)/bin/python scripts/lowest.py test > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python $(PIP_INSTALL) --constraint $(LOWEST)/constraints.txt -e '.[test]'
+	@touch $@
+
+$(CLIENTS)/.installed: tests/server/clients/requirements.txt
+	sh scripts/make_venv.sh $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP_INSTALL) -r tests/server/clients/requirements.txt
 	@touch $@

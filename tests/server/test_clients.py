@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -358,96 +354,3 @@ def test_ollama_keeps_a_format(url: str) -> None:
     anything = client.chat("any", text, format="json", options={"temperature": 0, "num_predict": 300})
     if anything.done_reason == "stop":
         assert isinstance(json.loads(anything.message.content or ""), dict)
-
-
-# --- node, where `make clients` has fetched the packages
-
-NODE = Path(os.environ.get("GPTOSS_NODE_CLIENTS", Path(__file__).parent / "clients"))
-
-
-def run_node(name: str, url: str) -> Any:
-    """What a script of clients/ prints when it has talked to a server."""
-    environment = os.environ | {
-        "BASE_URL": url,
-        "API_KEY": KEY,
-        "PACKAGES": str(NODE),
-    }
-    script = Path(__file__).parent / "clients" / name
-    done = subprocess.run(["node", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-@pytest.mark.skipif(not (NODE / "node_modules/openai").is_dir(), reason="run `make clients` to fetch openai")
-def test_openai_for_node_runs_a_tool(scripted_url: str) -> None:
-    assert run_node("openai_client.mjs", scripted_url) == {
-        "chat": "The tool says: sunny",
-        "responses": "The tool says: sunny",
-        "parsed": {"city": "Paris"},
-    }
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-@pytest.mark.skipif(
-    not (NODE / "node_modules/@anthropic-ai/sdk").is_dir(),
-    reason="run `make clients` to fetch @anthropic-ai/sdk",
-)
-def test_anthropic_for_node_completes_its_tool_loop(scripted_url: str) -> None:
-    assert run_node("anthropic_client.mjs", scripted_url) == {
-        "whole": "The tool says: sunny in Paris",
-        "streamed": "The tool says: sunny in Paris",
-        "structured": {"city": "Paris"},
-        "models": "scripted",
-    }
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-@pytest.mark.skipif(not (NODE / "node_modules/ai").is_dir(), reason="run `make clients` to fetch ai")
-def test_vercels_ai_sdk_completes_its_tool_loop_over_every_api(scripted_url: str) -> None:
-    told = run_node("ai_sdk_client.mjs", scripted_url)
-    assert set(told) == {"chat", "responses", "compatible", "anthropic"}
-    for name, one in told.items():
-        assert one["text"] == one["streamed"] == "The tool says: sunny in Paris", name
-        assert one["steps"] == 2 and one["object"] == {"city": "Paris"}, name
-    assert told["compatible"]["reasoning"]
-
-
-@pytest.mark.skipif(
-    not (NODE / "node_modules/@openai/codex").is_dir(), reason="run `make clients` to fetch codex"
-)
-def test_codex_completes_a_function_call_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from tests.support.scripted_llm import Script
-
-    def write(conversation: Any, options: Any) -> Script:
-        if conversation.messages[-1].role == "tool":
-            output = conversation.messages[-1].content
-            return Script(text="found it" if "swordfish" in output else f"no: {output}")
-        assert "exec_command" in [tool.name for tool in conversation.tools]
-        return Script(calls=[("exec_command", json.dumps({"cmd": "echo sword''fish"}))])
-
-    llm = ScriptedLLM(tokenizer, write, max_context=100_000)
-    app = create_app(llm, ServerSettings(port=0))  # type: ignore[arg-type]
-    home, work = tmp_path / "home", tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    with live(app) as url:
-        (home / "config.toml").write_text(
-            'model = "gpt-oss-20b"\nmodel_provider = "local"\n[model_providers.local]\nname = "local"\n'
-            f'base_url = "{url}/v1"\nwire_api = "responses"\n',
-            encoding="utf-8",
-        )
-        flags = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
-        done = subprocess.run(
-            [NODE / "node_modules/.bin/codex", *flags, "find it"],
-            cwd=work,
-            env=os.environ | {"CODEX_HOME": str(home)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("found it")
-    assert any(m.role == "tool" for m in llm.seen[-1][0].messages)
-    assert any(m.token_ids for m in llm.seen[-1][0].messages), "the call's own tokens"
