@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_gptoss.cli import run
+from tests.support.server_help import wait_until
 
 
 def serve(*args: str) -> subprocess.Popen[str]:
@@ -51,6 +52,33 @@ def test_a_served_folder_answers_and_stops_on_a_signal(text_folder: Path) -> Non
         process.kill()
     assert process.returncode == 0, rest
     assert "Traceback" not in rest
+
+
+def test_an_idle_model_is_unloaded_and_comes_back(text_folder: Path) -> None:
+    process = serve(str(text_folder), "--port", "0", "--kv-budget", "64MB", "--idle-unload", "100ms")
+    try:
+        assert process.stderr is not None
+        found = (re.search(r"listening on (http://127\.0\.0\.1:\d+)", line) for line in process.stderr)
+        url = next(match[1] for match in found if match)
+
+        def loaded() -> bool | None:
+            told: bool | None = httpx.get(url + "/health").json().get("loaded")
+            return told
+
+        wait_until(lambda: loaded() is False, 60)
+        headers = {"Authorization": "Bearer sk-env"}
+        models = httpx.get(url + "/v1/models", headers=headers).json()
+        assert models["data"][0]["loaded"] is False
+        body = {"prompt": "a", "max_tokens": 3}
+        done = httpx.post(url + "/v1/completions", json=body, headers=headers, timeout=60)
+        assert done.json()["usage"]["completion_tokens"] <= 3
+        wait_until(lambda: loaded() is False, 60)
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, rest
+    assert "Traceback" not in rest and "the model is loaded again" in rest
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_raw_logprobs_have_a_score_for_each_token(scripted: TestClient) -> None:
 
 @pytest.mark.parametrize("stop", ["defz", "def", "a", ["fgz", "h"]])
 def test_raw_logprobs_are_those_of_the_text_streamed_or_not(scripted: TestClient, stop: Any) -> None:
-    fields = {"logprobs": 1, "stop": stop, "max_tokens": 8}
+    fields: dict[str, Any] = {"logprobs": 1, "stop": stop, "max_tokens": 8}
     whole = complete(scripted, **fields)["choices"][0]
     assert "".join(whole["logprobs"]["tokens"]) == whole["text"]
     events = read_events(complete(scripted, stream=True, **fields))
@@ -101,7 +101,7 @@ def test_a_prompt_is_scored_without_going_on(scripted: TestClient, llm: Scripted
 
 @pytest.mark.parametrize("most", [0, 3])
 def test_a_scored_stream_adds_up(scripted: TestClient, most: int) -> None:
-    fields = {"prompt": "hip", "echo": True, "logprobs": 1, "max_tokens": most}
+    fields: dict[str, Any] = {"prompt": "hip", "echo": True, "logprobs": 1, "max_tokens": most}
     whole = complete(scripted, **fields)["choices"][0]
     events = read_events(complete(scripted, stream=True, **fields))
     pieces = [data["choices"][0] for _, data in events[:-1]]
@@ -113,9 +113,9 @@ def test_a_scored_stream_adds_up(scripted: TestClient, most: int) -> None:
 def test_a_prompt_that_cannot_be_scored_is_an_error(
     scripted: TestClient, llm: ScriptedLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    fields: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0}
     assert complete(scripted, 400, **fields | {"prompt": [97] * 4097})["error"]["param"] == "prompt"
-    room = {"prompt": [97] * 4096, "echo": True, "logprobs": 1}
+    room: dict[str, Any] = {"prompt": [97] * 4096, "echo": True, "logprobs": 1}
     assert complete(scripted, 400, **room)["error"]["param"] == "prompt"
 
     def score(*_: Any, **__: Any) -> Any:
@@ -139,7 +139,7 @@ def test_control_tokens_stay_out_of_the_text_unless_asked_for(
 
     monkeypatch.setattr(llm, "submit", submit)
     prompt = [special.start, *tokenizer.encode("assistant")]
-    fields = {"prompt": prompt, "echo": True, "logprobs": 1}
+    fields: dict[str, Any] = {"prompt": prompt, "echo": True, "logprobs": 1}
     plain = complete(scripted, **fields)["choices"][0]
     assert plain["text"] == "assistantfinalhi" and plain["finish_reason"] == "stop"
     full = complete(scripted, **fields, skip_special_tokens=False)["choices"][0]
@@ -162,6 +162,9 @@ def test_control_tokens_stay_out_of_the_text_unless_asked_for(
         {"prompt": []},
         {"prompt": [99999999]},
         {"suffix": "x"},
+        {"guided_regex": "x"},
+        {"structured_outputs": {"choice": ["x"]}},
+        {"response_format": {"type": "json_object"}},
         {"best_of": 3},
         {"prompt": [["a"]]},
     ],

@@ -13,6 +13,16 @@ from mlx_gptoss.server.translate.request import Items
 from mlx_gptoss.server.translate.sampling_fields import sampling_params
 from mlx_gptoss.tokenizer import Tokenizer
 
+# Forms of an answer, which the chat format has a place for.
+FORMS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+IN_CHAT = "ask for a form at /v1/chat/completions"
 DEFAULT_MAX_TOKENS = 16  # as OpenAI documents it
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,7 +37,14 @@ class CompletionRequest(ChoicesRequest):
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     skip_special_tokens: bool | None = None
 
-    unsupported: ClassVar = {"suffix": "gpt-oss does not fill in the middle"}
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    unsupported: ClassVar = {"suffix": "gpt-oss does not fill in the middle"} | dict.fromkeys(FORMS, IN_CHAT)
 
     @property
     def scores_prompt(self) -> bool:
