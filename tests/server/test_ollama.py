@@ -118,7 +118,7 @@ def test_a_tool_loop_goes_on_from_the_calls_that_clients_send_back(
 
 
 def test_results_find_their_calls_by_name(post: Post, llm: ScriptedLLM) -> None:
-    calls = [{"function": {"name": name, "arguments": {}}} for name in ("one", "two")]
+    calls: list[Any] = [{"function": {"name": name, "arguments": {}}} for name in ("one", "two")]
     results = [{"role": "tool", "content": name, "tool_name": name} for name in ("two", "one")]
     post("chat", messages=[*HI, {"role": "assistant", "content": "", "tool_calls": calls}, *results])
     made = {m.call_id: m.recipient for m in llm.seen[-1][0].messages if m.role == "assistant"}
