@@ -64,7 +64,7 @@ RAW_MAX_TOKENS = 256
     default=True,
     help="Answer in the chat format, or continue the text as it is.  [default: --chat]",
 )
-@sampling_options(unset="--chat: what it takes; --raw: 256")
+@sampling_options(unset="--chat: by effort; --raw: 256")
 @model_options
 def generate(
     source: ModelSource,

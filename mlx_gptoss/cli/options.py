@@ -250,7 +250,7 @@ chat_options = bundle(
 )
 
 
-def sampling_options(*, unset: str = "what the context holds") -> Decorator:
+def sampling_options(*, unset: str = "by effort") -> Decorator:
     """The fields of SamplingParams that have a help text; `unset`: what is told of no --max-tokens.
 
     A wrong value is a RequestError when the command runs.
