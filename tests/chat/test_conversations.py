@@ -166,7 +166,9 @@ def test_a_chat_keeps_what_was_sampled_and_computes_only_what_is_new() -> None:
         assert [m.role for m in chat.history] == ["user", "assistant", "assistant"] * 2
         assert repr(chat) == f"<Session of 6 messages, {chat.usage.completion_tokens} tokens generated>"
         assert chat.tokens == chat.tokens and len(chat.tokens) > second.usage.prompt_tokens
-        assert chat.usage.completion_tokens == first.usage.completion_tokens + second.usage.completion_tokens
+        for kind in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"):
+            each = [getattr(reply.usage, kind) for reply in (first, second)]
+            assert getattr(chat.usage, kind) == sum(each) and each[1] > 0
 
 
 def test_the_next_turn_is_prepared_while_nothing_else_runs() -> None:

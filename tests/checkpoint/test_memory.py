@@ -5,8 +5,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gptoss.checkpoint.memory import MemoryPlan, plan
+from mlx_gptoss.checkpoint.memory import GPU_RUNTIME_BYTES, RUNTIME_BYTES, MemoryPlan, gigabytes, plan
 from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.device import on_gpu
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.cache import SequenceCache
 from tests.support.checkpoints import write_checkpoint
@@ -102,6 +103,30 @@ def test_too_little_memory_is_said_with_numbers(tmp_path: Path) -> None:
     assert caught.value.needed == made.total()
     assert caught.value.available == 8_000_000_000
     made.require(16_000_000_000)
+
+
+def test_a_context_adds_its_caches_beyond_what_reading_takes(tmp_path: Path) -> None:
+    narrow, wide = (plan(write_sparse(tmp_path, SHAPES["20b"]), d) for d in ("bfloat16", "float32"))
+    assert narrow.transient == 0 and narrow.total(4096) - narrow.total() == narrow.kv(4096)
+    assert wide.total(1) == wide.total() and wide.kv(1) < wide.transient
+    assert wide.total(131_072) - wide.total() == wide.kv(131_072) - wide.transient
+    assert narrow.total() - narrow.weights == (GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (800, "0.8 kB"),
+        (99_900, "99.9 kB"),
+        (100_000, "0.1 MB"),
+        (4_400_000, "4.4 MB"),
+        (99_900_000, "99.9 MB"),
+        (100_000_000, "0.10 GB"),
+        (1_269_000_000, "1.27 GB"),
+    ],
+)
+def test_sizes_are_shown_in_decimal_units(count: int, shown: str) -> None:
+    assert gigabytes(count) == shown
 
 
 def test_memory_grows_with_the_context(tmp_path: Path) -> None:

@@ -244,6 +244,16 @@ def test_the_card_states_base_license_sizes_and_how_to_run(manifest: Manifest) -
         assert f"| {part} |" in text
 
 
+def test_the_card_counts_the_weights_in_decimal_gigabytes(manifest: Manifest) -> None:
+    tensors = {name: replace(entry, bytes=0) for name, entry in manifest.tensors.items()}
+    tensors["lm_head.weight"] = replace(tensors["lm_head.weight"], bytes=1_270_000_000)
+    tensors["model.norm.weight"] = replace(tensors["model.norm.weight"], bytes=60_000_000)
+    text = model_card(replace(manifest, tensors=tensors), REPO)
+    assert "1.33 GB of weights" in text
+    sizes = dict(re.findall(r"^\| (\w+) \|.*\| ([\d.]+) \| [^|]+ \|$", text, re.M))
+    assert (sizes["head"], sizes["norms"], sizes["experts"]) == ("1.270", "0.060", "0.000")
+
+
 def test_the_card_prints_recorded_errors_and_quality(manifest: Manifest) -> None:
     name = "lm_head.weight"
     tensors = dict(manifest.tensors)

@@ -349,6 +349,12 @@ def test_malformed_structure_is_mended_and_reported(case: str, tokenizer: Tokeni
     assert stream.said(TextDelta) == shown
 
 
+@pytest.mark.parametrize("recipient", ["functions.f", "browser.open", "python"])
+def test_a_call_that_is_cut_off_is_reported_with_its_recipient(recipient: str, tokenizer: Tokenizer) -> None:
+    stream = Stream(tokenizer, f'<|channel|>commentary to={recipient}<|message|>{{"a": ')
+    assert ("unfinished_call", recipient) in stream.diagnostics and not stream.calls
+
+
 def test_every_diagnostic_is_met_in_a_test(tokenizer: Tokenizer) -> None:
     met = {kind for _, _, kinds in MALFORMED.values() for kind in kinds}
     assert met | {"bare_recipient", "incomplete_utf8", "unknown_token"} == DIAGNOSTICS.keys()
