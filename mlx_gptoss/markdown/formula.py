@@ -16,6 +16,10 @@ _ENVIRONMENT = re.compile(
 )
 _BRACE = re.compile(r"(?<!\\)[{}]")
 _NUMBERING = re.compile(r"\\(?:label\{[^{}]*\}|nonumber|notag)")
+# latex2mathml sets "n log n" without a space.
+_NAME = re.compile(r"(?P<script>(?:<msu[bp]>|<msubsup>)?)<mi>(?P<name>[a-z]{2,})</mi>")
+_OPERANDS = ("</mi>", "</mn>", "</msub>", "</msup>", "</msubsup>", "</mfrac>", "&#x00029;</mo>")
+_THIN = 0.1667  # em
 _LEFT, _RIGHT = (re.compile(rf"\\{side}(?![a-zA-Z])") for side in ("left", "right"))
 
 
@@ -33,7 +37,17 @@ def mathml(latex: str, *, display: bool) -> str | None:
     except Exception:  # it raises classes of its own, IndexError, RecursionError, ...
         return None
     # A command that it does not know comes back as a name with its backslash.
-    return None if "\\" in result or "<mi>&</mi>" in result or "<munderover />" in result else result
+    if "\\" in result or "<mi>&</mi>" in result or "<munderover />" in result:
+        return None
+    return _NAME.sub(_spaced, result)
+
+
+def _spaced(name: re.Match[str]) -> str:
+    """The name of a function as an operator, a thin space from what it follows and what it is applied to."""
+    before, after = name.string[: name.start()], name.string[name.end() :]
+    left = _THIN if before.endswith(_OPERANDS) else 0
+    right = 0 if after.startswith(("</mrow>", '<mo stretchy="false">&#x00028;')) else _THIN
+    return f'{name["script"]}<mo lspace="{left}em" rspace="{right}em">{name["name"]}</mo>'
 
 
 def _balanced(latex: str) -> bool:

@@ -89,6 +89,18 @@ def test_a_formula_that_cannot_be_converted_is_shown_as_written(latex: str) -> N
     assert f'<span class="math">\\({latex}\\)</span>' in html_of(f"so \\({latex}\\) it is")
 
 
+def test_functions_stand_apart_from_what_is_around_them() -> None:
+    def spaces(latex: str) -> list[tuple[str, str]]:
+        html = html_of(f"\\({latex}\\)")
+        return re.findall(r'<mo lspace="([\d.]+)em" rspace="([\d.]+)em">', html)
+
+    thin = "0.1667"
+    assert spaces(r"O(n \log n)") == [(thin, thin)]
+    assert spaces(r"\sin(x) + 2\cos x") == [("0", "0"), (thin, thin)]
+    assert spaces(r"n \log_2 n = \ln") == [(thin, thin), ("0", "0")]
+    assert spaces(r"x + y") == []
+
+
 def test_nothing_in_a_hostile_text_runs_loads_or_covers() -> None:
     texts = documents()
     assert len(texts) >= 300

@@ -24,6 +24,22 @@ export function seconds(milliseconds) {
 }
 
 /**
+ * How long the reasoning took.
+ * @param {number} milliseconds
+ */
+export function thoughtFor(milliseconds) {
+  return `Thought for ${milliseconds < 1000 ? "a moment" : seconds(milliseconds)}`;
+}
+
+/**
+ * Tokens a second in words.
+ * @param {number} rate
+ */
+export function perSecond(rate) {
+  return `${rate < 100 ? rate.toFixed(1) : count(Math.round(rate))} tokens/s`;
+}
+
+/**
  * Tokens a second, or null while that means nothing.
  * @param {Message} message
  */
@@ -67,7 +83,7 @@ export function detailList(message) {
   const rows = [
     ["Model", model],
     ["Tokens", usage && `${count(usage.completion)} (${count(usage.reasoning)} of them reasoning)`],
-    ["Speed", rate ? `${rate.toFixed(1)} tokens/s` : null],
+    ["Speed", rate ? perSecond(rate) : null],
     ["First token after", first === undefined ? null : seconds(first)],
     ["Prompt", usage && `${count(usage.prompt)} tokens (${count(usage.cached)} from the cache)`],
     ["Ended", state === "stopped" ? "stopped by you" : finish && (ENDS.get(finish) ?? finish)],

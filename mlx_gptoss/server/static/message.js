@@ -1,7 +1,7 @@
 // One message on the page. It is updated in place as its answer grows.
 
 import { fullText } from "./answers.js";
-import { cutOff, detailList, readSoFar, seconds, speed } from "./details.js";
+import { cutOff, detailList, perSecond, readSoFar, speed, thoughtFor } from "./details.js";
 import { el, icon, iconButton } from "./dom.js";
 import { copyFrom } from "./feedback.js";
 import { Rendered } from "./markdown.js";
@@ -110,7 +110,7 @@ export class MessageView {
    * @param {Message} message
    * @param {Place} place
    */
-  buttons(message, { index, count }) {
+  buttons(message, { index, count, last }) {
     const { actions } = this;
     const nodes = [];
     if (count > 1) {
@@ -123,7 +123,7 @@ export class MessageView {
     const copy = iconButton("copy", "Copy", () => copyFrom(copy, fullText(message)));
     nodes.push(copy);
     if (message.role === "user") return [...nodes, iconButton("pen", "Edit", () => actions.edit(message))];
-    nodes.push(iconButton("again", "Answer again", () => actions.again(message)));
+    if (!message.error || !last) nodes.push(iconButton("again", "Answer again", () => actions.again(message)));
     const shown = el("div", { class: "detail-box", hidden: true });
     const info = iconButton("info", "Details", () => {
       shown.hidden = !shown.hidden;
@@ -132,7 +132,7 @@ export class MessageView {
     });
     info.setAttribute("aria-expanded", "false");
     const rate = speed(message);
-    return [...nodes, info, el("span", { class: "rate" }, rate ? `${rate.toFixed(1)} tokens/s` : ""), shown];
+    return [...nodes, info, el("span", { class: "rate" }, rate ? perSecond(rate) : ""), shown];
   }
 
   /**
@@ -178,7 +178,7 @@ class ReasoningView {
     if (active !== this.active) this.node.open = active;
     this.active = active;
     this.node.classList.toggle("active", active);
-    const label = active ? "Thinking…" : thought === undefined ? "Thoughts" : `Thought for ${seconds(thought)}`;
+    const label = active ? "Thinking…" : thought === undefined ? "Thoughts" : thoughtFor(thought);
     if (this.label.textContent !== label) this.label.textContent = label;
   }
 }
