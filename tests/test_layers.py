@@ -43,6 +43,7 @@ SERVER_FLOORS = {
     "memory": 3,
     "model_facts": 3,
     "running": 3,
+    "tools": 3,
     "state": 4,
     "anthropic": 5,
     "lmstudio": 5,

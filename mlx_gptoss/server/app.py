@@ -16,10 +16,11 @@ from mlx_gptoss.server.lmstudio import models_routes as lmstudio_models
 from mlx_gptoss.server.ollama import chat_routes as ollama_chat
 from mlx_gptoss.server.ollama import generate_routes as ollama_generate
 from mlx_gptoss.server.ollama import models_routes as ollama_models
-from mlx_gptoss.server.openai import chat_routes, completions_routes, responses_routes
+from mlx_gptoss.server.openai import chat_routes, completions_routes, responses_routes, tools_routes
 from mlx_gptoss.server.page import routes as page
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from mlx_gptoss.llm import LLM
@@ -31,6 +32,7 @@ APIS = (
     completions_routes,
     messages_routes,
     models_routes,
+    tools_routes,
     lmstudio_models,
     ollama_chat,
     ollama_generate,
@@ -38,12 +40,14 @@ APIS = (
 )
 
 
-def create_app(llm: LLM | None = None, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(
+    llm: LLM | None = None, settings: ServerSettings | None = None, toolbox: Toolbox | None = None
+) -> FastAPI:
     """The application for an LLM. Without one it answers 503 until `app.state.server.attach` gives it one.
 
-    The caller keeps the LLM: it is not closed here.
+    toolbox: tools that it runs for requests that name them. The caller keeps both: they are not closed here.
     """
-    state = ServerState(settings or ServerSettings())
+    state = ServerState(settings or ServerSettings(), toolbox)
     app = FastAPI(
         title="mlx_gptoss",
         version=version("gptoss-mlx"),

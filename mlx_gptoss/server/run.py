@@ -16,6 +16,7 @@ from mlx_gptoss.server.app import create_app
 from mlx_gptoss.server.http.slow_clients import protocol_class
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.tools.toolbox import Toolbox
 
 if TYPE_CHECKING:
     from socket import socket
@@ -81,15 +82,18 @@ def make_server(app: FastAPI, on_listening: Callable[[str], None] = logger.info)
 
 
 def serve(
-    load: Callable[[], LLM], settings: ServerSettings, on_listening: Callable[[str], None] = logger.info
+    load: Callable[[], LLM],
+    settings: ServerSettings,
+    on_listening: Callable[[str], None] = logger.info,
+    toolbox: Toolbox | None = None,
 ) -> None:
     """Serve until a signal. The port opens at once; until `load` returns, /health says "loading" and all else
     is answered 503. Raises what `load` raises. The LLM is closed at the end.
 
-    `on_listening` is told the server's address when the port is open.
+    `on_listening` is told the server's address when the port is open. toolbox: see create_app.
     """
     device.share_arenas()
-    app = create_app(None, settings)
+    app = create_app(None, settings, toolbox)
     state: ServerState = app.state.server
     server = make_server(app, on_listening)
     failure: list[BaseException] = []

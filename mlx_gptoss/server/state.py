@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.engine.request import Cancellable, Sink
 from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.grammar import ResponseFormat
@@ -22,6 +24,9 @@ from mlx_gptoss.server.running.jobs import Job, Jobs
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.running.residence import Residence, still_loading
 from mlx_gptoss.server.settings import ServerSettings
+from mlx_gptoss.server.tools.asked import Entries, read_entries
+from mlx_gptoss.server.tools.loop import MAX_CALLS, ToolLoop
+from mlx_gptoss.server.tools.toolbox import ServedTools, Toolbox
 from mlx_gptoss.server.translate.request import naming
 from mlx_gptoss.server.translate.sampling_fields import of_choices
 from mlx_gptoss.server.translate.turn import TurnBuilder, TurnRequest
@@ -38,8 +43,10 @@ class ServerState:
     `model_name` is what clients are told: the setting, or the LLM's name (a folder's without its path).
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, toolbox: Toolbox | None = None) -> None:
         self.settings = settings
+        self.toolbox = toolbox or Toolbox()
+        self.tool_threads = ThreadPoolExecutor(settings.max_active, "tool")
         self.model_name = ""
         self.metrics = Metrics()
         self.jobs = Jobs(settings, self.metrics)
@@ -77,17 +84,52 @@ class ServerState:
         recall = partial(self.turns.recall, caller)
         return TurnBuilder(self.settings, recall, self.today(), list(history), list(preface))
 
-    async def start(self, asked: TurnRequest, count: int = 1) -> Job:
+    async def open_tools(self, entries: Entries) -> ServedTools | None:
+        """The server's own tools that a request asks for; None when it asks for none.
+
+        Built-in tools that this server does not run are left to the API. Raises ToolError.
+        """
+        asked = [
+            one
+            for one in read_entries(entries)
+            if not isinstance(one.entry, str) or one.entry in self.toolbox.builtin
+        ]
+        if not asked:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self.tool_threads, self.toolbox.open, asked)
+
+    async def start(
+        self,
+        asked: TurnRequest,
+        count: int = 1,
+        served: ServedTools | None = None,
+        max_calls: int | None = None,
+    ) -> Job:
         """Start the turn that is asked for, once for each choice.
 
         A schema that cannot be enforced is refused where the request is strict; else the answer is some JSON
-        object, and the prompt shows the schema. Raises RequestError naming the client's field, BusyError, or
-        ApiError while the model is loading.
+        object, and the prompt shows the schema. served: tools to run; max_calls: of them. Raises RequestError
+        naming the client's field, BusyError, or ApiError while the model is loading.
         """
         llm = await self.ready()
 
+        def step(conversation: Conversation, options: TurnOptions, sink: Sink) -> Cancellable:
+            return llm.start(conversation, options, sink=sink)
+
         def begin(params: SamplingParams, sink: Sink) -> Cancellable:
-            return llm.start(asked.conversation, replace(asked.options, params=params), sink=sink)
+            options = replace(asked.options, params=params)
+            if served is None:
+                return step(asked.conversation, options, sink)
+            return ToolLoop(
+                step,
+                asked.conversation,
+                options,
+                served,
+                sink,
+                self.tool_threads,
+                approved=asked.approved,
+                max_calls=min(max_calls or MAX_CALLS, MAX_CALLS),
+            ).begin()
 
         try:
             with naming(asked.names):
@@ -97,7 +139,7 @@ class ServerState:
             if asked.strict or error.field != asked.names.get("schema"):
                 raise
         loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
-        return await self.start(replace(asked, options=loose, strict=True), count)
+        return await self.start(replace(asked, options=loose, strict=True), count, served, max_calls)
 
     async def count(self, conversation: Conversation) -> int:
         """The tokens of a rendered conversation. Raises ContextLengthError for more than a few contexts."""

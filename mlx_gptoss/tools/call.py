@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from mlx_gptoss.errors import ToolError
 from mlx_gptoss.harmony import Message, Tool, ToolCall, ToolNamespace
@@ -83,6 +83,7 @@ class RunnableTool:
         return Message.tool_result(text, name=call.recipient or None, call_id=call.call_id, channel=channel)
 
 
+AnyTool = TypeVar("AnyTool", bound=RunnableTool)
 ToolLike: TypeAlias = Tool | Mapping[str, Any] | Callable[..., Any] | BuiltinTool | RunnableTool
 
 
@@ -106,7 +107,7 @@ def as_tool(item: ToolLike) -> Tool | RunnableTool:
     return RunnableTool(tool, handle)
 
 
-def tool_for(call: ToolCall, tools: Sequence[RunnableTool]) -> RunnableTool | None:
+def tool_for(call: ToolCall, tools: Sequence[AnyTool]) -> AnyTool | None:
     """The tool that a call goes to: "browser.open" to a namespace, "functions.f" to a function, and a bare
     name to a namespace before a function.
     """

@@ -38,6 +38,7 @@ from mlx_gptoss.harmony import (
 from mlx_gptoss.model.config import read_config
 from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.tools import BUILTIN
 
 DEMO = Path(str(files("mlx_gptoss"))) / "demo_model"
 PIECE = 4  # characters in a delta
@@ -233,11 +234,14 @@ class ScriptedLLM:
         say(PreambleDelta, Message.preamble(script.preamble))
         for index, (name, arguments) in enumerate(script.calls):
             call_id = f"call_{next(self._calls)}"
-            calls.append(ToolCall(index, call_id, name, arguments, f"functions.{name}"))
+            builtin = name.split(".")[0] in BUILTIN
+            recipient = name if builtin else f"functions.{name}"
+            calls.append(ToolCall(index, call_id, name, arguments, recipient))
             events.append(ToolCallDelta(index, call_id, name, ""))
             events += [ToolCallDelta(index, call_id, name, piece) for piece in _pieces(arguments)]
             events.append(calls[-1])
-            end(Message.tool_call(name, arguments, call_id))
+            call = Message.tool_call(name, arguments, call_id)
+            end(replace(call, recipient=name, channel="analysis") if builtin else call)
         said = ""
         for piece in _pieces(script.text):
             delta = self._scored(piece) if params.logprobs is not None else TextDelta(piece)

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from mlx_gptoss.harmony import Conversation, Message, Reply
-from mlx_gptoss.server.translate.conversation import AssistantTurn, digest
+from mlx_gptoss.server.translate.conversation import AssistantTurn, after, digest
 
 MAX_TOKENS = 1_000_000  # kept over all turns; some 36 bytes each
 
@@ -34,9 +34,19 @@ class TurnMemory:
         return len(self._turns)
 
     def remember_reply(self, caller: str, reply: Reply, text: str, conversation: Conversation) -> None:
-        """Keep a reply that ended by itself, whose answer the client got as `text`."""
-        if reply.finish_reason in ("stop", "tool_calls"):
-            self.remember(caller, reply.messages, text, digest(conversation))
+        """Keep a reply that ended by itself, whose answer the client got as `text`.
+
+        Where the server ran tools, each step is a turn of its own.
+        """
+        if reply.finish_reason not in ("stop", "tool_calls"):
+            return
+        history, step = digest(conversation), list[Message]()
+        for message in reply.messages:
+            step.append(message)
+            if message.role == "tool":
+                self.remember(caller, step[:-1], "", history)
+                history, step = after(history, step), []
+        self.remember(caller, step, text, history)
 
     def remember(self, caller: str, messages: Sequence[Message], text: str, history: bytes = b"") -> None:
         """Keep a turn that was sampled. `text` is its answer as the client got it, `history` the digest of

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from mlx_gptoss.errors import RequestError
+from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.server.openai.choices import ChoicesRequest
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.tools.asked import BUILTIN_TYPES
+from mlx_gptoss.server.tools.loop import open_calls
+from mlx_gptoss.server.tools.toolbox import ServedTools
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
 from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, naming, text_of
@@ -45,8 +49,12 @@ class FunctionDeclaration(RequestModel):
 
 
 class ChatTool(RequestModel):
-    type: Literal["function"]
-    function: FunctionDeclaration
+    """A function, or by another type a tool that the server runs: then the other fields are its own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    function: FunctionDeclaration | None = None
 
 
 class JsonSchemaFormat(RequestModel):
@@ -124,8 +132,10 @@ class ChatRequest(ChoicesRequest):
         return self.include_reasoning is not False and not (self.reasoning and self.reasoning.exclude)
 
 
-def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequest:
-    """The turn that is asked for. Raises RequestError naming the field at fault."""
+def translate(
+    request: ChatRequest, state: ServerState, caller: str, served: ServedTools | None = None
+) -> TurnRequest:
+    """The turn that is asked for. served: the server's own tools. Raises RequestError naming the field."""
     request.refuse_unsupported()
     if request.modalities not in (None, ["text"]):
         raise RequestError(
@@ -140,7 +150,14 @@ def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequ
         _add_message(builder, message, f"messages[{index}]")
     builder.progress = bool(request.stream and request.return_progress)
     builder.effort = EFFORTS[request.effort]
-    builder.tools(request.tools, _declaration, request.tool_choice)
+    own = served.declarations if served is not None else ()
+    read = partial(_declaration, state)
+    builder.tools(request.tools, read, request.tool_choice, own)
+    if served is not None:
+        if (request.n or 1) > 1:
+            raise RequestError(f"n is {request.n}: tools that the server runs take one answer", "n")
+        # A client answers the calls of its own functions; what it sends back without a result is approved.
+        builder.approved = {call.call_id for call in open_calls(builder.conversation().messages)}
     _read_format(builder, request)
     limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     names = {"max_tokens": limit, "logprobs": "top_logprobs"}
@@ -172,7 +189,21 @@ def _add_message(builder: TurnBuilder, message: ChatMessage, where: str) -> None
         builder.assistant(AssistantTurn(reasoning, text=text or message.refusal or "", calls=calls))
 
 
-def _declaration(tool: ChatTool, where: str) -> Declaration:
+def _declaration(state: ServerState, tool: ChatTool, where: str) -> Declaration | None:
+    if tool.type != "function":
+        name = BUILTIN_TYPES.get(tool.type)
+        if tool.type == "mcp" or name in state.toolbox.builtin:
+            return None
+        cure = (
+            f"start the server with --tool {name}"
+            if name
+            else "expected function, or a type of GET /v1/tools"
+        )
+        raise ToolError(
+            f"{where}.type is {tool.type[:40]!r}, which this server does not run: {cure}", f"{where}.type"
+        )
+    if tool.function is None:
+        raise ToolError(f"{where}.function is missing: give {{'name': …}}", f"{where}.function")
     return tool.function.model_dump(), f"{where}.function", f"{where}.function.parameters"
 
 

@@ -7,6 +7,7 @@ from fastapi.responses import Response
 
 from mlx_gptoss.harmony import Reply
 from mlx_gptoss.server.http.api import ApiRouter, caller_of
+from mlx_gptoss.server.openai.chat_executed import Executed
 from mlx_gptoss.server.openai.chat_request import ChatRequest, translate
 from mlx_gptoss.server.openai.chat_writer import ChatWriter
 from mlx_gptoss.server.running.answer import answer
@@ -21,15 +22,17 @@ def router(state: ServerState) -> ApiRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         llm = await state.ready()
-        asked = translate(body, state, caller_of(request))
+        served = await state.open_tools([tool.model_dump() for tool in body.tools or ()])
+        asked = translate(body, state, caller_of(request), served)
         structured = asked.options.response_format is not None
-        writer = ChatWriter(body, state.model_name, llm.tokenizer, structured=structured)
+        executed = Executed(served, asked.approved) if served is not None else None
+        writer = ChatWriter(body, state.model_name, llm.tokenizer, structured=structured, executed=executed)
 
         def remember(index: int, reply: Reply) -> None:
             text = writer.choices[index].text
             state.turns.remember_reply(caller_of(request), reply, text, asked.conversation)
 
         writer.on_reply = remember
-        return await answer(await state.start(asked, body.n or 1), writer, request, body.stream)
+        return await answer(await state.start(asked, body.n or 1, served), writer, request, body.stream)
 
     return routes

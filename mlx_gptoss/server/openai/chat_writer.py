@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.harmony import events
+from mlx_gptoss.server.openai.chat_executed import Executed
 from mlx_gptoss.server.openai.chat_request import ChatRequest
 from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body
 from mlx_gptoss.server.running.answer import Json
@@ -19,10 +20,18 @@ class Choice:
     """One answer as it comes: takes harmony events, gives OpenAI's deltas, and adds up to a message.
 
     A preamble is part of the content, as it is meant for the user; where a format was asked for it goes to
-    the reasoning, because the content must be nothing but that format.
+    the reasoning, because the content must be nothing but that format. executed: of the server's own tools.
     """
 
-    def __init__(self, scores: AnswerScores | None, *, structured: bool, shows_reasoning: bool) -> None:
+    def __init__(
+        self,
+        scores: AnswerScores | None,
+        *,
+        structured: bool,
+        shows_reasoning: bool,
+        executed: Executed | None = None,
+    ) -> None:
+        self._executed = executed
         self.usage = events.Usage()
         self.finish_reason: str | None = None
         self.logprobs: list[Json] = []
@@ -53,6 +62,14 @@ class Choice:
                 self.logprobs += entries or ()
                 delta = self._say(self._gap + text)
                 self._gap = ""
+            case events.ToolCallDelta() if self._executed is not None and self._executed.owns(event):
+                return None
+            case events.ToolCall() if self._executed is not None and self._executed.owns(event):
+                delta = self._executed.called(event)
+                for call in delta.get("tool_calls", ()):
+                    self._calls.append({key: call[key] for key in call if key != "index"})
+            case events.MessageDone(message) if self._executed is not None and message.role == "tool":
+                delta = self._executed.ended(message) or {}
             case events.ToolCallDelta(index, call_id, name, ""):
                 call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
                 self._calls.append(call)
@@ -83,13 +100,23 @@ class Choice:
         message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
         if self._reasoning:
             message |= dict.fromkeys(("reasoning", "reasoning_content"), "".join(self._reasoning))
+        if self._executed is not None and self._executed.entries:
+            message["executed_tools"] = self._executed.entries
         return message | {"tool_calls": self._calls} if self._calls else message
 
 
 class ChatWriter(ChoicesWriter):
-    """A chat completion. structured: its content has to follow a format."""
+    """A chat completion. structured: its content has to follow a format. executed: the server's own tools."""
 
-    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer, *, structured: bool) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        structured: bool,
+        executed: Executed | None = None,
+    ) -> None:
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         super().__init__("chatcmpl", kind, model, request)
         self.choices = [
@@ -97,6 +124,7 @@ class ChatWriter(ChoicesWriter):
                 AnswerScores(tokenizer) if request.logprobs else None,
                 structured=structured,
                 shows_reasoning=request.shows_reasoning,
+                executed=executed,
             )
             for _ in range(request.n or 1)
         ]

@@ -7,47 +7,22 @@ import binascii
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import Message
+from mlx_gptoss.server.openai.responses_items import HOSTED, HostedItems, InputItem, call_id_of
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.tools.loop import open_calls
+from mlx_gptoss.server.tools.toolbox import ServedTools
 from mlx_gptoss.server.translate.conversation import AssistantTurn, Call
 from mlx_gptoss.server.translate.options import EFFORTS, Effort, at_most
-from mlx_gptoss.server.translate.request import ContentPart, Items, RequestModel, Table, text_of
+from mlx_gptoss.server.translate.request import Items, RequestModel, Table, text_of
 from mlx_gptoss.server.translate.sampling_fields import SamplingFields, bounded, sampling_params
 from mlx_gptoss.server.translate.turn import Declaration, TurnBuilder, TurnRequest
 
 LOGPROBS = "message.output_text.logprobs"
 SEALED = "gptoss-reasoning:"
-
-
-class InputPart(ContentPart):
-    """A part of an item's content; what it has besides is listed again."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-InputContent = str | Items[InputPart]
-
-
-class InputItem(RequestModel):
-    """One item of any type; `type` says which of the fields count. The others are only listed again."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str = "message"
-    id: str | None = None
-    role: str | None = None
-    content: InputContent | None = None
-    phase: str | None = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
-    input: str | None = None
-    output: InputContent | None = None
-    encrypted_content: str | None = None
-    status: str | None = None
 
 
 class TextFormat(RequestModel):
@@ -130,16 +105,26 @@ def input_items(request: ResponsesRequest, state: ServerState, caller: str) -> l
     return [
         InputItem.model_validate(state.responses.item(caller, item.id, f"input[{index}].id"))
         if item.type == "item_reference"
-        else item.model_copy(update={"id": new_item_id()})
+        else item.model_copy(update={"id": new_item_id()} | _call_of(item))
         for index, item in enumerate(request.input)
     ]
 
 
+def _call_of(item: InputItem) -> dict[str, str]:
+    """What the items of MCP servers say by their ids."""
+    named = item.type in ("mcp_call", "mcp_approval_request") and item.id
+    return {"call_id": call_id_of(item.id)} if named and item.id else {}
+
+
 def translate(
-    request: ResponsesRequest, items: list[InputItem], state: ServerState, caller: str
+    request: ResponsesRequest,
+    items: list[InputItem],
+    state: ServerState,
+    caller: str,
+    served: ServedTools | None = None,
 ) -> TurnRequest:
-    """The turn that is asked for. Raises RequestError naming the field at fault, ApiError for what is not
-    stored.
+    """The turn that is asked for. served: the server's own tools. Raises RequestError naming the field at
+    fault, ApiError for what is not stored.
     """
     request.refuse_unsupported()
     if request.background:
@@ -148,11 +133,12 @@ def translate(
     if request.previous_response_id:
         before = state.responses.get(caller, request.previous_response_id, "previous_response_id")
         builder = state.new_turn(caller, before.history, before.preface)
-    _add_items(builder, items)
+    _add_items(builder, items, HostedItems(builder, served) if state.toolbox.offers or served else None)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")
     builder.effort = EFFORTS[request.effort]
-    builder.tools(request.tools, _declaration, request.tool_choice)
+    own = served.declarations if served is not None else ()
+    builder.tools(request.tools, _declaration, request.tool_choice, own)
     if wanted := request.format:
         builder.answer_format(wanted.type, "text.format", wanted.schema_, wanted.name, wanted.strict)
     names = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
@@ -163,11 +149,16 @@ def translate(
         max_tokens=request.max_output_tokens,
         logprobs=(request.top_logprobs or 0) if scored else None,
     )
-    return builder.build(params, names, instructions=request.instructions)
+    asked = builder.build(params, names, instructions=request.instructions)
+    if asked.approved - {call.call_id for call in open_calls(asked.conversation.messages)}:
+        raise RequestError("input: send an approval alone; what is said after it would come before", "input")
+    return asked
 
 
 def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
-    """A function tool; other types (web_search, namespace, custom, …) are accepted and not offered."""
+    """A function tool. Other types (web_search, namespace, custom, …) are accepted: what is among them of the
+    server's own tools is offered apart, the rest is not.
+    """
     if not isinstance(tool.get("type"), str):
         raise ToolError(f"{where} has no type: expected 'function'", f"{where}.type")
     if tool["type"] != "function":
@@ -181,7 +172,7 @@ def _declaration(tool: dict[str, Any], where: str) -> Declaration | None:
     return tool, where, f"{where}.parameters"
 
 
-def _add_items(builder: TurnBuilder, items: list[InputItem]) -> None:
+def _add_items(builder: TurnBuilder, items: list[InputItem], hosted: HostedItems | None) -> None:
     """Add the input's items to a conversation; neighbouring items of the assistant make up one turn."""
     turn = AssistantTurn()
 
@@ -221,6 +212,16 @@ def _add_items(builder: TurnBuilder, items: list[InputItem]) -> None:
                     f"{where}.role is {str(role)[:40]!r}: expected user, assistant, system or developer",
                     f"{where}.role",
                 )
+            case kind, _ if hosted is not None and kind in HOSTED:
+                if kind in ("mcp_approval_request", "mcp_call"):
+                    call = hosted.call(item, where)
+                    turn.calls += [] if builder.is_open(call.call_id) else [call]
+                if kind == "mcp_call":
+                    flush()
+                    hosted.result(call, item, where)
+                elif kind == "mcp_approval_response":
+                    flush()
+                    hosted.approval(item, where)
             case kind, _:
                 raise RequestError(
                     f"{where} is of type {kind[:40]!r}: expected message, reasoning, function_call or "

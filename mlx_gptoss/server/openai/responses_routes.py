@@ -13,6 +13,7 @@ from mlx_gptoss.errors import ContextLengthError, RequestError
 from mlx_gptoss.harmony import Reply, render
 from mlx_gptoss.server.http.api import ApiRouter, caller_of
 from mlx_gptoss.server.memory.responses import StoredResponse
+from mlx_gptoss.server.openai.responses_items import InputItem
 from mlx_gptoss.server.openai.responses_request import (
     ResponsesRequest,
     drop_oldest,
@@ -24,6 +25,7 @@ from mlx_gptoss.server.openai.responses_writer import ResponseWriter
 from mlx_gptoss.server.running.answer import answer
 from mlx_gptoss.server.running.jobs import Job
 from mlx_gptoss.server.state import ServerState
+from mlx_gptoss.server.tools.toolbox import ServedTools
 from mlx_gptoss.server.translate.turn import TurnRequest
 
 
@@ -37,15 +39,19 @@ def router(state: ServerState) -> ApiRouter:
         llm = await state.ready()
         caller = caller_of(request)
         items = input_items(body, state, caller)
-        asked = translate(body, items, state, caller)
+        served = await state.open_tools(body.tools or ())
+        asked = translate(body, items, state, caller, served)
         writer = ResponseWriter(
             body,
             state.model_name,
             llm.tokenizer,
             structured=asked.options.response_format is not None,
             scored=asked.options.params.logprobs is not None,
+            served=served,
+            approved=asked.approved,
+            listed=_listed_servers(body, items, state, caller),
         )
-        asked, job = await _start(asked, state, truncate=body.truncation == "auto")
+        asked, job = await _start(asked, state, served, body)
 
         def keep(_: int, reply: Reply) -> None:
             state.turns.remember_reply(caller, reply, writer.answer, asked.conversation)
@@ -103,14 +109,27 @@ def router(state: ServerState) -> ApiRouter:
     return routes
 
 
-async def _start(asked: TurnRequest, state: ServerState, *, truncate: bool) -> tuple[TurnRequest, Job]:
+def _listed_servers(
+    body: ResponsesRequest, items: list[InputItem], state: ServerState, caller: str
+) -> set[str]:
+    """The MCP servers whose tools the client was told in this conversation."""
+    listed = {item.server_label or "" for item in items if item.type == "mcp_list_tools"}
+    if body.previous_response_id:
+        before = state.responses.get(caller, body.previous_response_id).body["output"]
+        listed |= {item["server_label"] for item in before if item["type"] == "mcp_list_tools"}
+    return listed
+
+
+async def _start(
+    asked: TurnRequest, state: ServerState, served: ServedTools | None, body: ResponsesRequest
+) -> tuple[TurnRequest, Job]:
     """Start the turn; to truncate is to leave out as many of the oldest turns as do not fit."""
     while True:
         try:
-            return asked, await state.start(asked)
+            return asked, await state.start(asked, 1, served, body.max_tool_calls)
         except ContextLengthError as error:
             conversation = asked.conversation
-            if not truncate:
+            if body.truncation != "auto":
                 raise
             tokens = error.prompt_tokens
             if error.at_least:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from mlx_gptoss.harmony import events
 from mlx_gptoss.server.http.errors import ApiError
+from mlx_gptoss.server.openai.responses_hosted import HostedCall, Said, list_item
 from mlx_gptoss.server.openai.responses_request import ResponsesRequest, seal
 from mlx_gptoss.server.running.answer import Json, Writer
 from mlx_gptoss.server.running.logprobs import AnswerScores
+from mlx_gptoss.server.tools.toolbox import ServedTools
 from mlx_gptoss.tokenizer import Tokenizer
 
 SEALED_REASONING = "reasoning.encrypted_content"
@@ -32,7 +34,9 @@ REPEATED = {
 def new_body(request: ResponsesRequest, model: str) -> Json:
     """The response object before anything was generated, with the request's settings repeated."""
     functions = {"description": None, "parameters": None, "strict": None}
-    tools = [functions | tool if tool.get("type") == "function" else tool for tool in request.tools or ()]
+    tools = [
+        functions | tool if tool.get("type") == "function" else _told(tool) for tool in request.tools or ()
+    ]
     text = request.text.model_dump(by_alias=True, exclude_none=True) if request.text else {}
     sampling = request.model_dump(include={"temperature", "top_p"}, exclude_none=True)
     return {
@@ -65,14 +69,29 @@ def new_body(request: ResponsesRequest, model: str) -> Json:
 
 
 class ResponseWriter(Writer):
-    """One response. structured: a format was asked for, so a preamble counts as reasoning.
+    """One response. structured: a format was asked for, so a preamble counts as reasoning. served: the
+    server's own tools; approved: the ids of calls that were asked for before; listed: servers whose tools the
+    client knows.
 
     `response` is the response object; it grows with every event taken. `answer` is its text.
     """
 
     def __init__(
-        self, request: ResponsesRequest, model: str, tokenizer: Tokenizer, *, structured: bool, scored: bool
+        self,
+        request: ResponsesRequest,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        structured: bool,
+        scored: bool,
+        served: ServedTools | None = None,
+        approved: Set[str] = frozenset(),
+        listed: Set[str] = frozenset(),
     ) -> None:
+        self._served = served
+        self._approved = approved
+        self._listed = listed
+        self._call: HostedCall | None = None
         self.response = new_body(request, model)
         self.answer = ""
         self._scores = AnswerScores(tokenizer) if scored else None
@@ -93,6 +112,16 @@ class ResponseWriter(Writer):
         """The response has begun."""
         yield self._event("response.created", response=self.response)
         yield self._event("response.in_progress", response=self.response)
+        yield from self._list_tools()
+
+    def _list_tools(self) -> Iterator[Json]:
+        for listing in self._served.listings if self._served is not None else ():
+            if listing.label not in self._listed or listing.error is not None:
+                yield from self._open("listing", item := list_item(listing))
+                yield self._item_event("mcp_list_tools.in_progress")
+                status = "failed" if item["error"] else "completed"
+                yield self._item_event(f"mcp_list_tools.{status}")
+                yield from self._close(status)
 
     def take(self, index: int, event: Any) -> Iterator[Json]:
         """The stream events that a harmony event gives rise to."""
@@ -105,6 +134,18 @@ class ResponseWriter(Writer):
                 entries = self._scores.entries(text, scored) if self._scores is not None else []
                 if text or entries:
                     yield from self._more("final_answer", text, logprobs=entries)
+            case events.ToolCallDelta(_, call_id, name, "") if self._served and self._served.find(name):
+                yield from self._begin_hosted(call_id, name)
+            case events.ToolCallDelta(arguments=more) if self._call is not None:
+                yield from self._say(self._call.more(more))
+            case events.ToolCall() if self._call is not None:
+                yield from self._run_hosted(event)
+            case events.MessageDone(message) if self._call is not None and message.role != "tool":
+                pass  # the result is to come
+            case events.MessageDone(message) if self._call is not None:
+                status, said = self._call.end(message)
+                yield from self._say(said)
+                yield from self._close(status)
             case events.ToolCallDelta(_, call_id, name, ""):
                 call = {"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
                 yield from self._open("call", {"id": _new_id("fc"), **call})
@@ -117,6 +158,34 @@ class ResponseWriter(Writer):
                 yield from self._close()
             case events.Done():
                 yield from self._finish(event)
+
+    def _begin_hosted(self, call_id: str, name: str) -> Iterator[Json]:
+        tool = self._served.find(name) if self._served is not None else None
+        assert tool is not None
+        approved = call_id in self._approved
+        asks = not tool.unasked and not approved
+        call = HostedCall(tool, call_id, name, asks=asks, approved=approved)
+        if not call.waits:
+            yield from self._open("hosted", call.item)
+            yield from self._say(call.begin())
+        self._call = call
+
+    def _run_hosted(self, event: events.ToolCall) -> Iterator[Json]:
+        call = self._call
+        assert call is not None
+        call.complete(event)
+        if call.waits:
+            yield from self._open("hosted", call.item)
+            yield from self._say(call.begin())
+            self._call = call
+        yield from self._say(call.run())
+        if call.asks:
+            yield from self._close()
+
+    def _say(self, said: Iterator[Said]) -> Iterator[Json]:
+        """Events about the open item."""
+        for kind, fields in said:
+            yield self._item_event(kind, **fields)
 
     def failure(self, error: ApiError) -> Iterator[Json]:
         """The error, and the response as far as it came."""
@@ -189,11 +258,14 @@ class ResponseWriter(Writer):
 
     def _close(self, status: str = "completed") -> Iterator[Json]:
         """End the open item, if there is one."""
+        self._call = None
         if self._item is None:
             return
         text = "".join(self._pieces)
         self._item["status"] = status
-        if self._kind == "call":
+        if self._kind in ("hosted", "listing"):
+            pass  # it is complete as it is
+        elif self._kind == "call":
             self._item["arguments"] = text
             done = {"name": self._item["name"], "arguments": text}
             yield self._item_event("function_call_arguments.done", **done)
@@ -231,6 +303,11 @@ class ResponseWriter(Writer):
         else:
             self.response |= {"status": "completed", "completed_at": int(time.time())}
             yield self._event("response.completed", response=self.response)
+
+
+def _told(tool: Json) -> Json:
+    """A tool without what only its MCP server is to know."""
+    return {key: value for key, value in tool.items() if key not in ("headers", "authorization")}
 
 
 def _new_id(prefix: str) -> str:

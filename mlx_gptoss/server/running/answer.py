@@ -69,6 +69,7 @@ async def answer(job: Job, writer: Writer, request: Request, stream: bool | None
     if stream:
         return sse.EventStream(_chunks(job, writer), job, writer.media_type)
     watcher = asyncio.create_task(sse.on_disconnect(request.receive, job.close))
+    deque(writer.opening(), maxlen=0)
     try:
         async for batch in job.batches():
             for index, event in batch:

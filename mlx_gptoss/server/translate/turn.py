@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from mlx_gptoss.chat.turn import TurnOptions
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.grammar import ResponseFormat, ToolChoice
-from mlx_gptoss.harmony import Conversation, Message, ReasoningEffort, Tool
+from mlx_gptoss.harmony import Conversation, Message, ReasoningEffort, Tool, ToolNamespace
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.server.settings import ServerSettings
 from mlx_gptoss.server.translate.conversation import AssistantTurn, after, opening
@@ -28,7 +28,8 @@ class TurnRequest:
 
     names: what the model may find wrong, by its own name -> the field that the client sent. strict: False
     lets the answer be any JSON object where its schema cannot be enforced. preface: the instructions that
-    came as messages before the first turn.
+    came as messages before the first turn. approved: ids of calls at the conversation's end that the server
+    may run, where it has the tool.
     """
 
     conversation: Conversation
@@ -36,6 +37,7 @@ class TurnRequest:
     names: Mapping[str, str]
     strict: bool
     preface: tuple[str, ...]
+    approved: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -54,7 +56,9 @@ class TurnBuilder:
     preface: list[str]
     effort: ReasoningEffort = "medium"
     progress: bool = False
+    approved: set[str] = field(default_factory=set)
     _tools: list[Tool] = field(default_factory=list)
+    _builtin: list[ToolNamespace] = field(default_factory=list)
     _choice: ToolChoice = "auto"
     _format: ResponseFormat | None = None
     _format_name: str | None = None
@@ -62,7 +66,14 @@ class TurnBuilder:
     _names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._calls = {m.call_id for m in self.messages if isinstance(m, Message) and m.role == "assistant"}
+        before = [m for m in self.messages if isinstance(m, Message) and m.call_id]
+        self._calls = {m.call_id for m in before if m.role == "assistant"}
+        answered = {m.call_id for m in before if m.role == "tool"}
+        self._open = {
+            m.call_id: (m.recipient or "").removeprefix("functions.")
+            for m in before
+            if m.role == "assistant" and m.call_id is not None and m.call_id not in answered
+        }
 
     def instructions(self, text: str) -> None:
         """A system or developer message: before the first turn part of the instructions, else a turn."""
@@ -82,6 +93,7 @@ class TurnBuilder:
         if turn:
             self.messages.append(turn)
             self._calls.update(call.call_id for call in turn.calls)
+            self._open |= {call.call_id: call.name for call in turn.calls}
 
     def tool_result(self, call_id: str | None, output: str, field: str) -> None:
         """The result of an earlier call."""
@@ -92,14 +104,29 @@ class TurnBuilder:
                 field,
             )
         self.messages.append(Message.tool_result(output, call_id=call_id))
+        self._open.pop(call_id, None)
+
+    def is_open(self, call_id: str) -> bool:
+        """Whether an earlier call has no result yet."""
+        return call_id in self._open
+
+    def open_call(self, call_id: str, field: str) -> str:
+        """The name of an earlier call that has no result yet. Raises ToolError."""
+        if call_id not in self._open:
+            raise ToolError(f"{field}: no call of this conversation waits for {call_id[:80]!r}", field)
+        return self._open[call_id]
 
     def tools(
         self,
         declared: Sequence[Declared] | None,
         read: Callable[[Declared, str], Declaration | None],
         choice: str | dict[str, Any] | None,
+        served: Sequence[Tool | ToolNamespace] = (),
     ) -> None:
-        """The declared tools and the choice among them. Where `read` gives None, the tool is not offered."""
+        """The declared tools and the choice among them. Where `read` gives None, the tool is not offered.
+
+        served: what the server itself runs; it stands after the declared ones.
+        """
         at_most(self.settings.max_tools, len(declared or ()), "tools", "tools", ToolError)
         tools, schema_fields = [], {}
         for index, one in enumerate(declared or ()):
@@ -107,9 +134,14 @@ class TurnBuilder:
                 function, where, schema_field = found
                 tools.append(function_tool(function, self.settings, where, schema_field))
                 schema_fields[tools[-1].name] = schema_field
+        self._builtin = [tool for tool in served if isinstance(tool, ToolNamespace)]
+        for tool in tools:
+            if tool.name in (namespace.name for namespace in self._builtin):
+                raise ToolError(f"tools: {tool.name!r} is a tool of this server: rename or drop one", "tools")
+        tools += [tool for tool in served if isinstance(tool, Tool)]
         self._tools, self._choice = choose_tools(choice, tools)
         for index, tool in enumerate(self._tools):
-            self._names[f"tools[{index}].parameters"] = schema_fields[tool.name]
+            self._names[f"tools[{index}].parameters"] = schema_fields.get(tool.name, "tools")
 
     def answer_format(
         self,
@@ -150,6 +182,7 @@ class TurnBuilder:
             messages=[],
             instructions="\n\n".join([instructions, *self.preface] if instructions else self.preface) or None,
             tools=self._tools,
+            builtin=self._builtin,
             reasoning_effort=self.effort,
             response_schema=shape.value if shape is not None and shape.kind == "schema" else None,
             response_name=self._format_name or "response",
@@ -163,6 +196,8 @@ class TurnBuilder:
                 added = [entry]
             conversation.messages += added
             history = after(history, added)
+        namespaces = {namespace.name for namespace in self._builtin}
+        conversation.messages = [_to_builtin(message, namespaces) for message in conversation.messages]
         return conversation
 
     def build(
@@ -176,4 +211,14 @@ class TurnBuilder:
         """The turn that follows the conversation; names: see TurnRequest."""
         conversation = self.conversation(instructions)
         options = TurnOptions(params, self._format, self._choice, False, reasoning_budget, self.progress)
-        return TurnRequest(conversation, options, {**self._names, **names}, self._strict, tuple(self.preface))
+        named = {**self._names, **names}
+        approved = frozenset(self.approved)
+        return TurnRequest(conversation, options, named, self._strict, tuple(self.preface), approved)
+
+
+def _to_builtin(message: Message, namespaces: set[str]) -> Message:
+    """A call that came back as one of a function, as the one of a built-in tool that it was."""
+    name = (message.recipient or "").removeprefix("functions.")
+    if message.role == "assistant" and name != message.recipient and name.split(".")[0] in namespaces:
+        return replace(message, recipient=name, channel="analysis", content_type="code", token_ids=None)
+    return message

@@ -1,0 +1,3 @@
+"""Tools that the server itself runs, for requests that name them."""
+
+__all__: list[str] = []
