@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from mlx_gptoss.cli.mcp import McpSources, mcp_options
 from mlx_gptoss.cli.options import (
     ChatOptions,
     ModelSource,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_gptoss.cli.terminal.talk import Settings
     from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
+    from mlx_gptoss.tools.call import ToolLike
 
 
 @click.command()
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--pages", type=click.Path(path_type=Path), help="Folder that the browser reads.")
 @click.option("--resume", is_flag=True, help="Go on with the last chat.")
 @click.option("--unsafe-python", is_flag=True, help="Run the model's Python without isolation.")
+@mcp_options
 @sampling_options()
 @model_options
 def chat(
@@ -49,6 +52,7 @@ def chat(
     pages: Path | None,
     resume: bool,
     unsafe_python: bool,
+    servers: McpSources,
     sampling: SamplingParams,
 ) -> None:
     """Chat with MODEL. In a pipe: answer what comes in, print the answer only.
@@ -69,10 +73,12 @@ def chat(
     if resume and not last_chat().is_file():
         raise RequestError("there is no chat to resume yet: start one without --resume", "resume")
     with ExitStack() as stack:
-        enabled = [
+        builtin = [
             stack.enter_context(closing(tool))
             for tool in builtin_tools(tools, folder=pages, unsafe_python=unsafe_python)
         ]
+        console = Console(highlight=False)
+        enabled: list[ToolLike] = [*builtin, *servers.open(stack, None if piped else console)]
         settings = Settings(talk.system, talk.effort, talk.show_reasoning, enabled, sampling)
         source = source.local()
         if piped:
@@ -85,16 +91,16 @@ def chat(
             events = shown_reading(llm.stats, settings.session(llm).stream(message))
             answer_once(events, show_reasoning=settings.show_reasoning)
         else:
-            run_chat(stack.enter_context(source.load()), settings, resume=resume)
+            run_chat(stack.enter_context(source.load()), settings, console, resume=resume)
 
 
-def run_chat(llm: LLM, settings: Settings, *, resume: bool = False) -> None:
+def run_chat(llm: LLM, settings: Settings, console: Console | None = None, *, resume: bool = False) -> None:
     """Chat at the terminal until the user leaves."""
     from mlx_gptoss.cli.terminal.chat import Chat
     from mlx_gptoss.cli.terminal.prompt import Prompt
     from mlx_gptoss.cli.terminal.transcript import last_chat
 
-    chat = Chat(llm, settings, Console(highlight=False))
+    chat = Chat(llm, settings, console or Console(highlight=False))
     if resume:
         chat.go_on(str(last_chat()))
     chat.run(Prompt({name: text for name, (_, text) in chat.commands.items()}, chat.talk.status))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_gptoss.checkpoint.names import expand
+from mlx_gptoss.cli.mcp import ServedOptions, served_options
 from mlx_gptoss.cli.options import ModelSource, model_options
 from mlx_gptoss.errors import RequestError
 
@@ -76,10 +78,16 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     "With --prefix-cache, what was read of conversations is kept.",
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
+@served_options
 @click.option("--log-prompts", is_flag=True, help="Log the bodies of requests.")
 @model_options
 def serve(
-    source: ModelSource, model_name: str | None, max_body: float, open_page: bool, **settings: Any
+    source: ModelSource,
+    model_name: str | None,
+    max_body: float,
+    open_page: bool,
+    served: ServedOptions,
+    **settings: Any,
 ) -> None:
     """Serve MODEL to OpenAI's, Anthropic's and Ollama's clients, with a chat page at /.
 
@@ -101,7 +109,11 @@ def serve(
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     check_port(chosen.host, chosen.port)
     source = source.local()  # before the port opens
-    run_server(source.load, chosen, lambda url: announce(url, chosen.api_key, open_page=open_page))
+    with ExitStack() as stack:
+        toolbox = served.open(stack)
+        run_server(
+            source.load, chosen, lambda url: announce(url, chosen.api_key, open_page=open_page), toolbox
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -222,7 +222,8 @@ class Chat:
 
     def _tools(self, rest: str) -> None:
         names = [as_tool(tool).name for tool in self.talk.settings.tools]
-        self.talk.say(", ".join(names) or f"none: --tool enables the built-in ones, {' and '.join(BUILTIN)}")
+        none = f"none: --tool enables the built-in ones, {' and '.join(BUILTIN)}; --mcp others"
+        self.talk.say(", ".join(names) or none)
 
     def _stats(self, rest: str) -> None:
         stats, usage = self.talk.llm.stats(), self.talk.session.usage

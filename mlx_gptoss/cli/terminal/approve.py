@@ -1,0 +1,62 @@
+"""Asking before a tool is used that may change something."""
+
+from __future__ import annotations
+
+import sys
+import termios
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from mlx_gptoss.cli.terminal.markdown import one_line
+from mlx_gptoss.harmony import ToolCall
+from mlx_gptoss.mcp.tools import McpTool
+
+SHOWN = 300  # characters of a call
+ANSWERS = {"y": "yes", "n": "no", "\r": "no", "\n": "no", "\x1b": "no", "a": "always"}
+REFUSED = "error: the user did not allow this call"
+
+# Asked with the server and the call; the answer is "yes", "no" or "always".
+Ask = Callable[[str, ToolCall], str]
+
+
+def approved(tools: Sequence[McpTool], ask: Ask) -> list[McpTool]:
+    """The tools, of which those that are not marked read-only ask before each call; "always" ends that."""
+    return [tool if tool.read_only else _asking(tool, ask) for tool in tools]
+
+
+def _asking(tool: McpTool, ask: Ask) -> McpTool:
+    always = False
+
+    def handle(call: ToolCall) -> object:
+        nonlocal always
+        answer = "yes" if always else ask(tool.server, call)
+        always = answer == "always"
+        return REFUSED if answer == "no" else tool.handle(call)
+
+    return replace(tool, handle=handle)
+
+
+def refuse(server: str, call: ToolCall) -> str:
+    """Where nobody can be asked."""
+    click.echo(f"{server}: {call.name} may change something and was not run: --yes allows it", err=True)
+    return "no"
+
+
+def ask_in_terminal(console: Console) -> Ask:
+    """Asks for a key. What was typed before the question is no answer to it."""
+
+    def ask(server: str, call: ToolCall) -> str:
+        shown = one_line(f"{call.name} {call.arguments}", SHOWN)
+        console.print(Text(f"{server} wants to run {shown}", style="yellow"))
+        console.print(Text("run it? [y]es, [n]o, [a]lways ", style="yellow"), end="")
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+        while (key := click.getchar().lower()) not in ANSWERS:
+            pass
+        console.print(Text(ANSWERS[key], style="yellow"))
+        return ANSWERS[key]
+
+    return ask
