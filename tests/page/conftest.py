@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mlx_gptoss.server import ServerSettings, create_app
+from mlx_gptoss.server.tools.toolbox import Toolbox
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_llm import ScriptedLLM, answer
 from tests.support.server_help import live
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def opened(tokenizer: Tokenizer) -> Iterator[Page]:
+def toolbox() -> Toolbox | None:
+    """The tools of the server; a module may have its own."""
+    return None
+
+
+@pytest.fixture(scope="module")
+def opened(tokenizer: Tokenizer, toolbox: Toolbox | None) -> Iterator[Page]:
     """A browser for the tests of a module."""
     from tests.page.browser import Page, make_driver
 
     llm = ScriptedLLM(tokenizer)
     driver = make_driver()
     try:
-        with live(create_app(llm, ServerSettings(port=0))) as url:  # type: ignore[arg-type]
+        with live(create_app(llm, ServerSettings(port=0), toolbox)) as url:  # type: ignore[arg-type]
             yield Page(driver, url, llm)
     finally:
         driver.quit()

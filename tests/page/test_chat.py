@@ -191,6 +191,12 @@ def test_drafts_and_settings_outlive_a_reload(page: Page) -> None:
     assert conversation.messages[0].content == "half a thought, whole"
 
 
+def test_there_are_no_switches_where_the_server_offers_no_tools(page: Page) -> None:
+    page.click("#tune")
+    page.wait(page.one("#settings").is_displayed)
+    assert not page.one("#served").is_displayed()
+
+
 def test_a_schema_and_tools_are_sent_and_results_given_by_hand(page: Page) -> None:
     page.click("#tune")
     page.one("#set-tools").send_keys("[{")

@@ -3,6 +3,7 @@
 import { ApiError, events, request } from "./api.js";
 import * as store from "./store.js";
 import { hear, tell, writtenElsewhere } from "./tabs.js";
+import { entries } from "./tools.js";
 
 /** @import { Call, Conversation, Message } from "./types.js" */
 
@@ -115,8 +116,8 @@ function take(message, data, clock) {
   if (progress) message.reading = { read: progress.processed, cached: progress.cache, total: progress.total };
   const choice = data.choices[0];
   if (choice?.finish_reason) message.finish = choice.finish_reason;
-  const { reasoning, content, tool_calls: calls } = choice?.delta ?? {};
-  if (!reasoning && !content && !calls) return;
+  const { reasoning, content, tool_calls: calls, executed_tools: executed } = choice?.delta ?? {};
+  if (!reasoning && !content && !calls && !executed) return;
   const now = performance.now();
   if (!clock.first) {
     clock.first = now;
@@ -127,6 +128,21 @@ function take(message, data, clock) {
   else if (message.reasoning && message.thought === undefined) message.thought = now - clock.first;
   if (content) message.content += content.replaceAll("\r", "");
   for (const part of calls ?? []) takeCall((message.calls ??= []), part);
+  for (const part of executed ?? []) takeExecuted(message, part);
+}
+
+/**
+ * A call that the server runs, or its result.
+ * @param {Message} message
+ * @param {any} part
+ */
+function takeExecuted(message, { id, type, name, arguments: text, output }) {
+  const calls = (message.calls ??= []);
+  if (type) calls.push({ id, name, arguments: text, ran: type });
+  const call = calls.find((one) => one.id === id);
+  if (!call || typeof output !== "string") return;
+  call.result = output;
+  if (message.reasoning) message.reasoning += "\n\n"; // which goes on
 }
 
 /**
@@ -134,7 +150,9 @@ function take(message, data, clock) {
  * @param {any} part
  */
 function takeCall(calls, part) {
-  const call = (calls[part.index] ??= { id: part.id ?? "", name: "", arguments: "" });
+  if (part.id) calls.push({ id: part.id, name: "", arguments: "", ...(part.server_label && { server: part.server_label }) });
+  const call = calls.at(-1);
+  if (!call) return;
   call.name += part.function?.name ?? "";
   call.arguments += part.function?.arguments ?? "";
 }
@@ -161,7 +179,7 @@ function requestBody({ settings }, before) {
   const messages = settings.instructions ? [{ role: "system", content: settings.instructions }] : [];
   for (const message of before) {
     if (message.role === "user") messages.push({ role: "user", content: fullText(message) });
-    else messages.push(...answerMessages(message));
+    else messages.push(...answerMessages(message, message === before.at(-1)));
   }
   const options = { stream: true, stream_options: { include_usage: true }, return_progress: true };
   /** @type {Record<string, unknown>} */
@@ -173,24 +191,37 @@ function requestBody({ settings }, before) {
       type: "json_schema",
       json_schema: { name: "answer", schema: JSON.parse(settings.schema), strict: true },
     };
-  const tools = settings.tools ? JSON.parse(settings.tools) : [];
-  if (tools.length)
-    body.tools = tools.map((/** @type {any} */ tool) => (tool.function ? tool : { type: "function", function: tool }));
+  const functions = settings.tools ? JSON.parse(settings.tools) : [];
+  const tools = functions.map((/** @type {any} */ tool) => (tool.function ? tool : { type: "function", function: tool }));
+  tools.push(...entries(settings.served ?? []));
+  if (tools.length) body.tools = tools;
   return body;
 }
 
 /**
- * An earlier answer, with the results of its calls. One that ended before it said anything is left out.
+ * An earlier answer, with the results of its calls. One that ended before it said anything is left out, as is
+ * what built-in tools gave, which was for the reasoning. The last may have calls that the server is to run.
  * @param {Message} message
+ * @param {boolean} last
  */
-function answerMessages(message) {
-  const calls = (message.calls ?? []).filter((call) => call.result !== undefined);
-  if (!calls.length) return message.content ? [{ role: "assistant", content: message.content }] : [];
-  const tool_calls = calls.map(({ id, name, arguments: text }) => ({
-    id,
-    type: "function",
-    function: { name, arguments: text },
-  }));
-  const answer = { role: "assistant", content: message.content, reasoning: message.reasoning ?? "", tool_calls };
-  return [answer, ...calls.map((call) => ({ role: "tool", tool_call_id: call.id, content: call.result }))];
+function answerMessages({ content, reasoning = "", calls = [] }, last) {
+  const ran = calls.filter((call) => call.ran === "mcp" && call.result !== undefined);
+  const own = calls.filter((call) => !call.ran && (call.result !== undefined || (last && call.approved)));
+  /** @type {any[]} */
+  const messages = ran.flatMap((call) => [{ role: "assistant", content: "", tool_calls: [asked(call)] }, resultOf(call)]);
+  if (own.length)
+    messages.push(
+      { role: "assistant", content, tool_calls: own.map(asked), ...(ran.length ? {} : { reasoning }) },
+      ...own.filter((call) => call.result !== undefined).map(resultOf),
+    );
+  else if (content) messages.push({ role: "assistant", content });
+  return messages;
 }
+
+/** @param {Call} call */
+const asked = ({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } });
+/**
+ * @param {Call} call
+ * @returns {any}
+ */
+const resultOf = (call) => ({ role: "tool", tool_call_id: call.id, content: call.result });

@@ -31,7 +31,7 @@ let drawn = () => {};
 function blank(id) {
   const effort = localStorage.getItem("gptoss.effort") ?? "medium";
   /** @type {Settings} */
-  const settings = { effort, instructions: "", temperature: null, top_p: null, max_tokens: null, schema: "", tools: "" };
+  const settings = { effort, instructions: "", temperature: null, top_p: null, max_tokens: null, schema: "", tools: "", served: [] };
   return { id, title: "", created: Date.now(), updated: Date.now(), leaf: null, settings };
 }
 
@@ -223,14 +223,14 @@ const actions = {
   /**
    * @param {Message} message
    * @param {Call} call
-   * @param {string} result
+   * @param {Pick<Call, "result" | "approved">} settled
    */
-  async result(message, call, result) {
-    const calls = (message.calls ?? []).map((one) => (one.id === call.id ? { ...one, result } : one));
+  async settle(message, call, settled) {
+    const calls = (message.calls ?? []).map((one) => (one.id === call.id ? { ...one, ...settled } : one));
     const changed = { ...message, calls };
     messages.set(message.id, changed);
     await store.saveMessage(changed);
-    if (calls.every((one) => one.result !== undefined)) await answerTo(message.id);
+    if (calls.every((one) => one.result !== undefined || one.approved)) await answerTo(message.id);
     else draw();
   },
 };

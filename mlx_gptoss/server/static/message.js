@@ -14,9 +14,11 @@ import { Rendered } from "./markdown.js";
  * @property {(message: Message) => void} again
  * @property {(message: Message) => void} more go on where it was cut off
  * @property {(message: Message, step: number) => void} turn to a branch beside this one
- * @property {(message: Message, call: Call, result: string) => void} result
+ * @property {(message: Message, call: Call, settled: Pick<Call, "result" | "approved">) => void} settle
  */
 /** @typedef {{ index: number, count: number, last: boolean }} Place among its branches; last of the chat */
+
+const REFUSED = "error: the user did not allow this call";
 
 /** A message and its elements. */
 export class MessageView {
@@ -30,6 +32,7 @@ export class MessageView {
     this.message = message;
     this.body = el("div", { class: "body" });
     this.reasoning = new ReasoningView();
+    this.ran = el("div", { class: "calls" }); // by the server, before the text
     this.calls = el("div", { class: "calls" });
     this.error = el("div", { class: "failure", role: "alert" });
     this.bar = el("div", { class: "acts" });
@@ -40,7 +43,7 @@ export class MessageView {
     this.node = el("article", { class: `turn ${message.role}`, "aria-label": label, "data-id": message.id });
     this.node.append(el("h2", { class: "hidden" }, user ? "You said" : "Answer"));
     if (user) this.node.append(this.userText(message), this.bar);
-    else this.node.append(this.reasoning.node, this.body, this.calls, this.wait, this.error, this.bar);
+    else this.node.append(this.reasoning.node, this.ran, this.body, this.calls, this.wait, this.error, this.bar);
     this.drawn = "";
   }
 
@@ -70,7 +73,7 @@ export class MessageView {
     const now = JSON.stringify([message.state, message.error, message.usage, message.calls, place]);
     if (now === this.drawn) return;
     this.drawn = now;
-    this.calls.replaceChildren(...(message.calls ?? []).map((call) => this.callNode(call, place.last && !running)));
+    this.drawCalls(message, place.last && !running);
     this.error.replaceChildren(...this.failure(message, place.last));
     this.bar.replaceChildren(...(running ? [] : this.buttons(message, place)));
   }
@@ -86,7 +89,16 @@ export class MessageView {
     this.wait.hidden = !running || Boolean(message.reasoning || message.content || message.calls?.length);
     const read = readSoFar(message);
     if (this.read.textContent !== read) this.read.textContent = read;
-    if (running && message.calls?.length) this.calls.replaceChildren(...message.calls.map((call) => this.callNode(call, false)));
+    if (running && message.calls?.length) this.drawCalls(message, false);
+  }
+
+  /**
+   * @param {Message} message
+   * @param {boolean} open whether results can be given
+   */
+  drawCalls({ calls = [] }, open) {
+    this.ran.replaceChildren(...calls.filter((call) => call.ran).map((call) => this.callNode(call, false)));
+    this.calls.replaceChildren(...calls.filter((call) => !call.ran).map((call) => this.callNode(call, open)));
   }
 
   /**
@@ -141,15 +153,22 @@ export class MessageView {
    * @param {boolean} open whether a result can be given
    */
   callNode(call, open) {
-    const waiting = open && call.result === undefined;
+    const waiting = open && call.result === undefined && !call.approved;
     const node = el("details", { class: "call", open: waiting || call.result === undefined });
     node.append(el("summary", {}, "Calls ", el("code", {}, call.name)));
     node.append(el("pre", { tabindex: 0, "aria-label": "Arguments" }, pretty(call.arguments)));
     if (call.result !== undefined)
       node.append(el("p", {}, "Result"), el("pre", { tabindex: 0, "aria-label": "Result" }, pretty(call.result)));
     if (!waiting) return node;
+    if (call.server) {
+      const run = el("button", { type: "button", class: "primary", onclick: () => this.actions.settle(this.message, call, { approved: true }) }, "Run it");
+      const refuse = () => this.actions.settle(this.message, call, { result: REFUSED });
+      const asks = el("p", {}, `This tool of ${call.server} may change something.`);
+      node.append(asks, el("div", { class: "buttons" }, el("button", { type: "button", onclick: refuse }, "Do not run it"), run));
+      return node;
+    }
     const field = el("textarea", { rows: 2, "aria-label": `Result of ${call.name}`, placeholder: "What the tool answers" });
-    const send = () => this.actions.result(this.message, call, field.value);
+    const send = () => this.actions.settle(this.message, call, { result: field.value });
     node.append(field, el("button", { type: "button", class: "primary", onclick: send }, "Give the result"));
     return node;
   }

@@ -2,6 +2,7 @@
 
 import { request } from "./api.js";
 import { $ } from "./dom.js";
+import { loadTools } from "./tools.js";
 
 const state = { model: "", context: 0, status: "connecting" };
 /** @type {() => void} */
@@ -31,6 +32,7 @@ export async function look() {
     else if (!state.model || state.status !== "ready") {
       const { data } = await (await request("/v1/models")).json();
       set({ status: "ready", model: data[0].id, context: data[0].max_model_len });
+      loadTools().then(changed, console.error);
     }
     if (status === "loading") pause = 1000;
   } catch {

@@ -1,7 +1,8 @@
 // The drawer with a chat's settings, and those of this browser.
 
 import * as chat from "./chat.js";
-import { $, icon } from "./dom.js";
+import { $, el, icon } from "./dom.js";
+import { offered } from "./tools.js";
 import { exportAll, importFile } from "./transfer.js";
 
 const dialog = $("settings", HTMLDialogElement);
@@ -13,11 +14,41 @@ const efforts = [$("effort", HTMLSelectElement), $("set-effort", HTMLSelectEleme
 export function drawSettings() {
   const { settings } = chat.current();
   for (const select of efforts) select.value = settings.effort;
+  drawServed(settings.served ?? []);
   if (dialog.open) return; // what is being typed stays
   $("set-instructions", HTMLTextAreaElement).value = settings.instructions;
   $("set-schema", HTMLTextAreaElement).value = settings.schema;
   $("set-tools", HTMLTextAreaElement).value = settings.tools;
   for (const name of NUMBERS) $(`set-${name}`, HTMLInputElement).value = String(settings[name] ?? "");
+}
+
+let drawnOffers = "";
+/**
+ * A switch for each tool that the server offers.
+ * @param {string[]} on
+ */
+function drawServed(on) {
+  const box = $("served", HTMLFieldSetElement);
+  const offers = offered();
+  box.hidden = !offers.length;
+  if (drawnOffers !== (drawnOffers = JSON.stringify(offers)))
+    box.replaceChildren(
+      el("legend", {}, "Tools that the server runs"),
+      ...offers.map(({ id, title, hint }) =>
+        el("label", { class: "check" }, el("input", { type: "checkbox", value: id }), el("span", {}, title, el("small", {}, hint))),
+      ),
+    );
+  for (const input of box.querySelectorAll("input")) input.checked = on.includes(input.value);
+}
+
+/** What is switched on; what the server does not offer now stays as it was. */
+function listenForServed() {
+  const box = $("served", HTMLFieldSetElement);
+  box.addEventListener("change", () => {
+    const inputs = [...box.querySelectorAll("input")];
+    const other = (chat.current().settings.served ?? []).filter((id) => !inputs.some((input) => input.value === id));
+    chat.setSettings({ served: [...other, ...inputs.filter((input) => input.checked).map((input) => input.value)] });
+  });
 }
 
 export function openSettings() {
@@ -85,6 +116,7 @@ export function startSettings() {
   instructions.addEventListener("change", () => chat.setSettings({ instructions: instructions.value.trim() }));
   listenForJson("schema");
   listenForJson("tools");
+  listenForServed();
   NUMBERS.forEach(listenForNumber);
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 

@@ -90,6 +90,7 @@ function checkedConversation(one) {
       max_tokens: number("max_tokens"),
       schema: text("schema"),
       tools: text("tools"),
+      served: [], // whose file it is does not switch on what this server may do
     },
   };
 }

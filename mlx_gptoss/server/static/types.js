@@ -9,6 +9,7 @@
  * @property {number | null} max_tokens
  * @property {string} schema JSON
  * @property {string} tools JSON
+ * @property {string[]} [served] tools that the server runs, by their ids
  */
 
 /**
@@ -24,7 +25,16 @@
  */
 
 /** @typedef {{ name: string, text: string }} TextFile */
-/** @typedef {{ id: string, name: string, arguments: string, result?: string }} Call */
+/**
+ * @typedef {object} Call
+ * @property {string} id
+ * @property {string} name
+ * @property {string} arguments
+ * @property {string} [result]
+ * @property {string} [ran] its type, when the server ran it
+ * @property {string} [server] whose tool it is; the server runs it when it is approved
+ * @property {boolean} [approved]
+ */
 /** @typedef {{ prompt: number, cached: number, completion: number, reasoning: number }} Usage */
 
 /**
