@@ -132,6 +132,8 @@ def furnish(folder: Path, page: Path, model: Path, conversion: Path) -> None:
     (folder / "rivers.schema.json").write_text(
         '{"type": "array", "items": {"type": "string"}, "maxItems": 3}'
     )
+    time = {"command": sys.executable, "args": ["-m", "mcp_server_time", "--local-timezone", "UTC"]}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"time": time}}))
     (folder / "notes").mkdir()
     (folder / "notes" / "bees.md").write_text("# Bees\n\nBees dance.\n")
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org"]

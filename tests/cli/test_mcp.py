@@ -15,6 +15,7 @@ from mlx_gptoss.harmony import ToolCall
 from mlx_gptoss.mcp.tools import mcp_tools
 from tests.support.scripted_model import scripted_engine
 from tests.support.toy_mcp import make_server
+from tests.support.window import Window
 
 TOY = f"{sys.executable} -m tests.support.toy_mcp"
 CALL = ToolCall(0, "c", "note", '{"text": "a"}', "functions.note")
@@ -60,6 +61,34 @@ def test_in_a_pipe_nobody_can_be_asked(
     out, err = capsys.readouterr()
     assert says in out
     assert ("--yes allows it" in err) == (not options)
+
+
+def test_in_a_terminal_a_key_answers_and_what_was_typed_before_does_not(tmp_path: Path) -> None:
+    window = Window(tmp_path, program=("-m", "tests.support.asking_app"))
+    window.until("❯")
+    window.type("/tools\r")
+    window.until("get_weather, get_population, note")
+    window.type("one\r")
+    window.until('toy wants to run note {"text": "one"}')
+    window.until("run it? [y]es, [n]o, [a]lways")
+    window.type("zn")
+    assert "did not allow" in window.answers(1)
+    window.type("two\r")
+    window.until(lambda text: text.count("run it?") == 2)
+    window.type("y")
+    assert "The tool says: noted: two" in window.answers(2)
+    window.type("three\r")
+    window.until(lambda text: text.count("run it?") == 3)
+    window.type("\x03")  # Ctrl-C stops the answer
+    window.until("stopped before an answer")
+    window.type("four\r")
+    window.until(lambda text: text.count("run it?") == 4)
+    window.type("a")
+    window.answers(3)
+    window.type("five\r")
+    assert "The tool says: noted: five" in window.answers(4)
+    assert window.text().count("run it?") == 4
+    window.child.close(force=True)
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
