@@ -80,8 +80,39 @@ def available_memory() -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return min(int(line.split()[1]) * 1024, _left_to_cgroup())
     return total_memory()
+
+
+def _left_to_cgroup() -> int:
+    """Bytes that this process's Linux control groups (a container's, a service's) let it still take.
+
+    What they hold of files counts as free: the kernel gives it up first.
+    """
+    left = sys.maxsize
+    with open("/proc/self/cgroup", encoding="utf-8") as lines:
+        groups = [line.rstrip("\n").split(":", 2)[1:] for line in lines]
+    for controllers, group in groups:
+        if controllers == "":
+            base, limit, usage, files = "/sys/fs/cgroup", "memory.max", "memory.current", ("file",)
+        elif "memory" in controllers.split(","):
+            base, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            files = ("total_active_file", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the group's own path is not visible, and the root shows its limits.
+        for folder in {f"{base}{group}", base}:
+            try:
+                with open(f"{folder}/{limit}", encoding="ascii") as file:
+                    most = int(file.read())
+                with open(f"{folder}/{usage}", encoding="ascii") as file:
+                    used = int(file.read())
+                with open(f"{folder}/memory.stat", encoding="ascii") as file:
+                    stat = dict(line.split() for line in file)
+            except (OSError, ValueError):  # no such controller, or "max"
+                continue
+            left = min(left, max(0, most - used + sum(int(stat.get(name, 0)) for name in files)))
+    return left
 
 
 def limit_memory(weights: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -15,15 +15,17 @@ from mlx_gptoss.chat.completion import StopText
 from mlx_gptoss.chat.generation import Generation
 from mlx_gptoss.chat.respond import Responder
 from mlx_gptoss.chat.turn import TurnOptions, start_turn
+from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.hub import resolve
-from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint
+from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import available_memory, limit_memory
 from mlx_gptoss.engine.core import Engine
+from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.engine.options import LOOKUP, MIN_CONTEXT, EngineKeywords, EngineOptions
 from mlx_gptoss.engine.prefix_disk import PrefixDisk, fingerprint
 from mlx_gptoss.engine.request import Sink, TokenStream
-from mlx_gptoss.engine.runner import LocalRunner
+from mlx_gptoss.engine.runner import LocalRunner, streamed_experts
 from mlx_gptoss.engine.speculate import DrafterFactory, ModelDrafter, PromptLookup
 from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
@@ -31,6 +33,7 @@ from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError, did_y
 from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
+from mlx_gptoss.model.sweep import rows_at_once
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 
@@ -44,6 +47,8 @@ KV_SHARE = 0.6
 CONTEXT_NAMES = dict.fromkeys(
     ("n_ctx", "num_ctx", "context_length", "max_model_len", "max_seq_len"), "max_context"
 )
+# Where experts and context share what is too little for both, context comes first up to so many tokens.
+COMFORTABLE_CONTEXT = 4096
 
 
 def load(
@@ -76,32 +81,46 @@ def load(
     # What is wrong with them is told before the weights are read.
     stops = frozenset[int]() if has_text else configured_stops(folder)
     bound = configured_bound(folder)
-    memory = plan_checkpoint(checkpoint)
-    memory.require()
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
+    memory = plan_experts(
+        checkpoint,
+        chosen.expert_memory if chosen.expert_bytes is None else chosen.expert_bytes,
+        free,
+        beside=SCRATCH + wanted_kv(checkpoint, chosen),
+    )
+    if memory.slots is not None:
+        checkpoint.streaming = ExpertFiles(checkpoint, memory.slots)
+        # The experts of so many sequences find places at the same time, whichever they are.
+        fitting = memory.slots // checkpoint.config.experts_per_token
+        chosen = replace(chosen, max_running=min(chosen.max_running, fitting))
     budget, context = plan_context(memory, chosen, free)
     if announce is not None:
         announce(
-            f"{folder.name}: weights {gigabytes(memory.weights)}, KV cache up to {gigabytes(budget)} "
-            f"(context {context:,} tokens), {gigabytes(free)} free"
+            f"{folder.name}: {memory.streamed}weights {gigabytes(memory.weights)}, "
+            f"KV cache up to {gigabytes(budget)} (context {context:,} tokens), {gigabytes(free)} free"
         )
     worker = Worker(f"engine {folder.name}")
     try:
         worker.call(partial(limit_memory, memory.weights))
         loaded = worker.call(lambda: read_model(checkpoint, progress))
+        disk, usage = None, None
+        if chosen.prefix_cache is not None:
+            mark = fingerprint(folder, loaded.dtype, chosen.bits)
+            disk = PrefixDisk(Path(chosen.prefix_cache).expanduser(), mark, DISK_LIMIT)
+            usage = ExpertUsage(disk.folder)
+        streamed, block = streamed_experts(loaded), chosen.prefill_chunk
+        runner = worker.call(lambda: LocalRunner(loaded, chosen.bits, streamed, block, usage))
         drafters: DrafterFactory | None = PromptLookup if chosen.draft == LOOKUP else None
         if draft is not None:
             second = worker.call(lambda: LocalRunner(read_model(draft)))
             drafters = partial(ModelDrafter, second, chosen.prefill_chunk)
-        disk = None
-        if chosen.prefix_cache is not None:
-            mark = fingerprint(folder, loaded.dtype, chosen.bits)
-            disk = PrefixDisk(Path(chosen.prefix_cache).expanduser(), mark, DISK_LIMIT)
         tokenizer = Tokenizer.from_folder(folder) if has_text else None
+        if streamed:
+            chosen = replace(chosen, prefill_chunk=rows_at_once(checkpoint.config, loaded.dtype, block))
         engine = Engine(
             worker,
-            worker.call(lambda: LocalRunner(loaded, chosen.bits)),
+            runner,
             chosen,
             kv_budget=budget,
             max_context=context,
@@ -254,6 +273,15 @@ def _draft_checkpoint(options: EngineOptions, target: Checkpoint, offline: bool)
             "draft",
         )
     return draft
+
+
+def wanted_kv(checkpoint: Checkpoint, options: EngineOptions) -> int:
+    """Bytes that keys and values shall have before experts do."""
+    if options.kv_budget is not None:
+        return options.kv_budget
+    tokens = options.max_context or min(COMFORTABLE_CONTEXT, checkpoint.config.max_position)
+    probe = SequenceCache(checkpoint.config, checkpoint.dtype)
+    return int(probe.nbytes_at(tokens + _step(tokens), options.prefill_chunk) / KV_SHARE)
 
 
 def plan_context(memory: MemoryPlan, options: EngineOptions, free: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "device": 1,
     "files": 0,
+    "sizes": 0,
     "markdown": 1,
     "sampling": 1,
     "tokenizer": 1,

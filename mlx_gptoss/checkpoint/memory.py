@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gptoss.checkpoint.layouts import FLOATS, PARTS, TensorSpec
+from mlx_gptoss.checkpoint.layouts import FLOATS, PARTS, TensorSpec, record_parts
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.device import available_memory, on_gpu
@@ -41,6 +41,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One expert of one layer: its bytes on disk, and in memory."""
+
+    stored: int
+    loaded: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """A checkpoint's bytes: on disk, in memory, per decoded token, per token of context."""
 
@@ -49,6 +57,8 @@ class MemoryPlan:
     dtype: mx.Dtype
     parts: tuple[Part, ...]
     transient: int  # the largest tensor that is cast while loading: its stored form is alive beside the cast
+    expert: Expert
+    slots: int | None = None  # experts of a layer that are in memory; None: all
 
     @property
     def stored(self) -> int:
@@ -100,15 +110,33 @@ class MemoryPlan:
         runtime = GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
         return self.weights + max(running, self.transient) + runtime
 
+    @property
+    def slot(self) -> int:
+        """Bytes of a slot in every layer."""
+        return self.expert.loaded * self.config.num_layers
+
+    @property
+    def streamed(self) -> str:
+        """What is where, when not all experts are in memory: a few words for one line, else none."""
+        if self.slots is None:
+            return ""
+        held, absent = self.slots * self.slot, self.config.num_experts - self.slots
+        on_disk = absent * self.expert.stored * self.config.num_layers
+        return (
+            f"{gigabytes(self.stored)}; {self.slots} of {self.config.num_experts} experts a layer in memory "
+            f"({gigabytes(held)}), {gigabytes(on_disk)} of experts read when a token needs them; "
+        )
+
     def require(self, available: int | None = None) -> None:
         """Raise MemoryLimitError when the weights do not fit into `available` (default: free) bytes."""
         room = available_memory() if available is None else available
         if self.total() > room:
             cure = ", or let the GPU have more (sudo sysctl iogpu.wired_limit_mb=N)" if on_gpu() else ""
+            streamed = f", {self.slots} experts a layer" if self.slots is not None else ""
             raise MemoryLimitError(
                 f"the model needs {gigabytes(self.total())} (weights {gigabytes(self.weights)} as "
-                f"{_name(self.dtype)}) and {gigabytes(room)} are free: close other programs, use a smaller "
-                f"or more strongly quantised model (mlx-gptoss convert makes 4 bits){cure}",
+                f"{_name(self.dtype)}{streamed}) and {gigabytes(room)} are free: close other programs, use a "
+                f"smaller or more strongly quantised model (mlx-gptoss convert makes 4 bits){cure}",
                 needed=self.total(),
                 available=room,
             )
@@ -122,26 +150,75 @@ def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
     return plan_checkpoint(Checkpoint(Path(folder), dtype))
 
 
-def plan_checkpoint(checkpoint: Checkpoint) -> MemoryPlan:
-    """The plan of a checkpoint whose headers are already read."""
+def plan_checkpoint(checkpoint: Checkpoint, slots: int | None = None) -> MemoryPlan:
+    """The plan of a checkpoint whose headers are already read; with `slots`, of one that is streamed."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
-    transient = 0
+    config, transient, expert = checkpoint.config, 0, Expert(0, 0)
+    every = config.num_experts * config.num_layers
     for name, tensor in checkpoint.tensors.items():
         spec = checkpoint.specs[name]
-        loaded = _loaded(tensor, spec, checkpoint.dtype)
-        if loaded != tensor.nbytes:
+        bias = spec.packing is None and len(spec.shape) == 2  # of experts: small, and all in memory
+        whole = _loaded(tensor, spec, checkpoint.dtype)
+        if spec.part == "experts" and len(spec.shape) == 2 and not bias:  # records: without their padding
+            whole = config.num_experts * record_parts(config)[-1].end
+        loaded = whole
+        of_expert = spec.part == "experts" and not bias
+        if of_expert:
+            expert = Expert(expert.stored + tensor.nbytes, expert.loaded + whole)
+        if slots is not None:
+            if of_expert:
+                loaded = whole * slots // config.num_experts
+            elif spec.part == "experts":
+                loaded += whole * slots // config.num_experts
+                expert = Expert(expert.stored, expert.loaded + whole)
+            elif spec.part == "embedding":
+                loaded = 0
+        if whole != tensor.nbytes and loaded and (slots is None or not of_expert):
             transient = max(transient, tensor.nbytes)
         row = sums[spec.part, _format(tensor, spec)]
         row[0] += 1
         row[1] += tensor.nbytes
         row[2] += loaded
-        row[3] += loaded * _share_read(spec.part, checkpoint.config)
+        row[3] += whole * _share_read(spec.part, checkpoint.config)
     parts = [
         Part(name, form, int(count), int(stored), int(loaded), read)
         for (name, form), (count, stored, loaded, read) in sums.items()
     ]
     parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
-    return MemoryPlan(checkpoint.config, checkpoint.layout.name, checkpoint.dtype, tuple(parts), transient)
+    one = Expert(expert.stored // every, expert.loaded // every)
+    layout = checkpoint.layout.name
+    return MemoryPlan(config, layout, checkpoint.dtype, tuple(parts), transient, one, slots)
+
+
+def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: int) -> MemoryPlan:
+    """The plan by which a checkpoint runs in `free` bytes, `beside` of which something else shall have.
+
+    wanted: bytes for experts, "all", or "auto": all where they fit, else as many as do. What else there is
+    gives way before a token's own experts do. Raises MemoryLimitError.
+    """
+    whole, config = plan_checkpoint(checkpoint), checkpoint.config
+    if wanted == "all" or (wanted == "auto" and whole.total() + beside <= free):
+        whole.require(free)
+        return whole
+    fewest = config.experts_per_token
+    least = plan_checkpoint(checkpoint, fewest)
+    if isinstance(wanted, int):
+        slots = wanted // least.slot
+        if slots < fewest:
+            raise MemoryLimitError(
+                f"expert_memory is {gigabytes(wanted)}: a token needs {fewest} experts in each layer, "
+                f"{gigabytes(fewest * least.slot)}",
+                needed=fewest * least.slot,
+                available=wanted,
+            )
+        if slots >= config.num_experts:
+            whole.require(free)
+            return whole
+    else:
+        slots = max(fewest, fewest + (free - beside - least.total()) // least.slot)
+    made = plan_checkpoint(checkpoint, min(slots, config.num_experts))
+    made.require(free)
+    return made
 
 
 def gigabytes(count: float) -> str:

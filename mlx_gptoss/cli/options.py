@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import glob
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -20,6 +19,7 @@ import click
 from mlx_gptoss.checkpoint.names import DEMO, SHORT_NAMES, expand
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams, about
+from mlx_gptoss.sizes import parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -31,15 +31,23 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def size(text: str) -> int:
-    """A number of bytes from 4GB, 512MiB, 1.5gb or plain 1000000. Raises BadParameter."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    if not found:
+    """A number of bytes. Raises BadParameter."""
+    found = parse_size(text)
+    if found is None:
         raise click.BadParameter(f"{text!r}: expected a size such as 4GB, 512MiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+    return found
+
+
+def size_or_word(*words: str) -> Callable[[str], int | str]:
+    """Reads a number of bytes, or one of some words."""
+
+    def read(text: str) -> int | str:
+        return text if text in words else size(text)
+
+    return read
 
 
 def whole(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -221,6 +229,14 @@ model_options = bundle(
         type=click.Choice(["8", "4"]),
         callback=whole,
         help="Quantise the KV cache of the full layers; 4 costs quality.  [default: off]",
+    ),
+    click.option(
+        "--expert-memory",
+        type=size_or_word("auto", "all"),
+        default="auto",
+        show_default=True,
+        metavar="auto|all|SIZE",
+        help="Memory for experts, e.g. 12GB; the others are read from the disk when a token needs them.",
     ),
     click.option(
         "--prefix-cache",

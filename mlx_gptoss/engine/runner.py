@@ -7,13 +7,17 @@ its caches stand for those that the other machines hold.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
+from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import GROW_MIN, KVBits, SequenceCache, WindowState
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
+from mlx_gptoss.model.sweep import Progress, sweep
 
 Spans: TypeAlias = list[list[mx.array]]
 
@@ -67,23 +71,59 @@ class ModelRunner(Protocol):
         ...
 
     def forward(
-        self, tokens: mx.array, shares: Sequence[tuple[int, KVCache]], rows: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        shares: Sequence[tuple[int, KVCache]],
+        rows: Sequence[int] | None = None,
+        progress: Progress = lambda share: None,
     ) -> mx.array | None:
         """Run the next tokens of each sequence, int32 [T] end to end, and move their caches.
 
         shares: how many of the tokens are each sequence's, and its caches. rows: those whose logits are
-        wanted (None: all). Returns logits [R, vocab], None when R is 0; not evaluated yet.
+        wanted (None: all). progress: told what share of a long forward is done, while it runs. Returns logits
+        [R, vocab], None when R is 0; not evaluated yet.
         """
+        ...
+
+    def expert_counts(self) -> list[StreamCounts]:
+        """What the layers did whose experts are not all in memory."""
+        ...
+
+    def close(self) -> None:
+        """The last call: keep what the next process can use."""
         ...
 
 
 class LocalRunner:
-    """A model in this process."""
+    """A model in this process.
 
-    def __init__(self, model: Model, kv_bits: KVBits = (None, None)) -> None:
+    streamed: those of its layers' experts that are not all in memory; with them a forward of more than
+    `block` tokens goes layer by layer through all of them. usage: where it is kept what they are asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv_bits: KVBits = (None, None),
+        streamed: Sequence[StreamedExperts] = (),
+        block: int = 512,
+        usage: ExpertUsage | None = None,
+    ) -> None:
         self._model = model
+        self._usage = usage
         self._kv_bits = kv_bits
+        self._block = block
+        self.streamed = streamed
         self._empty = self.make_cache()
+        if usage is not None and streamed:
+            usage.warm(streamed)
+
+    def close(self) -> None:
+        if self._usage is not None and self.streamed:
+            self._usage.save(self.streamed)
+
+    def expert_counts(self) -> list[StreamCounts]:
+        return [replace(experts.counts) for experts in self.streamed]
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +133,8 @@ class LocalRunner:
         return SequenceCache(self._model.config, self._model.dtype, self._kv_bits)
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
+        if self.streamed:
+            chunk = min(chunk, self._block)
         return self._empty.nbytes_at(-(-tokens // GROW_MIN) * GROW_MIN, chunk)
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
@@ -101,10 +143,21 @@ class LocalRunner:
         return same == [(p.dtype, p.shape) for p in parts] and all(map(self._empty.takes, states))
 
     def forward(
-        self, tokens: mx.array, shares: Sequence[tuple[int, KVCache]], rows: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        shares: Sequence[tuple[int, KVCache]],
+        rows: Sequence[int] | None = None,
+        progress: Progress = lambda share: None,
     ) -> mx.array | None:
         segments = []
         for length, cache in shares:
             assert isinstance(cache, SequenceCache)  # this runner made it
             segments.append(Segment(length, cache))
+        if self.streamed and len(tokens) > self._block:
+            return sweep(self._model, tokens, segments, rows, self._block, progress)
         return self._model(tokens, segments, rows)
+
+
+def streamed_experts(model: Model) -> list[StreamedExperts]:
+    """The experts of those layers that do not have all of them in memory."""
+    return [e for layer in model.layers if isinstance(e := layer.moe.experts, StreamedExperts)]

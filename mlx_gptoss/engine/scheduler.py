@@ -26,7 +26,7 @@ from mlx_gptoss.engine.runner import KVCache, ModelRunner
 from mlx_gptoss.engine.sampler import Sampler, logprob_arrays, read_logprobs, unpack_bits
 from mlx_gptoss.engine.sequence import Piece, Sequence
 from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
-from mlx_gptoss.engine.stats import Counters, EngineStats
+from mlx_gptoss.engine.stats import Counters, EngineStats, expert_totals, hit_rate
 from mlx_gptoss.errors import GptOssError, MemoryLimitError
 from mlx_gptoss.model.cache import WindowState
 
@@ -41,6 +41,8 @@ STATE_SLACK = 32
 WORTH_WAITING = 16
 # Tokens of output that admission counts on; beyond it a sequence grows while there is room.
 EXPECTED_OUTPUT = 512
+# With experts on the disk, drafts are made while at least so many of those chosen are in memory.
+DRAFT_HITS = 0.95
 
 
 class Scheduler:
@@ -96,6 +98,7 @@ class Scheduler:
             prefix_bytes=self.store.nbytes,
             prefix_nodes=len(self.store),
             kv_budget=self.budget,
+            **expert_totals(self.runner.expert_counts()),
         )
 
     def add(self, request: Request) -> None:
@@ -152,6 +155,7 @@ class Scheduler:
         while self.store.save():
             pass
         self.store.clear()
+        self.runner.close()
         del self.runner
         self._drafters = None
         mx.clear_cache()
@@ -219,9 +223,15 @@ class Scheduler:
             self.counters.cached_tokens += start - r.request.cached_tokens
             r.request.cached_tokens = start
         r.request.tell_progress(start)
-        if self._drafters is not None and r.request.constraint is None and not r.request.background:
+        plain = r.request.constraint is None and not r.request.background
+        if self._drafters is not None and plain and self._drafts_pay():
             r.speculation = Speculation(self._drafters(), self._draft_tokens)
         self.running.append(r)
+
+    def _drafts_pay(self) -> bool:
+        """Guesses want experts of their own: reading those costs more than a right guess saves."""
+        layers = self.runner.expert_counts()
+        return not layers or (hit_rate(layers) or 0) >= DRAFT_HITS
 
     def _best_match(self, tokens: np.ndarray) -> Match:
         """The longest common prefix in the store or in a running sequence."""
@@ -296,7 +306,15 @@ class Scheduler:
         tokens = [p.tokens for p in pieces]
         shares = [(p.length, p.sequence.live) for p in pieces]
         flat = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
-        logits = self.runner.forward(flat, shares, rows)
+        reading = [
+            (p.sequence.request, p.sequence.live.offset, p.length) for p in pieces if not p.sequence.decoding
+        ]
+
+        def tell(share: float) -> None:
+            for request, start, length in reading:
+                request.tell_progress(start + int(share * length))
+
+        logits = self.runner.forward(flat, shares, rows, tell)
         self.counters.forwards += 1
         launched = [] if logits is None else [logits]
         for p in pieces:

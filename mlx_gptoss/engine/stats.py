@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mlx_gptoss.model.streamed import StreamCounts
 
 
 @dataclass
@@ -33,3 +37,27 @@ class EngineStats(Counters):
     prefix_bytes: int = 0
     prefix_nodes: int = 0
     kv_budget: int = 0
+    # Of the experts that are read from the disk, in all layers together and of each; nothing where all fit.
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_read_bytes: int = 0
+    expert_read_seconds: float = 0.0
+    expert_wait_seconds: float = 0.0
+    expert_layers: tuple[StreamCounts, ...] = ()
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """See hit_rate."""
+        return hit_rate(self.expert_layers)
+
+
+def hit_rate(layers: Sequence[StreamCounts]) -> float | None:
+    """Of the experts that steps chose, the share that was in memory; None before the first step."""
+    chosen = sum(c.hits + c.misses for c in layers)
+    return sum(c.hits for c in layers) / chosen if chosen else None
+
+
+def expert_totals(layers: Sequence[StreamCounts]) -> dict[str, Any]:
+    """The fields of EngineStats that tell of streamed experts."""
+    sums = {f"expert_{f.name}": sum(getattr(c, f.name) for c in layers) for f in fields(StreamCounts)}
+    return {**sums, "expert_layers": tuple(layers)}

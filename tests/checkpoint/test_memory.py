@@ -5,8 +5,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gptoss.checkpoint.memory import GPU_RUNTIME_BYTES, RUNTIME_BYTES, MemoryPlan, gigabytes, plan
-from mlx_gptoss.checkpoint.reader import load_model
+from mlx_gptoss.checkpoint.expert_file import ExpertFiles
+from mlx_gptoss.checkpoint.memory import (
+    GPU_RUNTIME_BYTES,
+    RUNTIME_BYTES,
+    MemoryPlan,
+    gigabytes,
+    plan,
+    plan_checkpoint,
+    plan_experts,
+)
+from mlx_gptoss.checkpoint.reader import Checkpoint, load_model, read_model
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.cache import SequenceCache
@@ -80,6 +89,65 @@ def test_planned_weights_are_what_loading_allocates(
     folder = write_checkpoint(tmp_path, Shape(), layout=layout, recipe=recipe)
     made, model = plan(folder, dtype), load_model(folder, dtype)
     assert made.weights == sum(a.nbytes for a in model.arrays())
+
+
+@pytest.mark.parametrize(
+    ("layout", "recipe"),
+    [("hf", None), ("bf16", None), ("mlx", MlxRecipe(8)), ("mlx", MlxRecipe(4, 4)), ("streaming", None)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_slots_are_what_streaming_allocates(
+    tmp_path: Path, layout: str, recipe: MlxRecipe | None, dtype: str
+) -> None:
+    folder = write_checkpoint(tmp_path, Shape(), layout=layout, recipe=recipe)
+    checkpoint = Checkpoint(folder, dtype)
+    made = plan_checkpoint(checkpoint, 5)
+    checkpoint.streaming = ExpertFiles(checkpoint, made.slots or 0)
+    assert made.weights == sum(a.nbytes for a in read_model(checkpoint).arrays())
+    assert plan_checkpoint(checkpoint, 6).weights - made.weights == made.slot
+
+
+GB = 10**9
+
+
+def test_experts_are_all_in_memory_where_they_fit(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_sparse(tmp_path, SHAPES["20b"]), "bfloat16")
+    for wanted in ("auto", "all", 12 * GB):
+        assert plan_experts(checkpoint, wanted, 17 * GB, beside=GB).slots is None
+    with pytest.raises(MemoryLimitError, match=r"the model needs 14\.\d+ GB"):
+        plan_experts(checkpoint, "all", 12 * GB, beside=GB)
+
+
+@pytest.mark.parametrize(("name", "free", "slots"), [("20b", 12, 27), ("20b", 6, 8), ("120b", 24, 40)])
+def test_as_many_experts_as_fit_are_in_memory(tmp_path: Path, name: str, free: int, slots: int) -> None:
+    checkpoint = Checkpoint(write_sparse(tmp_path, SHAPES[name]), "bfloat16")
+    made = plan_experts(checkpoint, "auto", free * GB, beside=GB)
+    assert made.slots is not None and abs(made.slots - slots) <= 2
+    assert made.total() + GB <= free * GB < made.total() + GB + made.slot
+    assert f"{made.slots} of {checkpoint.config.num_experts} experts a layer in memory" in made.streamed
+
+
+def test_what_else_there_is_gives_way_before_a_tokens_own_experts(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_sparse(tmp_path, SHAPES["20b"]), "bfloat16")
+    assert plan_experts(checkpoint, "auto", 5 * GB, beside=3 * GB).slots == 4
+
+
+def test_experts_that_are_asked_for_are_what_there_is(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_sparse(tmp_path, SHAPES["20b"]), "bfloat16")
+    made = plan_experts(checkpoint, 4 * GB, 14 * GB, beside=GB)
+    assert made.slots is not None
+    assert made.slots * made.slot <= 4 * GB < (made.slots + 1) * made.slot
+    with pytest.raises(MemoryLimitError, match=r"expert_memory is 1.00 GB: a token needs 4 experts"):
+        plan_experts(checkpoint, GB, 14 * GB, beside=GB)
+
+
+def test_less_than_a_token_needs_is_refused_with_numbers(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_sparse(tmp_path, SHAPES["120b"]), "bfloat16")
+    with pytest.raises(
+        MemoryLimitError, match=r"needs 5\.\d+ GB .*4 experts a layer\) and 4\.00 GB"
+    ) as error:
+        plan_experts(checkpoint, "auto", 4 * GB, beside=GB)
+    assert error.value.needed and error.value.needed > 4 * GB == error.value.available
 
 
 def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path: Path) -> None:

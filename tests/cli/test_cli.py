@@ -456,7 +456,7 @@ def test_a_name_longer_than_a_file_name_may_be_is_one_line(command: Command, wor
 def test_too_little_memory_is_said_before_loading(
     command: Command, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_gptoss.checkpoint.memory.available_memory", lambda: 100_000_000)
+    monkeypatch.setattr("mlx_gptoss.llm.available_memory", lambda: 100_000_000)
     line = only_line(command("generate", whole, "--tokens", "1"))
     assert re.search(r"needs [\d.]+ [MG]B .* and 0\.10 GB are free", line)
 

@@ -228,12 +228,19 @@ class Chat:
     def _stats(self, rest: str) -> None:
         stats, usage = self.talk.llm.stats(), self.talk.session.usage
         used, budget = (stats.live_kv_bytes + stats.prefix_bytes) / 1e6, stats.kv_budget / 1e6
+        streamed = {}
+        if (hits := stats.expert_hit_rate) is not None:
+            streamed["experts"] = (
+                f"{hits:.1%} of those chosen were in memory; {stats.expert_read_bytes / 1e9:,.1f} GB read, "
+                f"{stats.expert_wait_seconds:,.1f} s waited for them"
+            )
         rows = {
             "answers": f"{self.talk.answers} in {self.talk.seconds:.1f} s",
             "last answer": self.talk.last,
             "prompt tokens": f"{usage.prompt_tokens:,}, of which {usage.cached_tokens:,} were cached",
             "output tokens": f"{usage.completion_tokens:,}, of which {usage.reasoning_tokens:,} reasoning",
             "KV caches": f"{used:,.0f} MB of {budget:,.0f} MB",
+            **streamed,
         }
         self._list(rows)
 

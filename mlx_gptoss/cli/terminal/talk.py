@@ -64,6 +64,7 @@ class Talk:
         self.answers, self.seconds = 0, 0.0
         self.last = "none yet"  # what the last answer took
         self.context = 0  # tokens that the next turn starts from
+        self.experts = ""  # how many of those chosen were in memory, when not all are
         self._hinted = False
         self._kept = True  # as long as the last chat could be kept
         self.count()
@@ -159,11 +160,13 @@ class Talk:
     def count(self) -> None:
         """Bring the status line up to date."""
         self.context = len(self.session.tokens)
+        hits = self.llm.stats().expert_hit_rate
+        self.experts = "" if hits is None else f"{hits:.0%} of experts in memory · "
 
     def status(self) -> str:
         """One line: the model, and how full its context is."""
         name = one_line(self.llm.name.rstrip("/").rpartition("/")[2], 24)
-        return f"{name} · {self.context:,} of {self.llm.max_context:,} tokens · /help"
+        return f"{name} · {self.context:,} of {self.llm.max_context:,} tokens · {self.experts}/help"
 
     def change(self, settings: Settings) -> None:
         """Go on under other settings. Raises RequestError and changes nothing when they are wrong."""

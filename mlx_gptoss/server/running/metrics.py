@@ -43,6 +43,13 @@ class Metrics:
         """All series in Prometheus' text format, and a gauge for each number of the engine's own."""
         now = CollectorRegistry()
         for item in dataclasses.fields(engine) if engine is not None else ():
-            title = f"The engine's {item.name.replace('_', ' ')}."
-            Gauge(f"gptoss_engine_{item.name}", title, registry=now).set(getattr(engine, item.name))
+            value, title = getattr(engine, item.name), f"The engine's {item.name.replace('_', ' ')}."
+            if not isinstance(value, tuple):
+                Gauge(f"gptoss_engine_{item.name}", title, registry=now).set(value)
+        if engine is not None and engine.expert_layers:
+            for item in dataclasses.fields(engine.expert_layers[0]):
+                name, title = f"gptoss_layer_expert_{item.name}", f"A layer's {item.name.replace('_', ' ')}."
+                gauge = Gauge(name, title, ["layer"], registry=now)
+                for i, layer in enumerate(engine.expert_layers):
+                    gauge.labels(str(i)).set(getattr(layer, item.name))
         return generate_latest(self._registry) + generate_latest(now)
