@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from mlx_gptoss.checkpoint.layouts import HF, STREAMING
 from mlx_gptoss.convert.manifest import Manifest
 from mlx_gptoss.convert.sources import open_source
 from mlx_gptoss.convert.tensors import SourceTensor, to_float32
@@ -24,6 +26,9 @@ CHUNK_VALUES = 4 << 20  # values of a tensor in memory at a time, or one row whe
 # How far a recorded error may be from the true one, relatively: without the search the converter measures
 # only one chunk in several.
 _TOLERANCE = {"affine": 0.25}
+
+
+Pairs: TypeAlias = list[tuple[SourceTensor, SourceTensor]]
 
 
 @dataclass
@@ -54,13 +59,18 @@ def compare_with_source(
             continue  # scales and biases: their weight's error is theirs
         theirs, ours = stored.get(name), matrix.get(name)
         before = None if ours is None else origin.get(ours.name)
-        if exact and theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
+        stacks = _stacks(name, origin, made)
+        if stacks and exact:
+            error = 0.0 if _same_pieces(stacks, tick) else math.inf
+        elif stacks:
+            error = _measure(stacks, tick)
+        elif exact and theirs is not None and (theirs.dtype, theirs.shape) == (entry.dtype, entry.shape):
             error = 0.0 if _sha256(theirs, tick) == entry.sha256 else math.inf
         elif before is None or ours is None:
             result.problems.append((name, "the source has no such tensor"))
             continue
         else:
-            error = _measure(before, ours, tick)
+            error = _measure([(before, ours)], tick)
         if exact and error == 0.0:
             result.identical.add(name)
         elif exact:
@@ -82,21 +92,41 @@ def _sha256(tensor: SourceTensor, tick: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def _measure(before: SourceTensor, after: SourceTensor, tick: Callable[[int], None]) -> float:
-    """Relative error of the values of one tensor against those of another."""
-    if before.shape != after.shape:
-        raise CheckpointError(
-            f"{after.name}: the source has {list(before.shape)}, expected {list(after.shape)}"
-        )
+def _stacks(name: str, *tensors: dict[str, SourceTensor]) -> list[tuple[SourceTensor, SourceTensor]]:
+    """The source's stacks of experts, and ours, that lie in the records `name`; none for another tensor."""
+    experts, _, last = name.rpartition(".")
+    if last != STREAMING.path("experts.records").rpartition(".")[2]:
+        return []
+    names = [f"{experts}.{HF.path(key).rpartition('.')[2]}" for key in ("experts.gate_up", "experts.down")]
+    origin, made = tensors
+    return [(origin[n], made[n]) for n in names if n in origin and n in made]
+
+
+def _same_pieces(pairs: Pairs, tick: Callable[[int], None]) -> bool:
+    """Whether the blocks and scales of stacks of experts are the same bytes."""
+    return all(
+        _sha256(theirs, tick) == _sha256(ours, lambda count: None)
+        for before, after in pairs
+        for theirs, ours in zip(before.pieces, after.pieces, strict=True)
+    )
+
+
+def _measure(pairs: Pairs, tick: Callable[[int], None]) -> float:
+    """Relative error of the values of some tensors against those of others."""
     error = norm = 0.0
-    first = 0
-    for rows in _chunks(before, tick):
-        last = first + len(rows)
-        values = to_float32(rows)
-        difference = values - to_float32(after.read(first, last))
-        error += float(np.sum(np.square(difference), dtype=np.float64))
-        norm += float(np.sum(np.square(values), dtype=np.float64))
-        first = last
+    for before, after in pairs:
+        if before.shape != after.shape:
+            raise CheckpointError(
+                f"{after.name}: the source has {list(before.shape)}, expected {list(after.shape)}"
+            )
+        first = 0
+        for rows in _chunks(before, tick):
+            last = first + len(rows)
+            values = to_float32(rows)
+            difference = values - to_float32(after.read(first, last))
+            error += float(np.sum(np.square(difference), dtype=np.float64))
+            norm += float(np.sum(np.square(values), dtype=np.float64))
+            first = last
     return math.sqrt(error / norm) if norm else math.sqrt(error)
 
 

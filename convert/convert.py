@@ -20,10 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_gptoss.checkpoint.memory import gigabytes
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.disk import sync_folder, write_file, writing
-from mlx_gptoss.convert.finite import not_finite
+from mlx_gptoss.convert.finite import Watch, not_finite
 from mlx_gptoss.convert.jobs import Chunk, Job, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
@@ -71,6 +73,7 @@ def convert(
     *,
     fast: bool = False,
     mxfp4_search: bool = False,
+    for_streaming: bool = False,
     shard_size: int = SHARD_SIZE,
     tokenizer: str | Path | None = None,
     need_tokenizer: bool = True,
@@ -84,9 +87,10 @@ def convert(
 
     recipe: from `make_recipe` (default mxfp4-q4). fast: MLX's own affine quantiser, errors measured on one
     chunk in 32, and no file hashes (`verify` adds them). mxfp4_search: search the exponents of experts
-    that are not MXFP4 yet. tokenizer: folder of tokenizer files, where the source has none;
-    need_tokenizer=False goes without. restart: throw away an unfinished conversion instead of going on with
-    it. progress is called from worker threads, one at a time.
+    that are not MXFP4 yet. for_streaming: all that an expert has lies side by side, on whole pages, so that
+    one read fetches it; only this package loads that. tokenizer: folder of tokenizer files, where the source
+    has none; need_tokenizer=False goes without. restart: throw away an unfinished conversion instead of going
+    on with it. progress is called from worker threads, one at a time.
 
     Raises ConversionError, ConfigError, CheckpointError, ModelNotFoundError or HubError; `target` does not
     exist then, and what was done is in TARGET.partial for the next run.
@@ -97,14 +101,19 @@ def convert(
     opened = _open(source, revision, offline)
     _require_outside(Path(target).expanduser(), opened)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
-    jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search)
+    jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search, for_streaming=for_streaming)
     layout = lay_out(jobs.outputs, shard_size)
     fingerprint = opened.fingerprint()
     identity = {
         "source": fingerprint,
         "tool version": version("gptoss-mlx"),
         "recipe": recipe.to_dict(),
-        "options": {"fast": fast, "mxfp4_search": mxfp4_search, "shard_size": shard_size},
+        "options": {
+            "fast": fast,
+            "mxfp4_search": mxfp4_search,
+            "for_streaming": for_streaming,
+            "shard_size": shard_size,
+        },
         "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in sidecars.items()},
     }
     small = {"config.json": _json(make_config(opened, jobs), indent=2), **sidecars}
@@ -350,6 +359,8 @@ class _Run:
         tasks: list[Task]
         if job.extent is not None:
             tasks = [partial(self._copy, writer, job, job.extent)]
+        elif job.in_order:
+            tasks = [partial(self._in_order, writer, job)]
         else:
             starts = range(0, job.rows, job.chunk_rows)
             pending = _Pending(len(starts))
@@ -370,8 +381,24 @@ class _Run:
 
     def _copy(self, writer: ShardWriter, job: Job, extent: Extent) -> None:
         self.check_stop()
-        writer.copy(job.name, extent, lambda count: self._tell(count, job.name))
-        self._note(writer, job, 0.0, 0.0)
+        seen = writer.copy(job.name, extent, lambda count: self._tell(count, job.name))
+        self._note(job, [seen], 0.0, 0.0)
+
+    def _in_order(self, writer: ShardWriter, job: Job) -> None:
+        """All chunks of a job with one output, one after the other."""
+        assert job.compute is not None
+        (output,) = job.outputs
+        watch, error, norm = Watch(output.name, output.dtype), 0.0, 0.0
+        for first in range(0, job.rows, job.chunk_rows):
+            self.check_stop()
+            chunk = job.compute(first, min(first + job.chunk_rows, job.rows))
+            (rows,) = chunk.arrays
+            watch.see(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+            writer.write_rows(output.name, first, rows)
+            self._tell(rows.nbytes, job.name)
+            error += chunk.squared_error
+            norm += chunk.squared_norm
+        self._note(job, [watch], error, norm)
 
     def _chunk(self, writer: ShardWriter, job: Job, pending: _Pending, first: int) -> None:
         self.check_stop()
@@ -381,15 +408,13 @@ class _Run:
             writer.write_rows(output.name, first, rows)
         self._tell(sum(rows.nbytes for rows in chunk.arrays), job.name)
         if pending.finish(first, chunk):
-            self._note(writer, job, *pending.totals())
+            # Written in any order, by several threads: the bytes are small, and read once more in theirs.
+            self._note(job, [writer.read_back(output.name) for output in job.outputs], *pending.totals())
 
-    def _note(self, writer: ShardWriter, job: Job, squared_error: float, squared_norm: float) -> None:
-        digests = {}
-        for output in job.outputs:
-            seen = writer.read_back(output.name)
-            if seen.found:
-                raise not_finite(job.sources)
-            digests[output.name] = seen.sha256
+    def _note(self, job: Job, seen: list[Watch], squared_error: float, squared_norm: float) -> None:
+        if any(watch.found for watch in seen):
+            raise not_finite(job.sources)
+        digests = {o.name: watch.sha256 for o, watch in zip(job.outputs, seen, strict=True)}
         with self._lock:
             self.journal.add(job.name, Record(digests, squared_error, squared_norm))
 

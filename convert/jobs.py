@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_gptoss.checkpoint.layouts import HF, MLX
+from mlx_gptoss.checkpoint.layouts import HF, MLX, RECORD_ALIGNMENT, RecordPart, record_parts, record_size
 from mlx_gptoss.checkpoint.safetensors import DTYPES
 from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.convert.finite import not_finite
@@ -40,12 +40,13 @@ _MXFP4_CONFIG = {
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the result."""
+    """A tensor of the result; `alignment`: what its place in a file is a multiple of, bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     packing: Quantization | None = None  # of a packed weight; its scales and biases have none
+    alignment: int = 64
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +66,8 @@ class Job:
     """Makes one or several tensors that share their rows, from the same rows of the source.
 
     `extent`: the bytes of the only output, copied as they are. Else `compute(first, last)` makes the rows
-    [first, last) of every output, `chunk_rows` at a time, in any order and from any thread.
+    [first, last) of every output, `chunk_rows` at a time, in any order and from any thread; `in_order`: the
+    first ones first, for an output so large that it is not read a second time.
     """
 
     part: str
@@ -75,6 +77,7 @@ class Job:
     extent: Extent | None = None
     compute: Callable[[int, int], Chunk] | None = None
     chunk_rows: int = 1
+    in_order: bool = False
 
     @property
     def name(self) -> str:
@@ -107,14 +110,30 @@ class Jobs:
             self.notes.append(text)
 
 
-def make_jobs(source: Source, recipe: Recipe, *, search: bool = True, mxfp4_search: bool = False) -> Jobs:
-    """Decide what is made of every tensor. Raises ConversionError for what cannot be done."""
+def make_jobs(
+    source: Source,
+    recipe: Recipe,
+    *,
+    search: bool = True,
+    mxfp4_search: bool = False,
+    for_streaming: bool = False,
+) -> Jobs:
+    """Decide what is made of every tensor. Raises ConversionError for what cannot be done.
+
+    for_streaming: all that an expert has lies side by side.
+    """
     jobs = Jobs()
+    stacks: list[SourceTensor] = []  # of one layer
     for tensor in source.tensors.values():
         if tensor.path is None:
             jobs.all.append(_plain_job(tensor, tensor.part))
         elif tensor.part != "experts":
             jobs.all.extend(_matrix_jobs(jobs, tensor, recipe, search))
+        elif for_streaming:
+            stacks.append(tensor)
+            if len(stacks) == 2:
+                jobs.all.append(_records_job(source, stacks, search=mxfp4_search))
+                stacks = []
         elif tensor.pieces:
             jobs.all.extend(_plain_job(piece, tensor.part) for piece in tensor.pieces)
         else:
@@ -250,6 +269,40 @@ def _expert_job(tensor: SourceTensor, *, search: bool) -> Job:
     )
     action: Action = "mxfp4-search" if search else "mxfp4"
     return Job("experts", action, tensor.sources, outputs, None, partial(_expert_rows, tensor, search), 1)
+
+
+def _records_job(source: Source, stacks: list[SourceTensor], *, search: bool) -> Job:
+    """The records of a layer's experts, out of its gate_up and its down."""
+    gate_up, down = stacks
+    path = gate_up.path
+    assert path is not None
+    name = path.replace(HF.path("experts.gate_up").rpartition(".")[2], "records")
+    size = record_size(source.config)
+    output = Output(name, "U8", (gate_up.rows, size), MXFP4, RECORD_ALIGNMENT)
+    copied = all(tensor.pieces for tensor in stacks)
+    action: Action = "relayout" if copied else "mxfp4-search" if search else "mxfp4"
+    sources = (*gate_up.sources, *down.sources)
+    compute = partial(_record_rows, record_parts(source.config), size, stacks, search)
+    return Job("experts", action, sources, (output,), None, compute, 1, in_order=True)
+
+
+def _record_rows(
+    parts: list[RecordPart], size: int, stacks: list[SourceTensor], search: bool, first: int, last: int
+) -> Chunk:
+    records = np.zeros((last - first, size), np.uint8)
+    error = norm = 0.0
+    for tensor, key in zip(stacks, ("experts.gate_up", "experts.down"), strict=True):
+        if tensor.pieces:
+            made = Chunk(tuple(piece.read(first, last) for piece in tensor.pieces))
+        else:
+            made = _expert_rows(tensor, search, first, last)
+        if (made.arrays[1] == 255).any():
+            raise not_finite(tensor.sources)
+        for part, array in zip((p for p in parts if p.key == key), made.arrays, strict=True):
+            records[:, part.start : part.end] = array.reshape(last - first, -1)
+        error += made.squared_error
+        norm += made.squared_norm
+    return Chunk((records,), error, norm)
 
 
 def _expert_rows(tensor: SourceTensor, search: bool, first: int, last: int) -> Chunk:

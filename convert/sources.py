@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_gptoss.checkpoint.layouts import HF, Form, Layout, PackingOf, part_of, sizes
+import numpy as np
+
+from mlx_gptoss.checkpoint.layouts import (
+    HF,
+    Form,
+    Layout,
+    PackingOf,
+    RecordPart,
+    part_of,
+    record_parts,
+    sizes,
+)
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import INDEX_NAME
 from mlx_gptoss.convert.gguf_source import gguf_files, read_gguf
@@ -194,6 +205,10 @@ class _Model:
                     f"{self.where}: {path} was requantised to {packing.bits}-bit {packing.mode}, from which "
                     "the MXFP4 weights cannot be restored; convert the checkpoint it was made from instead"
                 )
+        if layout.experts is Form.RECORDS:
+            blocks, scales = self._in_records(key, layer)
+            yield replace(from_mxfp4(target, blocks, scales), name=target, path=target)
+            return
         weights = take(layout.expert_weight)
         if packings[0] is None:
             stack = interleaved([floats(t) for t in weights])
@@ -203,3 +218,15 @@ class _Model:
             scales = interleaved(take(layout.expert_scales)).called(target + HF.expert_scales)
             stack = from_mxfp4(target, blocks, scales)
         yield replace(stack, name=target, path=target)
+
+    def _in_records(self, key: str, layer: int) -> Iterator[SourceTensor]:
+        """Blocks and scales of a stack of experts, cut out of their records."""
+        records = self.raw[self.layout.path("experts.records", layer)]
+        for part in record_parts(self.config):
+            if part.key == key:
+                shape = (records.rows, *part.shape)
+
+                def cut(rows: np.ndarray, part: RecordPart = part) -> np.ndarray:
+                    return rows[:, part.start : part.end].reshape(-1, *part.shape)
+
+                yield records.mapped(cut, shape=shape).called(HF.path(key, layer) + part.ending)

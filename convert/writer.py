@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,11 +19,7 @@ from mlx_gptoss.convert.jobs import Output
 from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.errors import ConversionError
 
-COPY_BYTES = 16 << 20  # copied between two looks at whether to stop
-HASH_BYTES = 1 << 20  # read and hashed at a time: stays in a core's cache
-
-_HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")  # Linux; elsewhere bytes go through memory
-_CANNOT_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY, errno.EPERM)
+COPY_BYTES = 1 << 20  # read, hashed and written at a time: stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,10 @@ def lay_out(outputs: Sequence[Output], shard_size: int) -> ShardLayout:
     """Fill shards of at most `shard_size` bytes of data in order; a larger tensor gets a shard to itself."""
     groups: list[list[Output]] = [[]]
     filled = 0
-    for output in outputs:
-        if groups[-1] and filled + output.nbytes > shard_size:
+    # Those that lie on pages of their own are in files of their own: a tensor must follow the one before it.
+    for output in sorted(outputs, key=lambda output: output.alignment):
+        full = filled + output.nbytes > shard_size
+        if groups[-1] and (full or output.alignment != groups[-1][-1].alignment):
             groups.append([])
             filled = 0
         groups[-1].append(output)
@@ -81,7 +78,7 @@ def lay_out(outputs: Sequence[Output], shard_size: int) -> ShardLayout:
 
 
 def _header(outputs: Sequence[Output]) -> bytes:
-    """The header's length and the header, padded so that the data starts at a multiple of 64 bytes."""
+    """The header's length and the header, padded so that the data starts where the outputs are aligned to."""
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for output in outputs:
@@ -92,7 +89,7 @@ def _header(outputs: Sequence[Output]) -> bytes:
         }
         position += output.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    text += b" " * (-(8 + len(text)) % outputs[0].alignment)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -139,32 +136,28 @@ class ShardWriter:
         with writing(self._folder / shard):
             _write_at(self._files[shard], data, offset)
 
-    def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> None:
-        """Fill a tensor with a run of bytes of another file; `copied` is called with each piece's size."""
+    def copy(self, name: str, extent: Extent, copied: Callable[[int], None]) -> Watch:
+        """Fill a tensor with a run of bytes of another file; a Watch that has seen them.
+
+        `copied` is called with each piece's size.
+        """
         place = self._layout.places[name]
+        watch, done = Watch(name, place.dtype), 0
         with _open_source(extent.path) as source:
-            done = 0
             while done < extent.length:
                 self._stop()
-                got = self._copy_piece(source.fileno(), extent, done, place)
-                if got == 0:
-                    raise ConversionError(f"{extent.path}: became shorter while it was being converted")
-                done += got
-                copied(got)
-
-    def _copy_piece(self, source: int, extent: Extent, done: int, place: TensorInfo) -> int:
-        shard, start = place.path.name, extent.start + done
-        count = min(COPY_BYTES, extent.length - done)
-        if _HAS_COPY_FILE_RANGE:
-            with writing(self._folder / shard):
+                size, start = min(COPY_BYTES, extent.length - done), extent.start + done
                 try:
-                    return os.copy_file_range(source, self._files[shard], count, start, place.start + done)
+                    data = os.pread(source.fileno(), size, start)
                 except OSError as error:
-                    if error.errno not in _CANNOT_COPY:
-                        raise
-        data = os.pread(source, count, start)
-        self._write(shard, memoryview(data), place.start + done)
-        return len(data)
+                    raise _unreadable(extent.path, error) from error
+                if not data:
+                    raise ConversionError(f"{extent.path}: became shorter while it was being converted")
+                watch.see(data)
+                self._write(place.path.name, memoryview(data), place.start + done)
+                done += len(data)
+                copied(len(data))
+        return watch
 
     def read_back(self, name: str) -> Watch:
         """A Watch that has seen the tensor's bytes as they are in the file now."""
@@ -180,9 +173,9 @@ class ShardWriter:
         return digest.hexdigest()
 
     def _read(self, shard: str, start: int, end: int, see: Callable[[bytes], None]) -> None:
-        for offset in range(start, end, HASH_BYTES):
+        for offset in range(start, end, COPY_BYTES):
             self._stop()
-            size = min(HASH_BYTES, end - offset)
+            size = min(COPY_BYTES, end - offset)
             data = os.pread(self._files[shard], size, offset)
             if len(data) < size:
                 raise ConversionError(f"{self._folder / shard}: became shorter while it was being written")
@@ -199,7 +192,11 @@ def _open_source(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be read any more ({error.strerror})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ConversionError:
+    return ConversionError(f"{path}: cannot be read any more ({error.strerror})")
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -37,6 +37,9 @@ GROUP_SIZES = click.Choice(list(map(str, AFFINE_GROUP_SIZES)))
 @click.option("--embedding", **PART_BITS, help="Bits of the embedding; 16 keeps it.")
 @click.option("--group-size", type=GROUP_SIZES, callback=whole, help="Weights sharing a scale.")
 @click.option("--fast", is_flag=True, help="MLX's own quantiser instead of the search; no file hashes.")
+@click.option(
+    "--for-streaming", is_flag=True, help="Lay each expert out in one run, to be read from the disk."
+)
 @click.option("--mxfp4-search", is_flag=True, help="Search the scales of experts that are not MXFP4 yet.")
 @click.option("--shard-size", type=size, help="Most bytes of weights in a file.  [default: 5GB]")
 @click.option("--tokenizer", metavar="FOLDER", help="Where the tokenizer is, when SOURCE has none.")

@@ -207,28 +207,23 @@ def test_two_conversions_cannot_write_to_one_target(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
-@pytest.mark.parametrize("seam", ["_write_at", "copy_file_range"])
 def test_a_disk_that_fills_up_stops_with_one_line_and_a_journal(
     source: Path,
     expected: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: int,
-    seam: str,
 ) -> None:
-    if seam == "copy_file_range" and not hasattr(os, seam):
-        pytest.skip("Linux only")
-    holder = writer if seam == "_write_at" else os
-    original, calls = getattr(holder, seam), []
+    original, calls = writer._write_at, []
 
-    def full(*args: object) -> object:
+    def full(*args: object) -> None:
         calls.append(1)
         if len(calls) > 12:
             raise OSError(code, os.strerror(code))
-        return original(*args)
+        original(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(holder, seam, full)
+        patch.setattr(writer, "_write_at", full)
         with pytest.raises(ConversionError, match="run the same command again") as error:
             convert(source, tmp_path / "made")
     assert ("the disk is full" in one_line(error)) == (code in (errno.ENOSPC, errno.EDQUOT))
@@ -308,21 +303,23 @@ def test_too_little_space_is_said_before_the_first_byte(
     assert not any((tmp_path / "made.partial" / "output").iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux only")
-@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.ENOSYS])
-def test_without_the_systems_copy_the_bytes_are_the_same(
-    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def refuse(*_: object) -> int:
-        assert code is not None
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr(writer, "_HAS_COPY_FILE_RANGE", code is not None)
-    assert files(convert(source, tmp_path / "made").folder) == expected
-
-
 # --- the source
+
+
+def test_a_source_that_cannot_be_read_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread, broken = os.pread, {path.stat().st_ino for path in source.glob("*.safetensors")}
+
+    def fail(descriptor: int, *rest: int) -> bytes:
+        if os.fstat(descriptor).st_ino in broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, *rest)
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ConversionError, match="cannot be read any more") as error:
+        convert(source, tmp_path / "made")
+    one_line(error)
 
 
 @pytest.mark.parametrize("change", ["touch", "append", "truncate", "remove"])
