@@ -89,6 +89,7 @@ def load(
         free,
         beside=SCRATCH + wanted_kv(checkpoint, chosen),
     )
+    checkpoint.unpacked = memory.unpacked
     if memory.slots is not None:
         checkpoint.streaming = ExpertFiles(checkpoint, memory.slots)
         # The experts of so many sequences find places at the same time, whichever they are.
@@ -97,7 +98,8 @@ def load(
     budget, context = plan_context(memory, chosen, free)
     if announce is not None:
         announce(
-            f"{folder.name}: {memory.streamed}weights {gigabytes(memory.weights)}, "
+            f"{folder.name}: {memory.streamed}weights {gigabytes(memory.weights)}"
+            f"{f' ({named} unpacked)' if (named := ' and '.join(memory.unpacked)) else ''}, "
             f"KV cache up to {gigabytes(budget)} (context {context:,} tokens), {gigabytes(free)} free"
         )
     worker = Worker(f"engine {folder.name}")

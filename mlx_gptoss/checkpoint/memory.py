@@ -8,6 +8,7 @@ other floats become the compute dtype.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,8 @@ from mlx_gptoss.model.config import FULL, ModelConfig
 # working set, which is what is counted there, holds the activations alone.
 RUNTIME_BYTES = 400 * 2**20
 GPU_RUNTIME_BYTES = 64 * 2**20
+# The parts worth unpacking, the one that gains most first: attention's matrices see every row of a prompt.
+UNPACKED = ("attention", "head")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class MemoryPlan:
     transient: int  # the largest tensor that is cast while loading: its stored form is alive beside the cast
     expert: Expert
     slots: int | None = None  # experts of a layer that are in memory; None: all
+    unpacked: tuple[str, ...] = ()  # quantised parts that are floats in memory
 
     @property
     def stored(self) -> int:
@@ -150,15 +154,20 @@ def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
     return plan_checkpoint(Checkpoint(Path(folder), dtype))
 
 
-def plan_checkpoint(checkpoint: Checkpoint, slots: int | None = None) -> MemoryPlan:
-    """The plan of a checkpoint whose headers are already read; with `slots`, of one that is streamed."""
+def plan_checkpoint(
+    checkpoint: Checkpoint, slots: int | None = None, unpacked: tuple[str, ...] = ()
+) -> MemoryPlan:
+    """The plan of a checkpoint whose headers are already read.
+
+    slots: see MemoryPlan; with them, the embedding's rows are read as they are wanted. unpacked: parts.
+    """
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     config, transient, expert = checkpoint.config, 0, Expert(0, 0)
     every = config.num_experts * config.num_layers
     for name, tensor in checkpoint.tensors.items():
         spec = checkpoint.specs[name]
         bias = spec.packing is None and len(spec.shape) == 2  # of experts: small, and all in memory
-        whole = _loaded(tensor, spec, checkpoint.dtype)
+        whole = _loaded(tensor, spec, checkpoint.dtype, unpacked)
         if spec.part == "experts" and len(spec.shape) == 2 and not bias:  # records: without their padding
             whole = config.num_experts * record_parts(config)[-1].end
         loaded = whole
@@ -187,7 +196,7 @@ def plan_checkpoint(checkpoint: Checkpoint, slots: int | None = None) -> MemoryP
     parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
     one = Expert(expert.stored // every, expert.loaded // every)
     layout = checkpoint.layout.name
-    return MemoryPlan(config, layout, checkpoint.dtype, tuple(parts), transient, one, slots)
+    return MemoryPlan(config, layout, checkpoint.dtype, tuple(parts), transient, one, slots, unpacked)
 
 
 def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: int) -> MemoryPlan:
@@ -199,7 +208,7 @@ def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: i
     whole, config = plan_checkpoint(checkpoint), checkpoint.config
     if wanted == "all" or (wanted == "auto" and whole.total() + beside <= free):
         whole.require(free)
-        return whole
+        return _unpacked(checkpoint, whole, free - beside)
     fewest = config.experts_per_token
     least = plan_checkpoint(checkpoint, fewest)
     if isinstance(wanted, int):
@@ -213,11 +222,24 @@ def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: i
             )
         if slots >= config.num_experts:
             whole.require(free)
-            return whole
+            return _unpacked(checkpoint, whole, free - beside)
     else:
         slots = max(fewest, fewest + (free - beside - least.total()) // least.slot)
     made = plan_checkpoint(checkpoint, min(slots, config.num_experts))
     made.require(free)
+    return _unpacked(checkpoint, made, free - beside)
+
+
+def _unpacked(checkpoint: Checkpoint, made: MemoryPlan, room: int) -> MemoryPlan:
+    """The plan with quantised parts unpacked where they fit and that pays: on the CPU backend, whose
+    quantised products are slower than the host's BLAS.
+    """
+    if on_gpu() or checkpoint.dtype != mx.float32:
+        return made
+    for part in UNPACKED:
+        more = plan_checkpoint(checkpoint, made.slots, (*made.unpacked, part))
+        if more.weights > made.weights and more.total() <= room:
+            made = more
     return made
 
 
@@ -237,8 +259,10 @@ def _format(tensor: TensorInfo, spec: TensorSpec) -> str:
     return packing.mode if packing.mode != "affine" else f"affine {packing.bits}-bit / {packing.group_size}"
 
 
-def _loaded(tensor: TensorInfo, spec: TensorSpec, dtype: mx.Dtype) -> int:
+def _loaded(tensor: TensorInfo, spec: TensorSpec, dtype: mx.Dtype, unpacked: Collection[str]) -> int:
     """Bytes in memory once reader.py has read it."""
+    if spec.part in unpacked and spec.packing is not None:
+        return tensor.nbytes * 8 // spec.packing.bits * dtype.size if tensor.dtype == "U32" else 0
     kept = spec.part == "embedding" and spec.packing is None
     return tensor.nbytes if kept or tensor.dtype not in FLOATS else prod(tensor.shape) * dtype.size
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.finite import not_finite
-from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout, record_parts
+from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout, part_of, record_parts
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.device import on_gpu, parse_dtype
 from mlx_gptoss.errors import CheckpointError, ConfigError
@@ -50,6 +50,7 @@ class Checkpoint:
         self.layout = detect_layout(self.tensors, folder)
         self._quantization = _read_quantization(self.raw_config)
         self.streaming: Streaming | None = None  # set where not all experts are to be in memory
+        self.unpacked: tuple[str, ...] = ()  # quantised parts that are to be floats in memory
         self._unchecked: list[tuple[str, mx.array]] = []
         self._files: dict[Path, dict[str, mx.array]] = {}
         self.specs = {spec.name: spec for spec in self.layout.tensors(self.config, self.quantization_of)}
@@ -109,6 +110,8 @@ class Checkpoint:
         Every projection of the graph is made here, so a subclass may wrap them all.
         """
         matrices = [self._matrix(self.layout.path(key, layer)) for key in keys]
+        if part_of(keys[0]) in self.unpacked:
+            matrices = [Matrix(m.dense(self.dtype)) for m in matrices]
         joined = stack_rows(matrices)
         return Stacked([_applied(m) for m in matrices]) if joined is None else _applied(joined, bias)
 

@@ -15,8 +15,10 @@ from mlx_gptoss.cli.tables import show_table
 
 if TYPE_CHECKING:
     from mlx_gptoss.checkpoint.memory import MemoryPlan
+    from mlx_gptoss.checkpoint.reader import Checkpoint
 
 CONTEXTS = (4096, 32_768, 131_072)
+MACS = (8, 16, 24, 32, 48, 64, 96, 128)  # GB of memory
 
 
 @click.command()
@@ -30,10 +32,11 @@ def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, 
     the memory it needs, without loading it.
     """
     from mlx_gptoss.checkpoint.hub import resolve
-    from mlx_gptoss.checkpoint.memory import plan
+    from mlx_gptoss.checkpoint.memory import plan_checkpoint
+    from mlx_gptoss.checkpoint.reader import Checkpoint
 
-    folder = resolve(model, revision=revision, offline=offline)
-    report = describe(model, plan(folder, dtype))
+    checkpoint = Checkpoint(resolve(model, revision=revision, offline=offline), dtype)
+    report = describe(model, plan_checkpoint(checkpoint)) | by_memory(checkpoint)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -65,6 +68,35 @@ def describe(model: str, made: MemoryPlan) -> dict[str, Any]:
         ],
         "machine": {"memory": total_memory(), "free": free},
     }
+
+
+def by_memory(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the model runs in what is free here, and on Macs of several sizes; null where it does not."""
+    from mlx_gptoss.checkpoint.expectation import expected_hits, macs_working_set, read_from_disk
+    from mlx_gptoss.checkpoint.memory import plan_experts
+    from mlx_gptoss.device import available_memory
+    from mlx_gptoss.engine.options import EngineOptions
+    from mlx_gptoss.errors import MemoryLimitError
+    from mlx_gptoss.llm import SCRATCH, wanted_kv
+
+    beside, experts = SCRATCH + wanted_kv(checkpoint, EngineOptions()), checkpoint.config.num_experts
+
+    def row(room: int) -> dict[str, Any] | None:
+        try:
+            made = plan_experts(checkpoint, "auto", room, beside)
+        except MemoryLimitError:
+            return None
+        slots = experts if made.slots is None else made.slots
+        return {
+            "experts_in_memory": slots,
+            "expected_hit_rate": expected_hits(slots, experts),
+            "read_from_disk_per_token": read_from_disk(made),
+            "unpacked": made.unpacked,
+            "weights": made.weights,
+        }
+
+    macs = [{"memory": size, "plan": row(macs_working_set(size * 2**30))} for size in MACS]
+    return {"macs": macs, "here": row(available_memory())}
 
 
 def _print_tables(report: dict[str, Any]) -> None:
@@ -100,6 +132,32 @@ def _print_tables(report: dict[str, Any]) -> None:
         fits = Text("yes", "green") if c["fits"] else Text("no", "red")
         rows.append((f"{c['tokens']:,}", gigabytes(c["kv"]), gigabytes(c["total"]), fits))
     show_table(("context", "KV cache", "memory in all", "fits now"), rows, left=0)
+    _show_macs(report, a["num_experts"])
     console.print(
-        f"this machine: {gigabytes(machine['memory'])} of memory, {gigabytes(machine['free'])} free"
+        f"this machine: {gigabytes(machine['memory'])} of memory, {gigabytes(machine['free'])} free: "
+        f"{_in_words(report['here'], a['num_experts'])}"
     )
+
+
+def _show_macs(report: dict[str, Any], experts: int) -> None:
+    from mlx_gptoss.checkpoint.memory import gigabytes
+
+    rows: list[tuple[str | Text, ...]] = []
+    for mac in report["macs"]:
+        made = mac["plan"]
+        if made is None:
+            rows.append((f"{mac['memory']} GB", Text("does not fit", "red"), "", ""))
+            continue
+        read = made["read_from_disk_per_token"]
+        held, hits = f"{made['experts_in_memory']} of {experts}", f"{made['expected_hit_rate']:.0%}"
+        rows.append((f"{mac['memory']} GB", held, hits, gigabytes(read) if read else "nothing"))
+    show_table(("a Mac with", "experts in memory", "hits (a model's)", "SSD/token"), rows, left=0)
+
+
+def _in_words(made: dict[str, Any] | None, experts: int) -> str:
+    if made is None:
+        return "the model does not fit"
+    unpacked = " and ".join(made["unpacked"])
+    held = made["experts_in_memory"]
+    where = "every expert in memory" if held == experts else f"{held} of {experts} experts a layer in memory"
+    return where + (f", {unpacked} unpacked" if unpacked else "")

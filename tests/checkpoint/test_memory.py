@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
@@ -19,6 +20,7 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, load_model, read_model
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.cache import SequenceCache
+from tests.model.test_parity import feed
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import SHAPES, MlxRecipe, Shape
 from tests.support.sparse_checkpoint import write_sparse
@@ -148,6 +150,29 @@ def test_less_than_a_token_needs_is_refused_with_numbers(tmp_path: Path) -> None
     ) as error:
         plan_experts(checkpoint, "auto", 4 * GB, beside=GB)
     assert error.value.needed and error.value.needed > 4 * GB == error.value.available
+
+
+@pytest.mark.skipif(on_gpu(), reason="the CPU backend's own plan")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_parts_are_unpacked_where_memory_allows(tmp_path: Path, bits: int) -> None:
+    folder = write_checkpoint(tmp_path, Shape(), layout="mlx", recipe=MlxRecipe(bits))
+    packed, tight = (
+        plan(folder, "float32"),
+        plan_checkpoint(Checkpoint(folder, "float32"), None, ("attention",)),
+    )
+    assert tight.weights > packed.weights
+    rooms = {packed.total(): (), tight.total(): ("attention",), 10**10: ("attention", "head")}
+    logits = []
+    for room, unpacked in rooms.items():
+        checkpoint = Checkpoint(folder, "float32")
+        made = plan_experts(checkpoint, "auto", room, beside=0)
+        assert made.unpacked == unpacked and made.slots is None
+        checkpoint.unpacked = made.unpacked
+        model = read_model(checkpoint)
+        assert made.weights == sum(a.nbytes for a in model.arrays())
+        logits.append(feed(model, np.arange(30), [20] + [1] * 10))
+    assert all(np.abs(found - logits[0]).max() < 1e-4 for found in logits)
+    assert plan_experts(Checkpoint(folder, "bfloat16"), "auto", 10**10, beside=0).unpacked == ()
 
 
 def test_the_cache_of_one_sequence_is_what_is_planned(tmp_path: Path) -> None:
