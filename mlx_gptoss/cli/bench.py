@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,13 @@ from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from mlx_gptoss.checkpoint.memory import MemoryPlan
     from mlx_gptoss.llm import LLM
 
 # Bytes read to measure the memory's bandwidth: more than any cache holds.
 STREAMED = 512 * 2**20
+# Reads from the disk at a time.
+DEPTHS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,21 @@ UNITS = (
 @click.option("--batches", default="1,4", show_default=True, help="Requests at once.")
 @click.option("--tokens", default=32, show_default=True, help="Tokens to generate in each run.")
 @click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this runtime as well.")
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write to this file which experts were chosen; see docs/memory.md.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @model_options
 def bench(
-    source: ModelSource, contexts: str, batches: str, tokens: int, compare: str | None, as_json: bool
+    source: ModelSource,
+    contexts: str,
+    batches: str,
+    tokens: int,
+    compare: str | None,
+    trace: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure MODEL's speed on this machine.
 
@@ -84,8 +99,12 @@ def bench(
     folder = Path(source.model)
     memory = plan(folder, source.dtype)
     bandwidth = measure_bandwidth()
-    with source.load() as llm:
+    with ExitStack() as stack:
+        llm = stack.enter_context(source.load())
+        if trace is not None:
+            stack.enter_context(traced(llm, trace))
         rows = list(measure_engine(llm, lengths, counts, tokens))
+        experts = measure_experts(llm, memory, bandwidth, tokens) if llm.stats().expert_layers else None
     peak = peak_memory()
     if compare:
         rows += measure_mlx_lm(folder, lengths, tokens)
@@ -103,12 +122,54 @@ def bench(
         "peak_memory_bytes": peak,
         "bandwidth_bytes_per_second": bandwidth,
         "machine": describe(),
+        "experts": experts,
         "rows": [asdict(row) | {"bandwidth_share": share(row)} for row in rows],
     }
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+
+
+@contextmanager
+def traced(llm: LLM, path: Path) -> Iterator[None]:
+    """Write a trace of what runs meanwhile."""
+    from mlx_gptoss.model.trace import TraceWriter
+
+    runner, worker = llm.engine.scheduler.runner, llm.engine.worker
+    with path.open("w", encoding="utf-8") as file:
+        trace = TraceWriter(file, llm.config)
+        worker.call(lambda: runner.tell_choices(trace.step))
+        yield
+        worker.call(lambda: runner.tell_choices(None))
+        counts = worker.call(runner.expert_counts)
+        if counts:
+            trace.end(counts[0].slots, [c.misses for c in counts])
+
+
+def measure_experts(llm: LLM, memory: MemoryPlan, bandwidth: float, tokens: int) -> dict[str, Any]:
+    """Hits and reads of one request, its speed, and the speed that the memory and the disk would allow."""
+    from mlx_gptoss.checkpoint.disk_speed import read_rate
+
+    largest = max(llm.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    rates = {depth: read_rate(largest, memory.expert.stored, depth) for depth in DEPTHS}
+    before = llm.stats()
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
+    stream = llm.submit([1], params)
+    list(stream)
+    after = llm.stats()
+    misses = after.expert_misses - before.expert_misses
+    chosen = misses + after.expert_hits - before.expert_hits
+    read = (after.expert_read_bytes - before.expert_read_bytes) / tokens
+    return {
+        "slots": after.expert_layers[0].slots,
+        "hit_rate": 1 - misses / chosen,
+        "read_per_token": read,
+        "wait_per_token": (after.expert_wait_seconds - before.expert_wait_seconds) / tokens,
+        "disk_bytes_per_second": rates,
+        "decode_rate": (tokens - 1) / (stream.decode_seconds or 1.0),
+        "predicted_decode_rate": 1 / (memory.read_per_token / bandwidth + read / rates[4]),
+    }
 
 
 def _numbers(text: str, name: str) -> list[int]:
@@ -200,6 +261,8 @@ def _print(report: dict[str, Any]) -> None:
     )
     click.echo(f"memory bandwidth measured here: {gigabytes(report['bandwidth_bytes_per_second'])}/s")
     click.echo(", ".join(f"{k} {v}" for k, v in report["machine"].items()))
+    if report["experts"]:
+        click.echo(_of_experts(report["experts"]))
     click.echo(f"{UNITS}\n")
     headings = [heading for heading, _ in COLUMNS.values()]
     rows = [
@@ -222,3 +285,13 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
         numbers = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
         lines.append(f"| {' | '.join([first.ljust(widths[0]), *numbers])} |")
     return lines
+
+
+def _of_experts(experts: dict[str, Any]) -> str:
+    rates = ", ".join(f"{n / 1e9:.2f} at {d}" for d, n in experts["disk_bytes_per_second"].items())
+    return (
+        f"{experts['slots']} experts a layer in memory: {experts['hit_rate']:.1%} hits, "
+        f"{experts['read_per_token'] / 1e6:,.0f} MB read and {experts['wait_per_token'] * 1e3:,.0f} ms "
+        f"waited a token; the disk gives {rates} reads at a time (GB/s); {experts['decode_rate']:.2f} tok/s, "
+        f"{experts['predicted_decode_rate']:.2f} where memory and disk are all that takes time"
+    )

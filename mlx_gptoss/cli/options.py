@@ -32,7 +32,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
 
-
 def size(text: str) -> int:
     """A number of bytes. Raises BadParameter."""
     found = parse_size(text)

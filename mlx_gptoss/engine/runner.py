@@ -18,6 +18,7 @@ from mlx_gptoss.model.cache import GROW_MIN, KVBits, SequenceCache, WindowState
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
+from mlx_gptoss.model.trace import Write, tell_choices
 
 Spans: TypeAlias = list[list[mx.array]]
 
@@ -85,6 +86,10 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def tell_choices(self, write: Write | None) -> None:
+        """From now on `write` is told which experts every step chose in each layer; None ends it."""
+        ...
+
     def expert_counts(self) -> list[StreamCounts]:
         """What the layers did whose experts are not all in memory."""
         ...
@@ -121,6 +126,9 @@ class LocalRunner:
     def close(self) -> None:
         if self._usage is not None and self.streamed:
             self._usage.save(self.streamed)
+
+    def tell_choices(self, write: Write | None) -> None:
+        tell_choices(self._model, write)
 
     def expert_counts(self) -> list[StreamCounts]:
         return [replace(experts.counts) for experts in self.streamed]

@@ -60,4 +60,5 @@ def hit_rate(layers: Sequence[StreamCounts]) -> float | None:
 def expert_totals(layers: Sequence[StreamCounts]) -> dict[str, Any]:
     """The fields of EngineStats that tell of streamed experts."""
     sums = {f"expert_{f.name}": sum(getattr(c, f.name) for c in layers) for f in fields(StreamCounts)}
+    del sums["expert_slots"]
     return {**sums, "expert_layers": tuple(layers)}

@@ -58,9 +58,11 @@ class Records(Protocol):
 class StreamCounts:
     """What a layer did so far. Hits and misses count each expert of a step once; times are seconds.
 
-    Several readers read at a time, and a step goes on meanwhile: it waits less than they read.
+    Several readers read at a time, and a step goes on meanwhile: it waits less than they read. slots: how
+    many experts find a place.
     """
 
+    slots: int
     hits: int = 0
     misses: int = 0
     read_bytes: int = 0
@@ -79,7 +81,7 @@ class Block:
 
 
 Reading: TypeAlias = list[tuple[int, int, Sequence[Future[Read]]]]
-Trace: TypeAlias = Callable[[np.ndarray], None]
+Told: TypeAlias = Callable[[np.ndarray], None]
 
 
 class StreamedExperts:
@@ -90,8 +92,8 @@ class StreamedExperts:
     """
 
     def __init__(self, inner: ExpertsInMemory, slots: Slots, records: Records, *, lazy: bool) -> None:
-        self.slots, self.counts = slots, StreamCounts()
-        self.trace: Trace | None = None  # told of every step what was chosen, int [T, k]
+        self.slots, self.counts = slots, StreamCounts(slots.count)
+        self.trace: Told | None = None  # told of every step what was chosen, int [T, k]
         self._inner, self._records, self._lazy = inner, records, lazy
         self._last: mx.array | None = None
 
@@ -132,7 +134,7 @@ class StreamedExperts:
     def prepare(self, experts: Sequence[int]) -> None:
         """Read these, at most as many as there are slots, before they are chosen."""
         self._hold(experts)
-        self.counts = StreamCounts()
+        self.counts = StreamCounts(self.slots.count)
 
     def _note(self, chosen: np.ndarray) -> list[int]:
         if self.trace is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gptoss.cli import run
+from mlx_gptoss.model.trace import read_trace
 from tests.support.checkpoints import write_checkpoint
 
 
@@ -50,3 +51,18 @@ def test_wrong_numbers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--contexts is 'a'" in capsys.readouterr().err
     assert run(["bench", str(tmp_path), "--tokens", "1"]) == 1
     assert "tokens is 1" in capsys.readouterr().err
+
+
+def test_streamed_experts_are_measured_and_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_checkpoint(tmp_path / "model"))
+    trace = tmp_path / "trace.jsonl"
+    few = ["--contexts", "8", "--batches", "1", "--tokens", "3", "--kv-budget", "32MB"]
+    words = ["bench", folder, *few, "--expert-memory", "450kB", "--trace", str(trace)]
+    assert run([*words, "--json"]) == 0
+    experts = json.loads(capsys.readouterr().out)["experts"]
+    assert experts["slots"] == 5 and 0 <= experts["hit_rate"] <= 1
+    assert experts["read_per_token"] > 0 and experts["predicted_decode_rate"] > 0
+    assert set(experts["disk_bytes_per_second"]) == {"1", "4", "8"}
+    assert read_trace(trace).slots == 5
+    assert run(words) == 0
+    assert "5 experts a layer in memory" in capsys.readouterr().out
