@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-dev.lock
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint $(LOCK)
 
-.PHONY: demo test check coverage lowest lock fuzz mutants docs golden clients page clean
+.PHONY: demo test check coverage lowest lock fuzz mutants streaming docs golden clients page clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -49,6 +49,15 @@ fuzz: $(VENV)/.installed-test
 # Flip comparisons and shift numbers at 400 places, one at a time: do the tests notice? See docs/mutants.md.
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.mutants $(MUTANTS)
+
+# A random 20b of 13.8 GB, and its 4-bit conversion, under hard limits on memory (Linux, as root).
+STREAMED := build/streamed
+streaming: $(VENV)/.installed-test
+	test -d $(STREAMED)/20b || $(BIN)/python -m tests.support.checkpoints --shape 20b --out $(STREAMED)/20b
+	test -d $(STREAMED)/q4 || $(BIN)/mlx-gptoss convert $(STREAMED)/20b $(STREAMED)/q4 --fast --no-tokenizer
+	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/20b --limit 9GB
+	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 6GB
+	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 4GB
 
 # Write docs/cli.md again from the commands' own help.
 docs: $(VENV)/.installed

@@ -1,0 +1,302 @@
+"""What streaming experts costs, and whether it keeps to its plan.
+
+    python -m benchmarks.streaming layer FOLDER          one layer, streamed beside resident
+    python -m benchmarks.streaming prefill FOLDER        a prompt of 2,000 tokens: reads, and time
+    python -m benchmarks.streaming fit FOLDER --limit 4GB [--tokens 8]
+                                     loads and decodes under a hard limit (a control group of Linux, as root)
+    python -m benchmarks.streaming crowd FOLDER [--requests 2000]
+                                     many short requests at a time with six slots, tokens compared
+
+FOLDER is a checkpoint; tests.support.checkpoints writes random ones of any size, and
+tests.support.sparse_checkpoint ones of true sizes without their bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.checkpoint.disk_speed import read_rate
+from mlx_gptoss.checkpoint.expert_file import ExpertFiles
+from mlx_gptoss.checkpoint.memory import plan_checkpoint
+from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.device import limit_memory, peak_rss
+from mlx_gptoss.llm import load
+from mlx_gptoss.model.batch import Batch, Segment
+from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.streamed import StreamedExperts
+from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sizes import parse_size
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def streamed_layer(folder: Path, slots: int, layer: int = 1) -> StreamedExperts:
+    checkpoint = Checkpoint(folder)
+    checkpoint.streaming = ExpertFiles(checkpoint, slots)
+    experts = checkpoint.layer(layer).moe.experts
+    assert isinstance(experts, StreamedExperts)
+    mx.eval(experts.arrays())
+    return experts
+
+
+def book(experts: StreamedExperts, ids: np.ndarray) -> None:
+    """What a step without misses does beside computing."""
+    slots = experts.slots
+    slots.claim(slots.waves(slots.note(ids), ids)[0])
+    mx.eval(mx.array(slots.table[ids]))
+
+
+class PlainReads:
+    """An expert's bytes, read by one preadv after the other into plain memory."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
+        layout = checkpoint.layout
+        names = [layout.path(key, layer) for key in (*layout.gate_up, "experts.down")]
+        wanted = [
+            t
+            for name, t in checkpoint.tensors.items()
+            if any(name.startswith(n) for n in names) and len(t.shape) > 2
+        ]
+        self._spans = [(os.open(t.path, os.O_RDONLY), t.start, t.nbytes // t.shape[0]) for t in wanted]
+        self._into = [np.zeros(size, np.uint8) for _, _, size in self._spans]
+
+    def read(self, expert: int) -> None:
+        for (descriptor, start, size), into in zip(self._spans, self._into, strict=True):
+            assert os.preadv(descriptor, [into.data], start + expert * size) == size
+
+
+def layer_costs(folder: Path, rounds: int) -> dict[str, float]:
+    """Alternating on the same rows, so that what else the machine does falls on both."""
+    checkpoint = Checkpoint(folder)
+    config, rng = checkpoint.config, np.random.default_rng(0)
+    layer = checkpoint.layer(1)
+    mx.eval(layer.arrays())
+    count, k = config.num_experts, config.experts_per_token
+    whole, few = streamed_layer(folder, count), streamed_layer(folder, 2 * k)
+    whole.prepare(range(count))
+    cache = SequenceCache(config, checkpoint.dtype)
+    batch = Batch([Segment(1, cache)], k)
+    x = mx.random.normal((1, config.hidden_size)).astype(checkpoint.dtype)
+    mx.eval(x)
+
+    def timed(experts: Any, ids: np.ndarray) -> float:
+        chosen = mx.array(ids[None].astype(np.uint32))
+        mx.eval(chosen)
+        return seconds(lambda: mx.eval(experts(x, chosen, batch)))
+
+    def whole_layer() -> float:
+        rows = layer.attention(x, Batch([Segment(1, SequenceCache(config, checkpoint.dtype))], k))
+        return seconds(lambda: mx.eval(layer.moe(rows, batch)))
+
+    resident, hit, missed, reads, layers, booked = [], [], [], [], [], []
+    plain = PlainReads(checkpoint, 1)
+    for _ in range(rounds):
+        ids = rng.choice(count, k, replace=False)
+        resident.append(timed(layer.moe.experts, ids))
+        hit.append(timed(whole, ids) - resident[-1])
+        layers.append(whole_layer())
+        booked.append(seconds(partial(book, whole, ids[None])))
+        order = rng.permutation(count).tolist()
+        absent = next(e for e in order if e not in few.slots.held)
+        held = [e for e in few.slots.held if e != absent][-(k - 1) :] or order[: k - 1]
+        before = few.counts.misses
+        spent = timed(few, np.array([*held, absent]))
+        if few.counts.misses == before + 1:
+            missed.append(spent - resident[-1] - statistics.median(hit))
+            reads.append(seconds(partial(plain.read, absent)))
+    median = statistics.median
+    return {
+        "a layer, every expert resident, ms": median(layers) * 1e3,
+        "more with every expert in a slot, ms": median(hit) * 1e3,
+        "more, of the layer, %": median(hit) / median(layers) * 100,
+        "slot map and upload, us": median(booked) * 1e6,
+        "a miss, ms": median(missed) * 1e3,
+        "plain preadv of what a miss reads, ms": median(reads) * 1e3,
+        "a miss, times plain preadv": median(missed) / median(reads),
+    }
+
+
+def disk_costs(folder: Path) -> dict[str, float]:
+    """Reading absent experts by our readers against plain reads of the file, both past the page cache."""
+    checkpoint = Checkpoint(folder)
+    plan = plan_checkpoint(checkpoint)
+    paths = sorted({t.path for t in checkpoint.tensors.values()}, key=lambda p: -p.stat().st_size)
+    rates = {depth: read_rate(paths[0], plan.expert.stored, depth) for depth in (1, 4, 8)}
+    slots = checkpoint.config.num_experts
+    found = []
+    for layer in (0, 1, 2):
+        experts = streamed_layer(folder, slots, min(layer, checkpoint.config.num_layers - 1))
+        for path in paths:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        spent = seconds(lambda e=experts: e.prepare(range(slots)))  # type: ignore[misc]
+        found.append(slots * plan.expert.stored / spent)
+    return {
+        **{f"the disk at {depth} reads at a time, GB/s": rate / 1e9 for depth, rate in rates.items()},
+        "our readers, GB/s": statistics.median(found) / 1e9,
+        "our readers, of the disk at 4": statistics.median(found) / rates[4],
+    }
+
+
+def prefill(folder: Path, tokens: int) -> dict[str, float]:
+    """A prompt through few slots, against computing alone (every expert held) and reading alone."""
+    found: dict[str, float] = {}
+    rng = np.random.default_rng(0)
+    checkpoint = Checkpoint(folder)
+    layers, count = checkpoint.config.num_layers, checkpoint.config.num_experts
+    prompt = rng.integers(0, checkpoint.config.vocab_size, tokens).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=1, stop_token_ids=())
+    for name, slots in (("resident", None), ("streamed", 8)):
+        memory = "all" if slots is None else (plan_checkpoint(checkpoint, slots).slot * slots)
+        with load(folder, expert_memory=memory) as llm:
+            list(llm.submit(prompt[:4], params))
+            before = llm.stats()
+            found[f"{name}, s"] = seconds(lambda llm=llm: list(llm.submit(prompt, params)))  # type: ignore[misc]
+            after = llm.stats()
+            if slots is not None:
+                misses = after.expert_misses - before.expert_misses
+                found["experts read, of all"] = misses / (layers * count)
+                found["most reads of an expert"] = max(
+                    -(-(a.misses - b.misses) // count)
+                    for a, b in zip(after.expert_layers, before.expert_layers, strict=True)
+                )
+                found["waited for reads, s"] = after.expert_wait_seconds - before.expert_wait_seconds
+                size = (after.expert_read_bytes - before.expert_read_bytes) / 1e9
+                largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+                rate = read_rate(largest, checkpoint_record(checkpoint), 4)
+                found["reading alone, s"] = size * 1e9 / rate
+    slower = max(found["resident, s"], found["reading alone, s"])
+    found["streamed, times the slower of computing and reading"] = found["streamed, s"] / slower
+    return found
+
+
+def checkpoint_record(checkpoint: Checkpoint) -> int:
+    return plan_checkpoint(checkpoint).expert.stored
+
+
+@contextlib.contextmanager
+def limited(limit: int) -> Iterator[Path]:
+    """A control group with a hard limit on memory, page cache included."""
+    group = GROUPS / f"streaming-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def fit(folder: Path, limit: int, tokens: int, memory: str) -> dict[str, Any]:
+    """Load and decode in a process of its own that the system ends above the limit."""
+    with limited(limit) as group:
+
+        def enter() -> None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        command = [sys.executable, "-m", "benchmarks.streaming", "inside", str(folder)]
+        command += ["--tokens", str(tokens), "--expert-memory", memory]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+        if done.returncode:
+            raise SystemExit(f"it ended with {done.returncode}: out of memory, or the error above")
+        found: dict[str, Any] = json.loads(done.stdout)
+        found["limit, GB"] = limit / 1e9
+        found["failures of the limit"] = int((group / "memory.failcnt").read_text())
+        return found
+
+
+def inside(folder: Path, tokens: int, memory: str) -> dict[str, Any]:
+    lines: list[str] = []
+    start = time.perf_counter()
+    with load(folder, expert_memory=memory, max_context=256, announce=lines.append) as llm:
+        loaded = time.perf_counter() - start
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
+        stream = llm.submit([1, 2, 3, 4], params)
+        out = [output.token_id for output in stream]
+        stats = llm.stats()
+        slots = stats.expert_layers[0].slots if stats.expert_layers else None
+        planned = plan_checkpoint(Checkpoint(folder), slots).total(256)
+        return {
+            "plan": lines[0],
+            "loading, s": loaded,
+            "tokens": out,
+            "tokens/s": (tokens - 1) / (stream.decode_seconds or 1.0),
+            "hit rate": stats.expert_hit_rate,
+            "planned, GB": planned / 1e9,
+            "peak resident, GB": peak_rss() / 1e9,
+            "peak of the plan": peak_rss() / planned,
+        }
+
+
+def crowd(folder: Path, requests: int) -> dict[str, Any]:
+    """Requests that come eight at a time, on six slots and on all experts: the same tokens?"""
+    checkpoint = Checkpoint(folder)
+    slot = plan_checkpoint(checkpoint, 6).slot
+    params = SamplingParams(temperature=0.0, max_tokens=4, stop_token_ids=())
+    rng = np.random.default_rng(0)
+    vocab = checkpoint.config.vocab_size
+    prompts = [rng.integers(0, vocab, rng.integers(1, 20)).tolist() for _ in range(requests)]
+    found: dict[str, Any] = {}
+    outputs = []
+    for memory in ("all", 6 * slot):
+        with load(folder, expert_memory=memory) as llm:
+            start = time.perf_counter()
+            done: list[list[int]] = []
+            for first in range(0, requests, 64):
+                streams = [llm.submit(p, params) for p in prompts[first : first + 64]]
+                done += [[output.token_id for output in stream] for stream in streams]
+            found[f"{memory}: s"] = time.perf_counter() - start
+            outputs.append(done)
+    found["requests with other tokens"] = sum(a != b for a, b in zip(*outputs, strict=True))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["layer", "prefill", "fit", "inside", "crowd"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--limit", default="4GB")
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--expert-memory", default="auto")
+    args = parser.parse_args()
+    limit_memory(0)
+    found = {
+        "layer": lambda: layer_costs(args.folder, args.rounds) | disk_costs(args.folder),
+        "prefill": lambda: prefill(args.folder, args.prompt),
+        "fit": lambda: fit(args.folder, parse_size(args.limit) or 0, args.tokens, args.expert_memory),
+        "inside": lambda: inside(args.folder, args.tokens, args.expert_memory),
+        "crowd": lambda: crowd(args.folder, args.requests),
+    }[args.what]()
+    if args.what == "inside":
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()
