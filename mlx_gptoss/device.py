@@ -115,6 +115,17 @@ def _left_to_cgroup() -> int:
     return left
 
 
+def memory_is_short() -> bool:
+    """Whether macOS asks programs to give memory back; elsewhere False."""
+    if sys.platform != "darwin":
+        return False
+    level = ctypes.c_int(0)
+    size = ctypes.c_size_t(ctypes.sizeof(level))
+    name = b"kern.memorystatus_vm_pressure_level"  # 1 normal, 2 warning, 4 critical
+    failed = ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(level), ctypes.byref(size), None, 0)
+    return not failed and level.value > 1
+
+
 def limit_memory(weights: int) -> None:
     """Bound what MLX keeps of freed buffers, and let a Mac wire the model's memory, so it is never paged out.
 

@@ -29,11 +29,11 @@ from mlx_gptoss.device import on_gpu
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.files import open_uncached
 from mlx_gptoss.model.cpu import HostExperts
-from mlx_gptoss.model.experts import ResidentExperts
+from mlx_gptoss.model.experts import ExpertsInMemory, ResidentExperts
 from mlx_gptoss.model.matrix import Embedding, Matrix
 from mlx_gptoss.model.quantization import Quantization
 from mlx_gptoss.model.slots import Slots
-from mlx_gptoss.model.streamed import Read, StreamedExperts
+from mlx_gptoss.model.streamed import Read, Records, StreamedExperts
 
 # Reads at a time: a disk is at its best from four to eight.
 READERS = 8
@@ -161,13 +161,14 @@ class ExpertFiles:
         gate_up = StackPieces(checkpoint, checkpoint.layout.gate_up, layer, 0)
         down = StackPieces(checkpoint, ["experts.down"], layer, len(gate_up.shapes))
         mx.eval(bias)
-        records = LayerRecords(self, [gate_up, down], bias)
-        weights = checkpoint.expert_weights(
-            gate_up.matrix(records.arena), down.matrix(records.arena), records.bias
-        )
-        experts = checkpoint.config.num_experts
-        inner = ResidentExperts(weights) if on_gpu() else HostExperts(weights, experts)
-        return StreamedExperts(inner, Slots(self.slots, experts), records, lazy=on_gpu())
+        count, weights_of = checkpoint.config.num_experts, checkpoint.expert_weights
+
+        def make(slots: int) -> tuple[ExpertsInMemory, LayerRecords]:
+            records = LayerRecords(self, [gate_up, down], bias, slots)
+            weights = weights_of(gate_up.matrix(records.arena), down.matrix(records.arena), records.bias)
+            return ResidentExperts(weights) if on_gpu() else HostExperts(weights, count), records
+
+        return StreamedExperts(make, Slots(self.slots, count), lazy=on_gpu())
 
     def embedding(self, checkpoint: Checkpoint) -> Embedding:
         """The embedding, none of it in memory."""
@@ -220,14 +221,14 @@ def _close(pool: ThreadPoolExecutor, descriptors: dict[Path, int]) -> None:
 class LayerRecords:
     """The records of a layer's experts, and its arena: arrays of a row for each slot; see Records."""
 
-    def __init__(self, files: ExpertFiles, stacks: list[StackPieces], bias: mx.array) -> None:
+    def __init__(self, files: ExpertFiles, stacks: list[StackPieces], bias: mx.array, slots: int) -> None:
         self._files = files
         self._pieces = [piece for stack in stacks for piece in stack.pieces]
         shapes = [shape for stack in stacks for shape in stack.shapes]
-        made = [_arena(files.slots, shape, dtype) for shape, dtype in shapes]
+        made = [_arena(slots, shape, dtype) for shape, dtype in shapes]
         self.arena = [array for array, _ in made]
         self._rows = [memory for _, memory in made]  # held for life: MLX then gives the memory to nobody else
-        self.bias, self._bias_rows = _arena(files.slots, bias.shape[1:], bias.dtype)
+        self.bias, self._bias_rows = _arena(slots, bias.shape[1:], bias.dtype)
         self._table, self._biases = bias, _bytes_of(bias)
         self._spans = _spans(self._pieces)
         self._checked: set[tuple[int, int]] = set()
@@ -239,6 +240,16 @@ class LayerRecords:
             self._files.pool.submit(partial(self._read_span, i, expert, slot))
             for i in range(len(self._spans))
         ]
+
+    def copy(self, other: Records, slots: Sequence[tuple[int, int]]) -> None:
+        """As Records.copy."""
+        assert isinstance(other, LayerRecords)
+        for mine, theirs in zip(
+            [*self._rows, self._bias_rows], [*other._rows, other._bias_rows], strict=True
+        ):
+            for there, here in slots:
+                mine[here] = theirs[there]
+        self._checked = other._checked
 
     def arrays(self) -> list[mx.array]:
         return [self._table]

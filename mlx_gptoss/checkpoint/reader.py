@@ -8,6 +8,7 @@ layer is ever alive. Expert blocks are viewed as MLX's uint32 words; they are ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,12 +134,11 @@ class Checkpoint:
         weights = self.expert_weights(gate_up, self._stack(down), bias)
         return ResidentExperts(weights) if on_gpu() else HostExperts(weights)
 
-    def expert_weights(self, gate_up: Matrix, down: Matrix, bias: mx.array) -> ExpertWeights:
-        """A layer's experts out of their matrices and biases."""
-        return ExpertWeights(
-            gate_up,
-            down,
-            bias,
+    @property
+    def expert_weights(self) -> Callable[[Matrix, Matrix, mx.array], ExpertWeights]:
+        """What makes a layer's experts of gate_up, down and the biases."""
+        return partial(
+            ExpertWeights,
             interleaved=len(self.layout.gate_up) == 1,
             limit=self.config.swiglu_limit,
             alpha=self.config.swiglu_alpha,

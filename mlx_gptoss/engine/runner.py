@@ -90,6 +90,18 @@ class ModelRunner(Protocol):
         """From now on `write` is told which experts every step chose in each layer; None ends it."""
         ...
 
+    @property
+    def experts_per_token(self) -> int: ...
+
+    @property
+    def expert_slots(self) -> int:
+        """How many experts of a layer are in memory where not all are; else 0."""
+        ...
+
+    def resize_experts(self, slots: int) -> None:
+        """Have so many in memory from now on. Between two forwards."""
+        ...
+
     def expert_counts(self) -> list[StreamCounts]:
         """What the layers did whose experts are not all in memory."""
         ...
@@ -126,6 +138,18 @@ class LocalRunner:
     def close(self) -> None:
         if self._usage is not None and self.streamed:
             self._usage.save(self.streamed)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self._model.config.experts_per_token
+
+    @property
+    def expert_slots(self) -> int:
+        return self.streamed[0].slots.count if self.streamed else 0
+
+    def resize_experts(self, slots: int) -> None:
+        for experts in self.streamed:
+            experts.resize(slots)
 
     def tell_choices(self, write: Write | None) -> None:
         tell_choices(self._model, write)

@@ -18,9 +18,10 @@ from dataclasses import asdict
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.device import on_gpu
+from mlx_gptoss.device import memory_is_short, on_gpu
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
+from mlx_gptoss.engine.pressure import Pressure
 from mlx_gptoss.engine.request import FinishReason, Request, TokenOutput
 from mlx_gptoss.engine.runner import KVCache, ModelRunner
 from mlx_gptoss.engine.sampler import Sampler, logprob_arrays, read_logprobs, unpack_bits
@@ -80,6 +81,7 @@ class Scheduler:
         self._pinned_tokens = pinned_tokens
         self._drafters = drafters
         self._draft_tokens = draft_tokens
+        self._pressure = Pressure(memory_is_short, self.store, runner)
         self._started = 0.0  # when the step began
 
     @property
@@ -113,6 +115,7 @@ class Scheduler:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
         self._started = time.perf_counter()
         try:
+            self._pressure.relieve()
             self._drop_cancelled()
             self._admit()
             if self._reads_first():
@@ -156,7 +159,7 @@ class Scheduler:
             pass
         self.store.clear()
         self.runner.close()
-        del self.runner
+        del self.runner, self._pressure
         self._drafters = None
         mx.clear_cache()
 

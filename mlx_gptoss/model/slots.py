@@ -88,6 +88,16 @@ class Slots:
         """A claimed slot in which there is no expert after all."""
         self._free.append(slot)
 
+    def resized(self, count: int) -> tuple[Slots, list[tuple[int, int]]]:
+        """Another number of slots with what was used last, and from which slot to which it has to go."""
+        made = Slots(count, len(self.table))
+        made.uses, made._lately = self.uses, self._lately
+        kept = list(self._held)[-count:]
+        places = [(self._held[expert], slot) for expert, slot in made.claim(kept)]
+        for expert, (_, slot) in zip(kept, places, strict=True):
+            made.fill(expert, slot)
+        return made, places
+
     def favourites(self) -> list[int]:
         """The experts used most, as many as there are slots, the most used last."""
         order: list[int] = np.argsort(self.uses, kind="stable").tolist()

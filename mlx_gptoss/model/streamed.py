@@ -49,6 +49,10 @@ class Records(Protocol):
         """Start to read an expert's record, in one or several parts, into a slot."""
         ...
 
+    def copy(self, other: Records, slots: Sequence[tuple[int, int]]) -> None:
+        """Take over from another arena of the same layer: (its slot, the slot here)."""
+        ...
+
     def arrays(self) -> list[mx.array]:
         """What is in memory of all experts."""
         ...
@@ -80,21 +84,23 @@ class Block:
     way: Way
 
 
+MakeArena: TypeAlias = Callable[[int], tuple[ExpertsInMemory, Records]]
 Reading: TypeAlias = list[tuple[int, int, Sequence[Future[Read]]]]
 Told: TypeAlias = Callable[[np.ndarray], None]
 
 
 class StreamedExperts:
-    """As Experts. `inner` are the experts of the arena, one for each of the slots.
+    """As Experts. `make` gives an arena of so many slots, and the experts in it, one for each slot.
 
     lazy: nothing is evaluated while a graph is built, as on a GPU; then what follows a layer is built before
     its choice is read.
     """
 
-    def __init__(self, inner: ExpertsInMemory, slots: Slots, records: Records, *, lazy: bool) -> None:
+    def __init__(self, make: MakeArena, slots: Slots, *, lazy: bool) -> None:
         self.slots, self.counts = slots, StreamCounts(slots.count)
         self.trace: Told | None = None  # told of every step what was chosen, int [T, k]
-        self._inner, self._records, self._lazy = inner, records, lazy
+        self._make, self._lazy = make, lazy
+        self._inner, self._records = make(slots.count)
         self._last: mx.array | None = None
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
@@ -135,6 +141,16 @@ class StreamedExperts:
         """Read these, at most as many as there are slots, before they are chosen."""
         self._hold(experts)
         self.counts = StreamCounts(self.slots.count)
+
+    def resize(self, count: int) -> None:
+        """Have another number of slots, and in them what was used last."""
+        if self._last is not None:
+            mx.eval(self._last)
+            self._last = None
+        inner, records = self._make(count)
+        slots, places = self.slots.resized(count)
+        records.copy(self._records, places)
+        self.slots, self._inner, self._records, self.counts.slots = slots, inner, records, count
 
     def _note(self, chosen: np.ndarray) -> list[int]:
         if self.trace is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,6 +137,7 @@ def test_files_are_closed_when_the_model_is_forgotten(folder: Path) -> None:
 
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("needs /proc")
+    gc.collect()
     before = open_files()
     model = load(folder)
     feed(model, TOKENS, [len(TOKENS)])

@@ -17,8 +17,11 @@ from mlx_gptoss import llm as llm_module
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import plan
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
+from mlx_gptoss.engine import pressure as pressure_module
 from mlx_gptoss.engine.options import EngineOptions
+from mlx_gptoss.engine.pressure import Pressure
 from mlx_gptoss.engine.request import PromptProgress, TokensDone
+from mlx_gptoss.engine.runner import LocalRunner, streamed_experts
 from mlx_gptoss.errors import CheckpointError, MemoryLimitError, RequestError
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.graph import Model
@@ -225,3 +228,47 @@ def test_a_model_that_does_not_fit_is_streamed(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(llm_module, "available_memory", lambda: enough)
     with load(folder, kv_budget=kv, max_context=64) as llm:
         assert slots_of(llm) == SHAPE.experts
+
+
+def test_while_the_system_is_short_of_memory_prefixes_and_then_slots_are_given_back(folder: Path) -> None:
+    """And taken again after a while; the tokens stay the same."""
+    plain = make(read_model(Checkpoint(folder, "float32")))
+    runner = LocalRunner(model := streamed_model(folder, 12), streamed=streamed_experts(model))
+    scheduler = make(model)
+    clock, short = [0.0], [False]
+    pressure = Pressure(lambda: short[0], scheduler.store, runner, lambda: clock[0])
+
+    def after(seconds: float, count: int = 1) -> int:
+        for _ in range(count):
+            clock[0] += seconds
+            pressure.relieve()
+            client, same = (Client(s, prompt(int(clock[0]), 9)) for s in (scheduler, plain))
+            run(scheduler)
+            run(plain)
+            assert client.tokens == same.tokens
+        return runner.expert_slots
+
+    assert after(100) == 12
+    short[0] = True
+    assert after(0.1) == 12  # it is not asked that often
+    assert [after(1), after(1), after(1, 5)] == [9, 6, 4]
+    short[0] = False
+    assert [after(30), after(31), after(59), after(2), after(61, 12)] == [4, 5, 5, 6, 12]
+    assert all(len(e.slots.held) <= 12 for e in runner.streamed)
+
+
+def test_prefixes_are_given_back_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pressure_module, "FEW", 1000)
+    scheduler = make(model := streamed_model(folder, 8))
+    runner = LocalRunner(model, streamed=streamed_experts(model))
+    clock = iter(range(100))
+    pressure = Pressure(lambda: True, scheduler.store, runner, lambda: float(next(clock)))
+    for seed in range(4):
+        Client(scheduler, prompt(seed, 60))
+    run(scheduler)
+    kept = scheduler.store.nbytes
+    pressure.relieve()
+    assert kept > 1000 and scheduler.store.nbytes <= kept // 2 and runner.expert_slots == 8
+    for _ in range(20):
+        pressure.relieve()
+    assert scheduler.store.nbytes <= 1000 and runner.expert_slots == 4
