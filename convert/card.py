@@ -51,7 +51,7 @@ def model_card(
         _what_it_is(manifest, base),
         "## What is in it\n\n" + _parts_table(manifest),
         _quality_section(manifest.quality),
-        _how_to_run(repo_id),
+        _how_to_run(repo_id, any(name.endswith(".records") for name in manifest.tensors)),
         _provenance(manifest, license),
     ]
     return "\n".join(section for section in sections if section)
@@ -124,7 +124,14 @@ def _quality_section(quality: Quality | None) -> str:
     )
 
 
-def _how_to_run(repo_id: str) -> str:
+def _how_to_run(repo_id: str, for_streaming: bool) -> str:
+    command = f'mlx_lm.generate --model {repo_id} --prompt "Why is the sky blue?"'
+    elsewhere = f"It also loads in mlx-lm, unchanged: `{command}`"
+    if for_streaming:
+        elsewhere = (
+            "Each expert lies in one run of bytes, so that a Mac with less memory than the model has reads it "
+            "from its SSD when a token needs it. Only mlx-gptoss loads this form."
+        )
     return f"""## Run it
 
 ```
@@ -139,7 +146,7 @@ llm = mlx_gptoss.load("{repo_id}")
 print(llm.respond("Why is the sky blue?", reasoning_effort="low").text)
 ```
 
-It also loads in mlx-lm, unchanged: `mlx_lm.generate --model {repo_id} --prompt "Why is the sky blue?"`
+{elsewhere}
 """
 
 

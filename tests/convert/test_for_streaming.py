@@ -15,7 +15,9 @@ from mlx_gptoss.checkpoint.layouts import RECORD_ALIGNMENT, STREAMING
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.checkpoint.safetensors import read_folder
 from mlx_gptoss.convert import writer
+from mlx_gptoss.convert.card import model_card
 from mlx_gptoss.convert.convert import convert
+from mlx_gptoss.convert.manifest import read_manifest
 from mlx_gptoss.convert.recipes import make_recipe
 from mlx_gptoss.convert.verify import verify
 from mlx_gptoss.errors import CheckpointError, ConversionError
@@ -120,3 +122,13 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
         file.write(b"\xff")
     with pytest.raises(CheckpointError, match="down_proj.* holds NaN"):
         make(source, tmp_path / "made")
+
+
+def test_its_card_says_who_loads_it(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SHAPE)
+    cards = [
+        model_card(read_manifest(make(source, tmp_path / f"{on}", for_streaming=on)), "a/b", license="mit")
+        for on in (True, False)
+    ]
+    assert ["Only mlx-gptoss loads this form" in card for card in cards] == [True, False]
+    assert ["mlx_lm.generate" in card for card in cards] == [False, True]
