@@ -129,8 +129,8 @@ def _how_to_run(repo_id: str, for_streaming: bool) -> str:
     elsewhere = f"It also loads in mlx-lm, unchanged: `{command}`"
     if for_streaming:
         elsewhere = (
-            "Each expert lies in one run of bytes, so that a Mac with less memory than the model has reads it "
-            "from its SSD when a token needs it. Only mlx-gptoss loads this form."
+            "Each expert lies in one run of bytes, so that a Mac with less memory than the model takes reads "
+            "it from its SSD when a token needs it. Only mlx-gptoss loads this form."
         )
     return f"""## Run it
 

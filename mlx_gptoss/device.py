@@ -84,35 +84,47 @@ def available_memory() -> int:
     return total_memory()
 
 
+# Linux's control groups, by version: their folder, limit, usage, and what of that is of files.
+_GROUPS = {
+    1: (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file"),
+    ),
+    2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("file",)),
+}
+
+
 def _left_to_cgroup() -> int:
-    """Bytes that this process's Linux control groups (a container's, a service's) let it still take.
+    """Bytes that this process's control groups (a container's, a service's) let it still take.
 
     What they hold of files counts as free: the kernel gives it up first.
     """
     left = sys.maxsize
-    with open("/proc/self/cgroup", encoding="utf-8") as lines:
-        groups = [line.rstrip("\n").split(":", 2)[1:] for line in lines]
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8") as lines:
+            groups = [line.rstrip("\n").split(":", 2)[1:] for line in lines]
+    except OSError:
+        return left
     for controllers, group in groups:
-        if controllers == "":
-            base, limit, usage, files = "/sys/fs/cgroup", "memory.max", "memory.current", ("file",)
-        elif "memory" in controllers.split(","):
-            base, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            files = ("total_active_file", "total_inactive_file")
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        base, limit, usage, files = _GROUPS[1 if controllers else 2]
         # Inside a container the group's own path is not visible, and the root shows its limits.
         for folder in {f"{base}{group}", base}:
             try:
-                with open(f"{folder}/{limit}", encoding="ascii") as file:
-                    most = int(file.read())
-                with open(f"{folder}/{usage}", encoding="ascii") as file:
-                    used = int(file.read())
-                with open(f"{folder}/memory.stat", encoding="ascii") as file:
-                    stat = dict(line.split() for line in file)
+                most, used = (int(_text(f"{folder}/{name}")) for name in (limit, usage))
+                stat = dict(line.split() for line in _text(f"{folder}/memory.stat").splitlines())
             except (OSError, ValueError):  # no such controller, or "max"
                 continue
             left = min(left, max(0, most - used + sum(int(stat.get(name, 0)) for name in files)))
     return left
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
 
 
 def memory_is_short() -> bool:

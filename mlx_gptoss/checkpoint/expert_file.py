@@ -128,7 +128,9 @@ class StackPieces:
         mine = arrays[self.first : self.first + len(self.shapes)]
         if self.form is Form.TRANSPOSED:
             return Matrix(mine[0].swapaxes(-1, -2))
-        return Matrix(mine[0], *mine[1:2], *mine[2:3], quantization=self.packing)
+        weight, scales, biases = [*mine, None, None][:3]
+        assert weight is not None
+        return Matrix(weight, scales, biases, self.packing)
 
 
 class ExpertFiles:
@@ -290,7 +292,9 @@ class StreamedEmbedding(Embedding):
     def rows(self, tokens: mx.array) -> Matrix:
         ids, places = np.unique(np.asarray(tokens), return_inverse=True)
         arrays = [mx.take(self._read(t, ids), mx.array(places.reshape(-1)), axis=0) for t in self._tensors]
-        return Matrix(arrays[0], *arrays[1:2], *arrays[2:3], quantization=self._packing)
+        weight, scales, biases = [*arrays, None, None][:3]
+        assert weight is not None
+        return Matrix(weight, scales, biases, self._packing)
 
     def _read(self, tensor: TensorInfo, ids: np.ndarray) -> mx.array:
         """Some rows of a tensor, in the dtype that the reader gives them."""

@@ -154,7 +154,7 @@ class Checkpoint:
         words = self._take(name).view(mx.uint32).flatten(-2)
         return Matrix(words, self._scales(path + self.layout.expert_scales), None, MXFP4)
 
-    def _from_records(self, layer: int) -> list[Matrix]:
+    def _from_records(self, layer: int) -> tuple[Matrix, Matrix]:
         """The stacks of gate_up and down, out of the experts' records."""
         records = self._take(self.layout.path("experts.records", layer))
         blocks, scales = [], []
@@ -164,7 +164,8 @@ class Checkpoint:
                 blocks.append(cut.view(mx.uint32).flatten(-2))
             else:
                 scales.append(self._check_scales(cut, self.layout.path(part.key, layer)))
-        return [Matrix(b, s, None, MXFP4) for b, s in zip(blocks, scales, strict=True)]
+        gate_up, down = (Matrix(b, s, None, MXFP4) for b, s in zip(blocks, scales, strict=True))
+        return gate_up, down
 
     # --- tensors
 

@@ -56,7 +56,11 @@ class TraceWriter:
 
     def __init__(self, file: TextIO, config: ModelConfig) -> None:
         self._file = file
-        shape = {"layers": config.num_layers, "experts": config.num_experts, "k": config.experts_per_token}
+        shape: dict[str, object] = {
+            "layers": config.num_layers,
+            "experts": config.num_experts,
+            "k": config.experts_per_token,
+        }
         self._line(shape)
 
     def step(self, layer: int, chosen: np.ndarray) -> None:
