@@ -1,5 +1,6 @@
 """What streaming experts costs, and whether it keeps to its plan.
 
+    python -m benchmarks.streaming same FOLDER           are the logits the same bits as with all in memory?
     python -m benchmarks.streaming layer FOLDER          one layer, streamed beside resident
     python -m benchmarks.streaming prefill FOLDER        a prompt of 2,000 tokens: reads, and time
     python -m benchmarks.streaming fit FOLDER --limit 4GB [--tokens 8]
@@ -32,11 +33,12 @@ import numpy as np
 from mlx_gptoss.checkpoint.disk_speed import read_rate
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import plan_checkpoint
-from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import limit_memory, peak_rss
 from mlx_gptoss.llm import load
 from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.streamed import StreamedExperts
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.sizes import parse_size
@@ -63,7 +65,7 @@ def book(experts: StreamedExperts, ids: np.ndarray) -> None:
     """What a step without misses does beside computing."""
     slots = experts.slots
     slots.claim(slots.waves(slots.note(ids), ids)[0])
-    mx.eval(mx.array(slots.table[ids]))
+    mx.array(slots.table[ids])
 
 
 class PlainReads:
@@ -194,6 +196,47 @@ def checkpoint_record(checkpoint: Checkpoint) -> int:
     return plan_checkpoint(checkpoint).expert.stored
 
 
+def logits(model: Model) -> list[np.ndarray]:
+    """Of a prompt and decodes alone, of eight ragged sequences and their decodes, of a rewound one."""
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 64)
+    found = []
+
+    def step(parts: list[tuple[np.ndarray, SequenceCache]]) -> None:
+        flat = mx.array(np.concatenate([t for t, _ in parts]).astype(np.int32))
+        out = model(flat, [Segment(len(t), cache) for t, cache in parts])
+        assert out is not None
+        found.append(np.array(out.astype(mx.float32)))
+
+    alone = model.make_cache()
+    step([(tokens[:40], alone)])
+    for i in range(40, 46):
+        step([(tokens[i : i + 1], alone)])
+    caches = [model.make_cache() for _ in range(8)]
+    step([(tokens[i : 2 * i + 1], cache) for i, cache in enumerate(caches)])
+    for n in range(3):
+        step([(tokens[8 * n + i : 8 * n + i + 1], cache) for i, cache in enumerate(caches)])
+    caches[5].rewind(4)
+    step([(tokens[:5], caches[5])])
+    return found
+
+
+def same(folder: Path) -> dict[str, Any]:
+    """Logits by slots against those with every expert in memory."""
+    expected = logits(read_model(Checkpoint(folder)))
+    found: dict[str, Any] = {}
+    count, k = Checkpoint(folder).config.num_experts, Checkpoint(folder).config.experts_per_token
+    for slots in sorted({count, 16, 8, k}, reverse=True):
+        checkpoint = Checkpoint(folder)
+        checkpoint.streaming = ExpertFiles(checkpoint, slots)
+        rows = logits(read_model(checkpoint))
+        found[f"{slots} of {count} slots"] = (
+            "the same bits"
+            if all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+            else f"off by {max(float(np.abs(a - b).max()) for a, b in zip(rows, expected, strict=True))}"
+        )
+    return found
+
+
 @contextlib.contextmanager
 def limited(limit: int) -> Iterator[Path]:
     """A control group with a hard limit on memory, page cache included."""
@@ -274,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["layer", "prefill", "fit", "inside", "crowd"])
+    parser.add_argument("what", choices=["same", "layer", "prefill", "fit", "inside", "crowd"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", default="4GB")
     parser.add_argument("--tokens", type=int, default=8)
@@ -285,6 +328,7 @@ def main() -> None:
     args = parser.parse_args()
     limit_memory(0)
     found = {
+        "same": lambda: same(args.folder),
         "layer": lambda: layer_costs(args.folder, args.rounds) | disk_costs(args.folder),
         "prefill": lambda: prefill(args.folder, args.prompt),
         "fit": lambda: fit(args.folder, parse_size(args.limit) or 0, args.tokens, args.expert_memory),
