@@ -7,6 +7,8 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 
+from mlx_gptoss.engine.stats import EngineStats
+from mlx_gptoss.model.streamed import StreamCounts
 from mlx_gptoss.server import create_app
 from mlx_gptoss.server.running import sse
 from mlx_gptoss.server.running.metrics import Metrics
@@ -31,6 +33,15 @@ def test_counters_and_sums_are_exact() -> None:
     values = values_of(metrics.text().decode())
     assert values["gptoss_prompt_tokens_total"] == 123_456_790
     assert values["gptoss_generation_seconds_sum"] == 1_234_567.25
+
+
+def test_what_the_engine_counts_by_layer_has_the_layer_in_its_label() -> None:
+    layers = (StreamCounts(6, hits=3, misses=1), StreamCounts(6, hits=4))
+    values = values_of(Metrics().text(EngineStats(expert_hits=7, expert_layers=layers)).decode())
+    assert values["gptoss_engine_expert_hits"] == 7
+    assert values['gptoss_engine_expert_layers_misses{layer="0"}'] == 1
+    assert values['gptoss_engine_expert_layers_hits{layer="1"}'] == 4
+    assert not any("layers" in name for name in values_of(Metrics().text(EngineStats()).decode()))
 
 
 def test_routes_that_begin_alike_are_counted_apart(client: TestClient) -> None:

@@ -43,13 +43,13 @@ class Metrics:
         """All series in Prometheus' text format, and a gauge for each number of the engine's own."""
         now = CollectorRegistry()
         for item in dataclasses.fields(engine) if engine is not None else ():
-            value, title = getattr(engine, item.name), f"The engine's {item.name.replace('_', ' ')}."
+            name, value = f"gptoss_engine_{item.name}", getattr(engine, item.name)
+            title = f"The engine's {item.name.replace('_', ' ')}"
             if not isinstance(value, tuple):
-                Gauge(f"gptoss_engine_{item.name}", title, registry=now).set(value)
-        if engine is not None and engine.expert_layers:
-            for item in dataclasses.fields(engine.expert_layers[0]):
-                name, title = f"gptoss_layer_expert_{item.name}", f"A layer's {item.name.replace('_', ' ')}."
-                gauge = Gauge(name, title, ["layer"], registry=now)
-                for i, layer in enumerate(engine.expert_layers):
-                    gauge.labels(str(i)).set(getattr(layer, item.name))
+                Gauge(name, f"{title}.", registry=now).set(value)
+                continue
+            for part in dataclasses.fields(value[0]) if value else ():
+                gauge = Gauge(f"{name}_{part.name}", f"{title}: {part.name}.", ["layer"], registry=now)
+                for layer, counts in enumerate(value):
+                    gauge.labels(str(layer)).set(getattr(counts, part.name))
         return generate_latest(self._registry) + generate_latest(now)
