@@ -3,7 +3,7 @@
     python -m benchmarks.streaming same FOLDER           are the logits the same bits as with all in memory?
     python -m benchmarks.streaming layer FOLDER          one layer, streamed beside resident
     python -m benchmarks.streaming prefill FOLDER        a prompt of 2,000 tokens: reads, and time
-    python -m benchmarks.streaming fit FOLDER --limit 4GB [--tokens 8]
+    python -m benchmarks.streaming fit FOLDER --limit 4GB [--tokens 8] [--prompt 4]
                                      loads and decodes under a hard limit (a control group of Linux, as root)
     python -m benchmarks.streaming crowd FOLDER [--requests 2000]
                                      many short requests at a time with six slots, tokens compared
@@ -249,15 +249,19 @@ def limited(limit: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def fit(folder: Path, limit: int, tokens: int, memory: str) -> dict[str, Any]:
+def fit(args: argparse.Namespace) -> dict[str, Any]:
     """Load and decode in a process of its own that the system ends above the limit."""
+    limit = parse_size(args.limit)
+    if limit is None:
+        raise SystemExit(f"--limit is {args.limit!r}: expected a size such as 4GB")
     with limited(limit) as group:
 
         def enter() -> None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-        command = [sys.executable, "-m", "benchmarks.streaming", "inside", str(folder)]
-        command += ["--tokens", str(tokens), "--expert-memory", memory]
+        command = [sys.executable, "-m", "benchmarks.streaming", "inside", str(args.folder)]
+        command += ["--tokens", str(args.tokens), "--expert-memory", args.expert_memory]
+        command += ["--prompt", str(args.prompt or 4)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
         if done.returncode:
             raise SystemExit(f"it ended with {done.returncode}: out of memory, or the error above")
@@ -267,13 +271,13 @@ def fit(folder: Path, limit: int, tokens: int, memory: str) -> dict[str, Any]:
         return found
 
 
-def inside(folder: Path, tokens: int, memory: str) -> dict[str, Any]:
+def inside(folder: Path, tokens: int, prompt: int, memory: str) -> dict[str, Any]:
     lines: list[str] = []
     start = time.perf_counter()
     with load(folder, expert_memory=memory, max_context=256, announce=lines.append) as llm:
         loaded = time.perf_counter() - start
         params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
-        stream = llm.submit([1, 2, 3, 4], params)
+        stream = llm.submit(list(range(1, prompt + 1)), params)
         out = [output.token_id for output in stream]
         stats = llm.stats()
         slots = stats.expert_layers[0].slots if stats.expert_layers else None
@@ -281,6 +285,7 @@ def inside(folder: Path, tokens: int, memory: str) -> dict[str, Any]:
         return {
             "plan": lines[0],
             "loading, s": loaded,
+            "first token, s": stream.time_to_first_token,
             "tokens": out,
             "tokens/s": (tokens - 1) / (stream.decode_seconds or 1.0),
             "hit rate": stats.expert_hit_rate,
@@ -321,7 +326,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", default="4GB")
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=2000)
+    parser.add_argument("--prompt", type=int, help="tokens of the prompt (default: 2000; of fit: 4)")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--expert-memory", default="auto")
@@ -330,9 +335,9 @@ def main() -> None:
     found = {
         "same": lambda: same(args.folder),
         "layer": lambda: layer_costs(args.folder, args.rounds) | disk_costs(args.folder),
-        "prefill": lambda: prefill(args.folder, args.prompt),
-        "fit": lambda: fit(args.folder, parse_size(args.limit) or 0, args.tokens, args.expert_memory),
-        "inside": lambda: inside(args.folder, args.tokens, args.expert_memory),
+        "prefill": lambda: prefill(args.folder, args.prompt or 2000),
+        "fit": lambda: fit(args),
+        "inside": lambda: inside(args.folder, args.tokens, args.prompt or 4, args.expert_memory),
         "crowd": lambda: crowd(args.folder, args.requests),
     }[args.what]()
     if args.what == "inside":
