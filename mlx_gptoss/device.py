@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -80,51 +81,52 @@ def available_memory() -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
-                    return min(int(line.split()[1]) * 1024, _left_to_cgroup())
+                    return min(int(line.split()[1]) * 1024, _left_to_groups())
     return total_memory()
 
 
 # Linux's control groups, by version: their folder, limit, usage, and what of that is of files.
-_GROUPS = {
+GROUPS = {
     1: (
-        "/sys/fs/cgroup/memory",
+        "memory/",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
         ("total_active_file", "total_inactive_file"),
     ),
-    2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("file",)),
+    2: ("", "memory.max", "memory.current", ("file",)),
 }
 
 
-def _left_to_cgroup() -> int:
-    """Bytes that this process's control groups (a container's, a service's) let it still take.
+def _left_to_groups() -> int:
+    try:
+        memberships = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return sys.maxsize
+    return left_to_groups(memberships, Path("/sys/fs/cgroup"))
 
-    What they hold of files counts as free: the kernel gives it up first.
+
+def left_to_groups(memberships: str, root: Path) -> int:
+    """Bytes that control groups (a container's, a service's) let a process still take.
+
+    memberships: its /proc/PID/cgroup. What the groups hold of files counts as free: the kernel gives it up
+    first.
     """
     left = sys.maxsize
-    try:
-        with open("/proc/self/cgroup", encoding="utf-8") as lines:
-            groups = [line.rstrip("\n").split(":", 2)[1:] for line in lines]
-    except OSError:
-        return left
-    for controllers, group in groups:
+    for line in memberships.splitlines():
+        _, controllers, group = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        base, limit, usage, files = _GROUPS[1 if controllers else 2]
+        base, limit, usage, files = GROUPS[1 if controllers else 2]
         # Inside a container the group's own path is not visible, and the root shows its limits.
-        for folder in {f"{base}{group}", base}:
+        for folder in {root / f"{base}{group.strip('/')}", root / base}:
             try:
-                most, used = (int(_text(f"{folder}/{name}")) for name in (limit, usage))
-                stat = dict(line.split() for line in _text(f"{folder}/memory.stat").splitlines())
+                most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, usage))
+                lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             except (OSError, ValueError):  # no such controller, or "max"
                 continue
-            left = min(left, max(0, most - used + sum(int(stat.get(name, 0)) for name in files)))
+            held = sum(int(n) for name, n in map(str.split, lines) if name in files)
+            left = min(left, max(0, most - used + held))
     return left
-
-
-def _text(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read()
 
 
 def memory_is_short() -> bool:
