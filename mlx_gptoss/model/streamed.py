@@ -7,8 +7,9 @@ as resident ones are, with slots in the place of experts: the same bits, whateve
 Nothing but this file keeps a read from a slot that a kernel may still use (MLX tracks no hazards of memory
 that is written behind its back):
 
-- A read starts only once the outputs of the layer's last step are there (`_last`): then nothing that was
-  launched reads the arena. Within a step, a wave is waited for before its slots are claimed again.
+- A read starts only once the outputs of the layer's last steps are there (`_in_use`): then nothing that was
+  launched reads the arena. That they depend on each other cannot be built on, as other sequences may have
+  been in the step before. Within a step, a wave is waited for before its slots are claimed again.
 - A step's slots are in an array of its own, which is written before anything that reads it is launched.
 - An expert is in the table only once all of its record is read; a failed read leaves an empty slot.
 - Waiting is `mx.eval`, which lets go of Python's lock; `mx.synchronize` keeps it, and a reader that needs it
@@ -18,6 +19,7 @@ that is written behind its back):
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from mlx_gptoss.model.slots import Slots
 # Steps of up to so many (token, expert) pairs keep their outputs until the next one; larger ones are waited
 # for at once, and lose nothing by it: they compute longer than Python takes to go on.
 SMALL_STEP = 64
+# Outputs that are kept for that; older ones are long done.
+KEPT_STEPS = 3
 
 
 class Read(NamedTuple):
@@ -101,7 +105,7 @@ class StreamedExperts:
         self.trace: Told | None = None  # told of every step what was chosen, int [T, k]
         self._make, self._lazy = make, lazy
         self._inner, self._records = make(slots.count)
-        self._last: mx.array | None = None
+        self._in_use: deque[mx.array] = deque()
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
         batch.settle()
@@ -116,7 +120,7 @@ class StreamedExperts:
             ids = np.asarray(chosen)
             self._hold(self._note(ids))
             np.asarray(slots)[:] = self.slots.table[ids]
-            self._last = y
+            self._keep(y)
 
         batch.defer(settle)
         return y
@@ -144,9 +148,7 @@ class StreamedExperts:
 
     def resize(self, count: int) -> None:
         """Have another number of slots, and in them what was used last."""
-        if self._last is not None:
-            mx.eval(self._last)
-            self._last = None
+        self._wait()
         inner, records = self._make(count)
         slots, places = self.slots.resized(count)
         records.copy(self._records, places)
@@ -164,20 +166,30 @@ class StreamedExperts:
         if block.chosen.size > SMALL_STEP:
             mx.eval(y)
         else:
-            self._last = y
+            self._keep(y)
         return y
+
+    def _keep(self, y: mx.array) -> None:
+        """Remember outputs that are launched, or will be, and read the arena."""
+        self._in_use.append(y)
+        if len(self._in_use) > KEPT_STEPS:
+            mx.eval(self._in_use.popleft())
+
+    def _wait(self) -> None:
+        """Until nothing reads the arena."""
+        mx.eval(list(self._in_use))
+        self._in_use.clear()
 
     def _hold(self, experts: Sequence[int]) -> None:
         self._finish(self._start(experts))
 
     def _start(self, group: Sequence[int], keep: Collection[int] = ()) -> Reading:
         """Start to read what of a group is not held; the slots of `keep` are in use."""
+        if any(expert not in self.slots.held for expert in group):
+            self._wait()
         claimed = self.slots.claim(group, keep)
         self.counts.hits += len(group) - len(claimed)
         self.counts.misses += len(claimed)
-        if claimed and self._last is not None:
-            mx.eval(self._last)
-            self._last = None
         return [(expert, slot, self._records.read(expert, slot)) for expert, slot in claimed]
 
     def _finish(self, reading: Reading) -> None:

@@ -94,7 +94,9 @@ AFFINE = "mlx 4-bit experts, dense parts in 4 bits"
     [
         *(("hf", "float32", slots) for slots in (16, 8, 5, 4)),
         ("hf", "bfloat16", 5),
-        *((layout, dtype, 5) for layout in ("bf16", AFFINE) for dtype in ("float32", "float16")),
+        ("bf16", "float32", 5),
+        (AFFINE, "float32", 5),
+        (AFFINE, "float16", 5),
         ("streaming", "float32", 5),
     ],
 )
