@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_gptoss.cli.progress import progress_bar
-from mlx_gptoss.engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from mlx_gptoss.engine.stats import EngineStats
 
 T = TypeVar("T")
 PATIENCE = 0.5  # seconds before anything is told: most prompts are read by then
