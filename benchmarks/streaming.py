@@ -332,14 +332,15 @@ def main() -> None:
     parser.add_argument("--expert-memory", default="auto")
     args = parser.parse_args()
     limit_memory(0)
-    found = {
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
         "same": lambda: same(args.folder),
         "layer": lambda: layer_costs(args.folder, args.rounds) | disk_costs(args.folder),
         "prefill": lambda: prefill(args.folder, args.prompt or 2000),
         "fit": lambda: fit(args),
         "inside": lambda: inside(args.folder, args.tokens, args.prompt or 4, args.expert_memory),
         "crowd": lambda: crowd(args.folder, args.requests),
-    }[args.what]()
+    }
+    found = ways[args.what]()
     if args.what == "inside":
         print(json.dumps(found))
         return

@@ -197,8 +197,9 @@ class HostStack:
     def _unpacked_whole(self, expert: int) -> np.ndarray:
         if self._dense is not None:
             dense: np.ndarray = self._dense[expert]
-            return dense
-        return np.asarray(self.matrix.mapped(lambda a: a[expert : expert + 1]).dense(mx.float32))[0]
+        else:
+            dense = np.asarray(self.matrix.mapped(lambda a: a[expert : expert + 1]).dense(mx.float32))[0]
+        return dense
 
     def _by_parts(self, x: np.ndarray, expert_of_row: np.ndarray, out: np.ndarray) -> None:
         """`by_expert` for MXFP4: some rows of a matrix at a time are unpacked, on every core."""

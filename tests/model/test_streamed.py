@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_readers_that_are_late_change_nothing(folder: Path) -> None:
     def late(descriptor: int, into: Sequence[memoryview], offset: int) -> int:
         gate.acquire(timeout=0.002)
         order.append(offset)
-        return int(expert_file.os.preadv(descriptor, into, offset))
+        return os.preadv(descriptor, into, offset)
 
     checkpoint = Checkpoint(folder, "float32")
     checkpoint.streaming = ExpertFiles(checkpoint, 5, preadv=late)
