@@ -24,6 +24,7 @@ from mlx_gptoss.cli.terminal.talk import Settings
 from mlx_gptoss.cli.terminal.transcript import Saver, Transcript, last_chat, load_transcript
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.harmony import Message
+from mlx_gptoss.llm import load
 from tests.support.scripted_model import ScriptedModel, scripted_engine
 
 
@@ -249,6 +250,17 @@ def test_files_go_with_the_next_message(talk: Talk, tmp_path: Path) -> None:
     assert users(talk(f"/file {path}", "/file -", "why?")[1]) == ["why?"]
     shown, chat, _ = talk("/file /dev/zero", f"/file {sys.executable}", f"/file {tmp_path}", "/file")
     assert "not a regular file" in shown and "expected a text file" in shown and "no files;" in shown
+
+
+def test_the_status_line_tells_how_many_experts_are_in_memory() -> None:
+    shown = io.StringIO()
+    with load("demo", expert_memory="750kB", max_context=512) as llm:
+        chat = Chat(llm, Settings(), Console(file=shown, width=200, highlight=False))
+        assert "experts" not in chat.talk.status()
+        llm.logits([1, 2, 3])
+        chat.run(Typed("/stats", "/reset"))
+        assert re.search(r" tokens · \d+% of experts in memory · /help$", chat.talk.status())
+    assert re.search(r"experts +[\d.]+% of those chosen were in memory; .* GB read", shown.getvalue())
 
 
 def test_the_status_line_is_right_at_every_moment(talk: Talk, tmp_path: Path) -> None:

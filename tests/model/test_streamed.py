@@ -118,7 +118,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "on_gpu", lambda: True)
 
 
-@pytest.mark.parametrize("slots", [8, 4])
+@pytest.mark.parametrize("slots", [3, 2])
 def test_the_demo_model_streams(slots: int) -> None:
     demo = resolve("demo")
     tokens = RNG.integers(0, Checkpoint(demo).config.vocab_size, 60)
