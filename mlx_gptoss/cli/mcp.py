@@ -39,8 +39,8 @@ class McpSources:
     yes: bool
 
     def open(self, stack: ExitStack, console: Console | None) -> Sequence[McpTool]:
-        """Their tools; `stack` closes them. What may change something asks at the console first; without
-        one, it is refused. Raises ToolError.
+        """Their tools; `stack` closes them. What may change something asks at the console first; where there
+        is none, it is refused. Raises ToolError.
         """
         if not self.sources:
             return ()
