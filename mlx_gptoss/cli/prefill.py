@@ -64,6 +64,8 @@ def shown_reading(stats: Callable[[], EngineStats], items: Iterator[T]) -> Itera
 
     stats: of a model that was loaded for this prompt alone.
     """
+    from mlx_gptoss.engine.stats import EngineStats
+
     with (
         progress_bar("reading the prompt", counts=True) as tell,
         PrefillWatch(stats, EngineStats(), tell),
