@@ -10,7 +10,7 @@ import pytest
 
 from mlx_gptoss.cli import run
 from mlx_gptoss.cli.options import ModelSource
-from mlx_gptoss.cli.terminal.approve import approved
+from mlx_gptoss.cli.terminal.approve import approved, told
 from mlx_gptoss.harmony import ToolCall
 from mlx_gptoss.mcp.tools import mcp_tools
 from tests.support.scripted_model import scripted_engine
@@ -41,6 +41,12 @@ def test_a_tool_that_may_change_something_asks_each_time_until_always() -> None:
         assert tools["get_weather"].run(weather).content == "sunny in Rome"
     assert results == ["error: the user did not allow this call", *["noted: a"] * 3]
     assert asked == ["toy note"] * 3
+
+
+def test_nothing_in_a_call_hides_from_who_is_asked() -> None:
+    hidden = ToolCall(0, "c", "note", '{"a": "\u202e\x1b[2Jx"}\n', "functions.note")
+    assert told(hidden) == 'note {"a": "\\u202e\\u001b[2Jx"}\\u000a'
+    assert told(ToolCall(0, "c", "note", "x" * 9000, "")).endswith("x… (9,005 characters in all)")
 
 
 def calls_note(context: str) -> str:

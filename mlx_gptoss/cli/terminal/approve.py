@@ -11,11 +11,10 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from mlx_gptoss.cli.terminal.markdown import one_line
 from mlx_gptoss.harmony import ToolCall
 from mlx_gptoss.mcp.tools import McpTool
 
-SHOWN = 300  # characters of a call
+SHOWN = 4000  # characters of a call; of a longer one its length is told as well
 ANSWERS = {"y": "yes", "n": "no", "\r": "no", "\n": "no", "\x1b": "no", "a": "always"}
 REFUSED = "error: the user did not allow this call"
 
@@ -46,12 +45,19 @@ def refuse(server: str, call: ToolCall) -> str:
     return "no"
 
 
+def told(call: ToolCall) -> str:
+    """A call as it is put to the user: nothing in it may hide, or stand elsewhere than it is."""
+    text = f"{call.name} {call.arguments}"
+    length = f" ({len(text):,} characters in all)" if len(text) > SHOWN else ""
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:SHOWN])
+    return shown + ("…" if length else "") + length
+
+
 def ask_in_terminal(console: Console) -> Ask:
     """Asks for a key. What was typed before the question is no answer to it."""
 
     def ask(server: str, call: ToolCall) -> str:
-        shown = one_line(f"{call.name} {call.arguments}", SHOWN)
-        console.print(Text(f"{server} wants to run {shown}", style="yellow"))
+        console.print(Text(f"{server} wants to run {told(call)}", style="yellow"))
         console.print(Text("run it? [y]es, [n]o, [a]lways ", style="yellow"), end="")
         termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
         while (key := click.getchar().lower()) not in ANSWERS:
