@@ -140,6 +140,11 @@ export class Rendered {
     this.text = text;
     const late = setTimeout(() => this.entries.length || this.showPlain(text, 0), 400);
     try {
+      if (this.settled) {
+        // What came last is shown before the whole is there, which takes longer.
+        const [end = []] = await render([{ text: text.slice(this.offset), name: this.name, growing: true }]);
+        if (this.text === text) this.show(this.settled, end);
+      }
       const blocks = text ? await blocksOf({ text, name: this.name }) : [];
       clearTimeout(late);
       if (this.text === text) this.show(0, blocks);
