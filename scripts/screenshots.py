@@ -106,11 +106,10 @@ BEFORE = [
 def answers(conversation: Conversation, options: dict[str, Any]) -> Script:
     """What is written above, or a few words."""
     last = conversation.messages[-1]
-    if last.role == "tool":
-        return Script(
-            reasoning="Mild.", text="It is **12 °C** in Oslo and cloudy, with light rain in the evening."
-        )
     script = ASKED.get(last.content, Script(text="Gladly. Here is a first draft."))
+    if last.role == "tool":
+        text = "It is **12 °C** in Oslo and cloudy, with light rain in the evening."
+        script = Script(reasoning="Mild.", text=text)
     return replace(script, delay=script.delay or 0.01)  # the speed of a laptop
 
 
@@ -280,7 +279,8 @@ def fresh(page: Page, before: Path, size: tuple[int, int], scheme: str, scale: i
 
 def picture(page: Page, path: Path) -> None:
     """What is on the screen, as a PNG of 256 colours."""
-    page.js("document.fonts.ready")
+    moving = "document.getAnimations().filter(one => one instanceof CSSTransition)"
+    page.wait(lambda: page.js(f"return {moving}.length") == 0)
     image = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
     image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size:,} bytes")
