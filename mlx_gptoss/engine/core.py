@@ -94,8 +94,8 @@ class Engine:
         """The log-probabilities of a text's tokens from the second on, each after those before it.
 
         top: alternatives reported at each place. keep: hold what was computed for a request that goes on
-        from the text. One text is scored at a time, beside the running requests; `cancelled` is asked after
-        each of its chunks, and True ends it with what there is.
+        from the text. One text is scored at a time, beside the running requests; `cancelled` is asked when
+        its turn comes and after each of its chunks, and True ends it with what there is.
         """
         SamplingParams(logprobs=top).check_vocabulary(self._vocab_size)
         tokens = self.check(token_ids, room=0)
@@ -106,6 +106,8 @@ class Engine:
 
         scores: list[TokenLogprobs] = []
         with self._scoring:
+            if cancelled():
+                return scores
             cache = self._cache()
             for chunk in self._forced(tokens, cache, read):
                 scores += chunk

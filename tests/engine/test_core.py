@@ -290,13 +290,9 @@ def test_what_was_computed_for_scores_is_kept_when_asked(llm: LLM) -> None:
 
 
 def test_scoring_ends_when_it_is_told_to_and_runs_beside_requests(llm: LLM) -> None:
-    asked: list[bool] = []
-
-    def cancelled() -> bool:
-        asked.append(True)
-        return True
-
-    assert len(llm.score(prompt(102, 90), cancelled=cancelled)) == 32 and len(asked) == 1
+    for chunks in (0, 1, 2):
+        answers = iter([False] * chunks + [True])
+        assert len(llm.score(prompt(102, 90), cancelled=lambda: next(answers))) == 32 * chunks  # noqa: B023
     params = SamplingParams(stop_token_ids=(), temperature=0.0, max_tokens=40)
     alone = [o.token_id for o in llm.submit(prompt(103, 10), params)]
     stream = llm.submit(prompt(103, 10), params)
