@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -272,3 +275,24 @@ def test_prefixes_are_given_back_first(folder: Path, monkeypatch: pytest.MonkeyP
     for _ in range(20):
         pressure.relieve()
     assert scheduler.store.nbytes <= 1000 and runner.expert_slots == 4
+
+
+def test_a_process_that_is_killed_while_it_reads_leaves_nothing_wrong(
+    folder: Path, tmp_path: Path, resident: LLM
+) -> None:
+    code = (
+        "import sys\n"
+        "from mlx_gptoss import SamplingParams, load\n"
+        f"llm = load(sys.argv[1], expert_memory={SIX}, prefix_cache=sys.argv[2])\n"
+        "for output in llm.submit([1, 2, 3], SamplingParams(max_tokens=100_000, stop_token_ids=())):\n"
+        "    print(output.token_id, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(5):
+            assert process.stdout.readline()
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with load(folder, expert_memory=SIX, prefix_cache=tmp_path) as llm:
+        assert list(llm.generate(prompt(4, 9), GREEDY)) == list(resident.generate(prompt(4, 9), GREEDY))
