@@ -72,13 +72,9 @@ class PlainReads:
     """An expert's bytes, read by one preadv after the other into plain memory."""
 
     def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
-        layout = checkpoint.layout
-        names = [layout.path(key, layer) for key in (*layout.gate_up, "experts.down")]
-        wanted = [
-            t
-            for name, t in checkpoint.tensors.items()
-            if any(name.startswith(n) for n in names) and len(t.shape) > 2
-        ]
+        named = f".{layer}.mlp."
+        wanted = [t for name, t in checkpoint.tensors.items() if named in name and t.dtype in ("U8", "U32")]
+        wanted = [t for t in wanted if t.shape[0] == checkpoint.config.num_experts]
         self._spans = [(os.open(t.path, os.O_RDONLY), t.start, t.nbytes // t.shape[0]) for t in wanted]
         self._into = [np.zeros(size, np.uint8) for _, _, size in self._spans]
 
