@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.model.cache import Mask, SequenceCache
+from mlx_gptoss.model.cache import Mask
+
+
+class LayerKV(Protocol):
+    """The earlier keys and values of one layer."""
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+    ) -> mx.array: ...
+
+
+class SequenceKV(Protocol):
+    """The earlier tokens of one sequence, to the graph. A SequenceCache is one."""
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+
+    def masks(self, t: int, ahead: int = 0) -> Mapping[str, Mask]: ...
+
+    def advance(self, t: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -16,17 +40,39 @@ class Segment:
     """The next `length` tokens of one sequence, whose earlier tokens are in `cache`.
 
     ahead: how many tokens more will have been added to each layer's cache before that layer sees these.
+    adapter: the number of the adapter that they run with (see low_rank.py), 0 for none.
     """
 
     length: int
-    cache: SequenceCache
+    cache: SequenceKV
     ahead: int = 0
+    adapter: int = 0
+
+
+class LowRank(Protocol):
+    """What adapters add to the outputs of the experts' two matrices, for certain pairs."""
+
+    def gate_up(self, x: mx.array, pairs: Pairs) -> mx.array:
+        """X [T, D] -> [T, k, 2F], rows as the weights have them."""
+        ...
+
+    def down(self, h: mx.array, pairs: Pairs) -> mx.array:
+        """The activations h [T, k, F] -> [T, k, D]."""
+        ...
+
+    def some(self, pairs: np.ndarray) -> LowRank:
+        """For some of the pairs, int [P] out of T x k: each becomes a row of its own, with one expert."""
+        ...
 
 
 class Pairs:
-    """Row numbers of (token, expert) pairs: T rows that take k experts each."""
+    """Row numbers of (token, expert) pairs: T rows that take k experts each.
 
-    def __init__(self, rows: int, k: int) -> None:
+    low_rank: what adapters add in the layer that is being applied, if they do.
+    """
+
+    def __init__(self, rows: int, k: int, low_rank: LowRank | None = None) -> None:
+        self.low_rank = low_rank
         pairs = np.arange(rows * k, dtype=np.uint32).reshape(rows, k)
         self.token_of_pair = mx.array(pairs // k)  # [T, k]: the row of x that each expert reads
         self.pair = mx.array(pairs)
@@ -43,8 +89,20 @@ class Batch(Pairs):
         spans = [np.arange(a, a + s.length, dtype=np.int32) for a, s in zip(starts, segments, strict=True)]
         self.positions = mx.array(np.concatenate(spans))
         self.bounds = np.cumsum([s.length for s in segments])[:-1].tolist()
-        self.masks: list[dict[str, Mask]] = [s.cache.masks(s.length, s.ahead) for s in segments]
+        self.masks = [s.cache.masks(s.length, s.ahead) for s in segments]
+        self.adapters = frozenset(s.adapter for s in segments)
         self._deferred: Callable[[], None] | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any row runs with an adapter."""
+        return self.adapters != {0}
+
+    @cached_property
+    def adapter_of_row(self) -> mx.array:
+        """The adapter's number for each row, uint32 [T]."""
+        numbers = np.array([s.adapter for s in self.segments], np.uint32)
+        return mx.array(np.repeat(numbers, [s.length for s in self.segments]))
 
     def defer(self, work: Callable[[], None]) -> None:
         """Do this once the graph of the next layer is built up to its experts, or the whole forward's."""

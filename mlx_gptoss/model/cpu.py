@@ -6,6 +6,9 @@ MLX's Linux wheel is linked with, so dense products go through it, and for many 
 well, expert by expert; and a stream is one core, so large quantised matrices are applied by halves on two
 streams. Nothing here runs on a GPU.
 
+The products that leave MLX have gradients of their own (`mx.custom_function`), in the activations alone:
+weights are constants there. Without them the gradient would be zero, and nothing would say so.
+
 Large products are shared among threads of our own, and the BLAS keeps to one: its threads spin for some
 20 ms after each product, on the cores that MLX's streams then need. That alone makes decoding a third slower.
 """
@@ -15,9 +18,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +45,8 @@ UNPACK_ROWS = 128
 
 # numpy has no type of sixteen plain bytes that it copies as fast: four float32 values pose as one of these.
 FOUR_FLOATS = np.complex128
+
+OfRows = Callable[[Any], Any]
 
 _own = threading.local()
 
@@ -88,6 +94,13 @@ def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
     return matrix.rows(0, middle), matrix.rows(middle, matrix.outputs)
 
 
+def _with_gradient(forward: OfRows, backward: OfRows) -> OfRows:
+    """A linear map of rows made outside of MLX, and the map that takes a gradient back through it."""
+    made = mx.custom_function(lambda x: mx.array(forward(np.asarray(x))))
+    made.vjp(lambda x, cotangent, output: mx.array(backward(np.asarray(cotangent))))
+    return cast(OfRows, made)
+
+
 class HostProjection:
     """One matrix: float32 through the host's BLAS where that pays, a large one by halves on two streams."""
 
@@ -96,11 +109,15 @@ class HostProjection:
         self._parts = _halves(matrix) if _is_large(matrix) else None
         small = matrix.outputs * matrix.inputs < SMALL
         self._blas_from = 1 if self._parts else NEVER if small else 2  # rows for which the BLAS pays
+        weight = matrix.weight
+        self._by_blas = _with_gradient(
+            lambda x: product(x, np.asarray(weight)), lambda g: product(g, np.asarray(weight).T)
+        )
 
     def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         m = self.matrix
         if m.weight.dtype == x.dtype == mx.float32 and len(x) >= self._blas_from:
-            return mx.array(product(np.asarray(x), np.asarray(m.weight)))
+            return self._by_blas(x)
         if self._parts is None:
             return m.apply(x)
         upper = self._parts[0].apply(x)
@@ -133,12 +150,15 @@ class HostExperts:
         return by_pair(self.weights, self.gate_up, self.down, x, chosen, batch)
 
     def _by_expert(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
-        experts = np.asarray(chosen).reshape(-1)
-        rows = np.repeat(np.asarray(x), chosen.shape[-1], axis=0)
-        bias = self.weights.bias[chosen].reshape(len(experts), -1)
-        h = self.weights.activate(mx.array(self.gate_up.by_expert(rows, experts)), bias)
-        y = self.weights.add_bias(mx.array(self.down.by_expert(np.asarray(h), experts)), bias)
-        return y.reshape(*chosen.shape, -1)
+        bias = self.weights.bias[chosen]
+        h = self.gate_up.by_expert(x, chosen)
+        if batch.low_rank is not None:
+            h = h + batch.low_rank.gate_up(x, batch)
+        h = self.weights.activate(h, bias)
+        y = self.down.by_expert(h.reshape(chosen.size, -1), chosen)
+        if batch.low_rank is not None:
+            y = y + batch.low_rank.down(h, batch)
+        return self.weights.add_bias(y, bias)
 
     def arrays(self) -> list[mx.array]:
         return self.weights.arrays()
@@ -183,16 +203,34 @@ class HostStack:
             return len(x) > 1
         return bool(chosen.size >= UNPACK_FROM * min(self._experts, chosen.size))
 
-    def by_expert(self, x: np.ndarray, expert_of_row: np.ndarray) -> np.ndarray:
-        """Each row through its expert: x float32 [N, inputs], experts int [N] -> float32 [N, outputs]."""
-        out = np.empty((len(x), self.matrix.outputs), np.float32)
+    def by_expert(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """Each pair of a row and an expert: x float32 [N, inputs], chosen [T, k] -> [T, k, outputs].
+
+        N is T, where the k pairs of a token share their row, or T x k.
+        """
+        experts, rows = np.asarray(chosen), len(x)
+
+        def backward(cotangent: np.ndarray) -> np.ndarray:
+            pairs = self._products(cotangent.reshape(experts.size, -1), experts, transposed=True)
+            summed: np.ndarray = pairs.reshape(rows, -1, self.matrix.inputs).sum(axis=1)
+            return summed
+
+        return _with_gradient(lambda x: self._products(x, experts, transposed=False), backward)(x)
+
+    def _products(self, x: np.ndarray, chosen: np.ndarray, *, transposed: bool) -> np.ndarray:
+        """The pairs' products with their experts' matrices W [O, I]: by W.T, or when `transposed` by W."""
+        width = self.matrix.inputs if transposed else self.matrix.outputs
+        out = np.empty((chosen.size, width), np.float32)
+        shared = chosen.size // len(x)  # pairs that a row of x is for
+        groups = [(e, pairs, x[pairs // shared]) for e, pairs in _rows_of_experts(chosen.reshape(-1))]
         with _blas().limit(limits=1):
             if self._small:
-                for expert, rows in _rows_of_experts(expert_of_row):
-                    out[rows] = x[rows] @ self._unpacked_whole(expert).T
+                for expert, pairs, rows in groups:
+                    weight = self._unpacked_whole(expert)
+                    out[pairs] = rows @ (weight if transposed else weight.T)
             else:
-                self._by_parts(x, expert_of_row, out)
-        return out
+                self._by_parts(groups, out, transposed)
+        return out.reshape(*chosen.shape, width)
 
     def _unpacked_whole(self, expert: int) -> np.ndarray:
         if self._dense is not None:
@@ -201,20 +239,32 @@ class HostStack:
             dense = np.asarray(self.matrix.mapped(lambda a: a[expert : expert + 1]).dense(mx.float32))[0]
         return dense
 
-    def _by_parts(self, x: np.ndarray, expert_of_row: np.ndarray, out: np.ndarray) -> None:
-        """`by_expert` for MXFP4: some rows of a matrix at a time are unpacked, on every core."""
-        outputs = self.matrix.outputs
+    def _by_parts(
+        self, groups: list[tuple[int, np.ndarray, np.ndarray]], out: np.ndarray, transposed: bool
+    ) -> None:
+        """`_products` for MXFP4: some rows of a matrix at a time are unpacked, on every core."""
+        starts = range(0, self.matrix.outputs, UNPACK_ROWS)
         blocks, scales = np.asarray(self.matrix.weight).view(np.uint8), np.asarray(self.matrix.scales)
 
-        def part(rows: np.ndarray, inputs: np.ndarray, expert: int, first: int) -> None:
-            some = slice(first, min(first + UNPACK_ROWS, outputs))
-            out[rows, some] = inputs @ _unpack(blocks[expert, some], scales[expert, some]).T
+        def unpacked(expert: int, first: int) -> tuple[slice, np.ndarray]:
+            some = slice(first, min(first + UNPACK_ROWS, self.matrix.outputs))
+            return some, _unpack(blocks[expert, some], scales[expert, some])
 
-        jobs = [
-            _workers().submit(part, rows, x[rows], expert, first)
-            for expert, rows in _rows_of_experts(expert_of_row)
-            for first in range(0, outputs, UNPACK_ROWS)
-        ]
+        def part(expert: int, pairs: np.ndarray, rows: np.ndarray, first: int) -> None:
+            some, values = unpacked(expert, first)
+            out[pairs, some] = rows @ values.T
+
+        def whole(expert: int, pairs: np.ndarray, rows: np.ndarray) -> None:
+            total = np.zeros((len(pairs), self.matrix.inputs), np.float32)
+            for first in starts:
+                some, values = unpacked(expert, first)
+                total += rows[:, some] @ values
+            out[pairs] = total
+
+        if transposed:  # the parts of a matrix add up
+            jobs = [_workers().submit(whole, *group) for group in groups]
+        else:
+            jobs = [_workers().submit(part, *group, first) for group in groups for first in starts]
         for job in jobs:
             job.result()
 

@@ -88,8 +88,13 @@ def by_pair(
     """Every (token, expert) pair by itself, in the tokens' order; the stacks hold the weights' matrices."""
     bias = weights.bias[chosen]
     h = gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
-    pairs = weights.activate(h, bias).reshape(chosen.size, 1, -1)
-    return weights.add_bias(down.gather(pairs, chosen, batch.pair).squeeze(-2), bias)
+    if batch.low_rank is not None:
+        h = h + batch.low_rank.gate_up(x, batch)
+    h = weights.activate(h, bias)
+    y = down.gather(h.reshape(chosen.size, 1, -1), chosen, batch.pair).squeeze(-2)
+    if batch.low_rank is not None:
+        y = y + batch.low_rank.down(h, batch)
+    return weights.add_bias(y, bias)
 
 
 class ResidentExperts:
@@ -111,12 +116,19 @@ class ResidentExperts:
         """The pairs in the experts' order: each expert is read once."""
         weights, flat = self.weights, chosen.flatten()
         order = mx.argsort(flat)
+        back = mx.argsort(order)
         experts = flat[order]
         bias = weights.bias[experts]
         rows = x[order // chosen.shape[-1]][:, None]
-        h = weights.activate(weights.gate_up.gather(rows, experts, None, in_order=True).squeeze(-2), bias)
+        h = weights.gate_up.gather(rows, experts, None, in_order=True).squeeze(-2)
+        if batch.low_rank is not None:
+            h = h + batch.low_rank.gate_up(x, batch).reshape(chosen.size, -1)[order]
+        h = weights.activate(h, bias)
         y = weights.down.gather(h[:, None], experts, None, in_order=True).squeeze(-2)
-        return weights.add_bias(y, bias)[mx.argsort(order)].reshape(*chosen.shape, -1)
+        y = weights.add_bias(y, bias)[back].reshape(*chosen.shape, -1)
+        if batch.low_rank is not None:
+            y = y + batch.low_rank.down(h[back].reshape(*chosen.shape, -1), batch)
+        return y
 
     def arrays(self) -> list[mx.array]:
         return self.weights.arrays()

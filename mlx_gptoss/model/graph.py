@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.device import fuse
-from mlx_gptoss.model.batch import Batch, Segment
+from mlx_gptoss.model.batch import Batch, LowRank, Segment
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import ModelConfig, YarnConfig
 from mlx_gptoss.model.experts import Experts
@@ -84,6 +85,14 @@ class Attention:
         return [self.norm, self.qkv_bias, self.out_bias, self.sinks, *self.qkv.arrays(), *self.out.arrays()]
 
 
+class AdaptedExperts(Protocol):
+    """The adapters of a layer's experts."""
+
+    def of(self, chosen: mx.array, batch: Batch) -> LowRank | None:
+        """What they add for the experts chosen for each row [T, k]; None where there is nothing."""
+        ...
+
+
 class MixtureOfExperts:
     """The router scores the experts of a token and k are picked; their outputs are summed with the softmax of
     the k scores.
@@ -93,6 +102,7 @@ class MixtureOfExperts:
         self.k = config.experts_per_token
         self.eps = config.rms_norm_eps
         self.norm, self.router, self.experts = norm, router, experts
+        self.adapters: AdaptedExperts | None = None  # of the experts; see low_rank.py
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """X [T, D] -> x plus the experts' sum, [T, D]."""
@@ -103,7 +113,9 @@ class MixtureOfExperts:
         """X [T, D] -> the experts' inputs [T, D], the experts chosen for each row, their weights [T, k]."""
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         scores = self.router(rows, batch)
-        chosen = mx.argpartition(scores, kth=-self.k, axis=-1)[:, -self.k :]
+        # Whom a token goes to has no gradient; how much each counts has.
+        chosen = mx.stop_gradient(mx.argpartition(scores, kth=-self.k, axis=-1)[:, -self.k :])
+        batch.low_rank = None if self.adapters is None else self.adapters.of(chosen, batch)
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1, precise=True)
         return rows, chosen, weights
 

@@ -235,4 +235,5 @@ class StreamedExperts:
         """The outputs [P, D] of some (token, expert) pairs of a block."""
         rows = block.x[mx.array(pairs // block.chosen.shape[1])]
         slots = self.slots.table[block.chosen.reshape(-1)[pairs]][:, None]
-        return block.way(rows, mx.array(slots), Pairs(*slots.shape)).squeeze(1)
+        low_rank = None if block.pairs.low_rank is None else block.pairs.low_rank.some(pairs)
+        return block.way(rows, mx.array(slots), Pairs(*slots.shape, low_rank)).squeeze(1)

@@ -7,6 +7,7 @@ rows, so the bits are the same. A block's attention needs the earlier blocks of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -59,7 +60,7 @@ def cut(segments: Sequence[Segment], block: int) -> list[list[Segment]]:
                 blocks.append([])
                 room = block
             count = min(room, segment.length - done)
-            blocks[-1].append(Segment(count, segment.cache, segment.ahead + done))
+            blocks[-1].append(replace(segment, length=count, ahead=segment.ahead + done))
             done += count
             room -= count
     return blocks

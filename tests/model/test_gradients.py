@@ -1,0 +1,166 @@
+"""The graph is differentiable on every way through it, and what is trained is what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
+from mlx_gptoss.device import on_gpu
+from mlx_gptoss.model import cpu
+from mlx_gptoss.model.batch import Batch, Segment
+from mlx_gptoss.model.config import ModelConfig
+from mlx_gptoss.model.experts import Experts, ExpertWeights, ResidentExperts
+from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.matrix import Matrix
+from mlx_gptoss.model.projection import Dense, Projection
+from mlx_gptoss.model.quantization import MXFP4, Quantization
+from mlx_gptoss.model.whole import whole_segments
+from tests.support.checkpoints import hf_config, write_checkpoint
+from tests.support.random_weights import Shape
+
+E, OUT, IN = 3, 300, 64
+RNG = np.random.default_rng(4)
+host = pytest.mark.skipif(on_gpu(), reason="this is the CPU backend's own code")
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.array(RNG.standard_normal(shape).astype(np.float32))
+
+
+def mxfp4(outputs: int, inputs: int) -> Matrix:
+    blocks = RNG.integers(0, 2**32, (E, outputs, inputs // 8), dtype=np.uint32)
+    scales = RNG.integers(118, 124, (E, outputs, inputs // 32), dtype=np.uint8)
+    return Matrix(mx.array(blocks), mx.array(scales), None, MXFP4)
+
+
+def affine(*shape: int) -> Matrix:
+    weight, scales, biases = mx.quantize(normal(*shape), group_size=64, bits=4)
+    return Matrix(weight, scales, biases, Quantization("affine", 4, 64))
+
+
+def thresholds(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    """Let every matrix count as large, small or neither."""
+    large, small = {"large": (1, 1), "small": (1 << 30, 1), "tiny": (1 << 30, 1 << 30)}[size]
+    monkeypatch.setattr(cpu, "LARGE", large)
+    monkeypatch.setattr(cpu, "SMALL", small)
+
+
+def gradient(function: Callable[[mx.array], mx.array], x: mx.array) -> np.ndarray:
+    """Of the sum of what `function` gives, each output by a weight of its own."""
+
+    def loss(x: mx.array) -> mx.array:
+        y = function(x)
+        return (y * mx.sin(mx.arange(y.size)).reshape(y.shape)).sum()
+
+    return np.array(mx.grad(loss)(x))
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(found - expected).max() < 1e-5 * np.abs(expected).max())
+
+
+def test_a_product_made_outside_of_mlx_has_a_gradient_of_zero_and_nobody_is_told() -> None:
+    """Why the CPU backend's products are custom functions."""
+    weight = RNG.standard_normal((OUT, IN)).astype(np.float32)
+    assert not gradient(lambda x: mx.array(cpu.product(np.asarray(x), weight)), normal(5, IN)).any()
+
+
+@host
+@pytest.mark.parametrize("size", ["large", "small", "tiny"])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("make", [lambda: Matrix(normal(OUT, IN)), lambda: affine(OUT, IN)])
+def test_a_projection_has_the_gradient_of_mlx(
+    make: Callable[[], Matrix], rows: int, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds(monkeypatch, size)
+    matrix, x = make(), normal(rows, IN)
+    expected = gradient(matrix.apply, x)
+    assert expected.any() and close(gradient(cpu.HostProjection(matrix), x), expected)
+
+
+@host
+@pytest.mark.parametrize("size", ["large", "small", "tiny"])
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("form", ["mxfp4", "affine", "dense"])
+def test_experts_have_the_gradient_of_a_gpus_way(
+    form: str, tokens: int, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds(monkeypatch, size)
+    monkeypatch.setattr(cpu, "UNPACK_ROWS", 70)
+    inner, k = 128, 2
+    make: dict[str, Callable[[int, int], Matrix]] = {
+        "mxfp4": mxfp4,
+        "affine": lambda outputs, inputs: affine(E, outputs, inputs),
+        "dense": lambda outputs, inputs: Matrix(normal(E, outputs, inputs)),
+    }
+    gate_up, down = make[form](2 * inner, IN), make[form](IN, inner)
+    weights = ExpertWeights(
+        gate_up, down, normal(E, 2 * inner + IN), interleaved=True, limit=7.0, alpha=1.702
+    )
+    config = ModelConfig.from_hf(hf_config(Shape()))
+    batch = Batch(whole_segments(config, [tokens]), k)
+    x, chosen = normal(tokens, IN), mx.array(RNG.integers(0, E, (tokens, k)).astype(np.uint32))
+    expected = gradient(lambda x: ResidentExperts(weights)(x, chosen, batch), x)
+    assert expected.any() and close(
+        gradient(lambda x: cpu.HostExperts(weights)(x, chosen, batch), x), expected
+    )
+
+
+class Plain(Checkpoint):
+    """A checkpoint whose graph is MLX's operations alone, as on a GPU."""
+
+    def projection(self, *keys: str, layer: int = 0, bias: mx.array | None = None) -> Projection:
+        made = super().projection(*keys, layer=layer, bias=bias)
+        return Dense(made.matrix) if isinstance(made, cpu.HostProjection) else made
+
+    def experts(self, layer: int) -> Experts:
+        made = super().experts(layer)
+        return ResidentExperts(made.weights) if isinstance(made, cpu.HostExperts) else made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("gradients"), Shape(vocab=64))
+
+
+LENGTHS = (40, 1, 9)
+TOKENS = mx.array(RNG.integers(0, 64, sum(LENGTHS)).astype(np.int32))
+
+
+def through(model: Model, x: mx.array) -> mx.array:
+    """All layers and the head, from the embeddings on."""
+    batch = Batch(whole_segments(model.config, LENGTHS), model.config.experts_per_token)
+    for layer in model.layers:
+        x = layer(x, batch)
+    logits = model.logits(x)
+    assert logits is not None
+    return logits
+
+
+def test_the_gradient_through_the_whole_model_is_that_of_mlx_and_of_differences(folder: Path) -> None:
+    plain, ours = read_model(Plain(folder, "float32")), read_model(Checkpoint(folder, "float32"))
+    x = plain.embedding(TOKENS)
+    expected = gradient(lambda x: through(plain, x), x)
+    found = gradient(lambda x: through(ours, x), x)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+    def loss(at: float) -> float:
+        y = through(ours, x + mx.array(direction * at))
+        return float((y * mx.sin(mx.arange(y.size)).reshape(y.shape)).sum().item())
+
+    direction = found / np.linalg.norm(found)
+    slope = (loss(1e-3) - loss(-1e-3)) / 2e-3
+    assert abs(slope / np.linalg.norm(found) - 1) < 0.01
+
+
+def test_what_is_trained_is_what_is_served_to_the_bit(folder: Path) -> None:
+    model = read_model(Checkpoint(folder, "float32"))
+    served = model(TOKENS, [Segment(length, model.make_cache()) for length in LENGTHS])
+    trained = model(TOKENS, whole_segments(model.config, LENGTHS))
+    assert served is not None and trained is not None
+    assert np.array_equal(np.array(served), np.array(trained))
