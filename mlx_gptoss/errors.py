@@ -4,11 +4,13 @@ GptOssError
  ├ ModelNotFoundError      no such folder or Hub id, or not cached while offline
  ├ ConfigError             config.json is missing, contradictory, or not of a gpt-oss model
  ├ CheckpointError         tensors missing, extra or misshapen; files corrupt or truncated
+ │  └ AdapterError         no adapter, one of another model, or of a kind that is not known
  ├ TokenizerError          text is needed and the folder has no usable tokenizer
  ├ RequestError            a value in a request is wrong; `.field` names it
  │  ├ ContextLengthError   more tokens than the context holds
  │  ├ SchemaError          a JSON schema, regex or grammar that cannot be used
  │  └ ToolError            a tool declared twice or without a name, a result for an unknown call
+ ├ TuneError               examples or settings of a training that cannot be used, or a loss that is NaN
  ├ MemoryLimitError        it does not fit in memory; `.needed` and `.available` in bytes
  ├ BusyError               the queue is full; `.retry_after` in seconds
  ├ BatchError              some of many prompts failed; `.errors` has each by its index
@@ -38,6 +40,10 @@ class ConfigError(GptOssError):
 
 class CheckpointError(GptOssError):
     """The weights are missing, extra, misshapen, truncated or corrupt."""
+
+
+class AdapterError(CheckpointError):
+    """The adapter is missing, of another model, corrupt, or of a kind that is not known here."""
 
 
 class TokenizerError(GptOssError):
@@ -83,6 +89,10 @@ class SchemaError(RequestError):
 
 class ToolError(RequestError):
     """A tool is declared wrongly, or a result belongs to no call."""
+
+
+class TuneError(GptOssError):
+    """A training's examples or settings cannot be used, or it has failed."""
 
 
 class MemoryLimitError(GptOssError):

@@ -43,6 +43,8 @@ WANTED = (
 )
 """Top-level files that loading reads, and the terms; the same under ``original/`` if that is all there is."""
 
+ADAPTER_FILES = ("adapters.safetensors", "adapter_model.safetensors", "adapter_config.json", "README.md")
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIMEOUT = 10.0  # seconds for the one question that precedes a download
 
@@ -116,6 +118,35 @@ def _on_disk(text: str, gguf: bool) -> Path | None:
         raise ModelNotFoundError(
             f"{text!r} cannot be read: {error.strerror}; expected a folder that you may enter, or a Hub id"
         ) from None
+
+
+def resolve_adapter(adapter: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
+    """The local folder of an adapter, downloaded first when it is a Hub id that isn't in the cache.
+
+    Raises ModelNotFoundError when there is no such folder or repository, HubError when the Hub refuses.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    text = str(adapter)
+    folder = Path(os.path.expanduser(text))
+    if text and folder.is_dir():
+        return folder
+    if isinstance(adapter, Path) or not is_repo_id(text):
+        raise ModelNotFoundError(f"no folder {text!r}: expected an adapter's folder or a Hub id")
+    try:
+        return Path(
+            snapshot_download(
+                text, revision=revision, local_files_only=offline, allow_patterns=list(ADAPTER_FILES)
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise ModelNotFoundError(
+            f"{text!r} is not in the local cache and cannot be downloaded now: run the same command once "
+            "with a connection"
+        ) from None
+    except Exception as error:
+        raise explain(error, text, revision=revision) from error
 
 
 def _local(text: str, gguf: bool) -> Path | None:

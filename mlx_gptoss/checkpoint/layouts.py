@@ -83,6 +83,11 @@ class Layout:
         """The keys of the experts' first matrix: one with alternating rows, or gate and up by themselves."""
         return self._present("experts.gate_up", "experts.gate", "experts.up")
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether the rows of the experts' first matrix alternate gate, up, gate, up."""
+        return len(self.gate_up) == 1
+
     def _present(self, *keys: str) -> tuple[str, ...]:
         return tuple(key for key in keys if key in self.paths)
 

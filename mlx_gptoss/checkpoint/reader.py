@@ -139,7 +139,7 @@ class Checkpoint:
         """What makes a layer's experts of gate_up, down and the biases."""
         return partial(
             ExpertWeights,
-            interleaved=len(self.layout.gate_up) == 1,
+            interleaved=self.layout.interleaved,
             limit=self.config.swiglu_limit,
             alpha=self.config.swiglu_alpha,
         )
