@@ -28,6 +28,7 @@ FLOORS = {
     "engine": 4,
     "mcp": 4,
     "chat": 5,
+    "tune": 5,
     "llm": 6,
     "convert": 6,
     "doctor": 7,

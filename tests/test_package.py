@@ -68,6 +68,7 @@ EXPORTS = {
     "mlx_gptoss.doctor": ["Finding", "Verdict", "examine"],
     "mlx_gptoss.server": ["ServerSettings", "create_app"],
     "mlx_gptoss.tools": ["BUILTIN", "BuiltinTool", "builtin_tools"],
+    "mlx_gptoss.tune": ["TuneOptions", "tune"],
 }
 
 

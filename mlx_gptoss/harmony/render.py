@@ -118,21 +118,46 @@ def render_text(
     return "".join(SPECIAL_TOKENS[p] if isinstance(p, _Mark) else str(p) for p in pieces)
 
 
+def render_messages(conversation: Conversation, tokenizer: Tokenizer) -> list[tuple[int | None, list[int]]]:
+    """The token ids of a conversation with all its reasoning, message by message.
+
+    Each with the message's index in the conversation; the system and developer messages come first, as None.
+    """
+    special = tokenizer.special
+    found: list[tuple[int | None, list[int]]] = [(None, _encode(_preface(conversation, special), tokenizer))]
+    for index, pieces in _kept(conversation, special, False):
+        found.append((index, _encode(pieces, tokenizer)))
+    return found
+
+
 def _conversation(
     conversation: Conversation, special: Special | None, for_completion: bool, drop_analysis: bool
 ) -> Iterator[_Piece]:
     """Without `special`, sampled messages are written anew."""
+    yield from _preface(conversation, special)
+    for _, pieces in _kept(conversation, special, drop_analysis):
+        yield from pieces
+    if for_completion:
+        yield from (_START, "assistant")
+
+
+def _preface(conversation: Conversation, special: Special | None) -> Iterator[_Piece]:
+    """The system message, and the developer message if there is anything to say."""
     conversation.validate()
     yield from _message(Message("system", system_text(conversation)), None, special)
     if developer := developer_text(conversation):
         yield from _message(Message("developer", developer), None, special)
+
+
+def _kept(
+    conversation: Conversation, special: Special | None, drop_analysis: bool
+) -> Iterator[tuple[int, Iterator[_Piece]]]:
+    """The messages that are shown, by their index."""
     messages = conversation.messages
     dropped = _dropped(messages) if drop_analysis else 0
     for index, (message, name) in enumerate(resolve_results(messages)):
         if index >= dropped or message.channel != "analysis":
-            yield from _message(message, name, special)
-    if for_completion:
-        yield from (_START, "assistant")
+            yield index, _message(message, name, special)
 
 
 def _dropped(messages: Sequence[Message]) -> int:

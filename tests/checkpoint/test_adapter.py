@@ -12,7 +12,8 @@ import pytest
 from mlx_gptoss.checkpoint.adapter import Adapter, read_adapter, write_adapter
 from mlx_gptoss.errors import AdapterError
 from mlx_gptoss.model.config import ModelConfig
-from mlx_gptoss.model.low_rank import EXPERTS, PARTS, Pair, part_sizes
+from mlx_gptoss.model.low_rank import PARTS, Pair
+from tests.support.adapters import random_adapter
 from tests.support.checkpoints import hf_config
 from tests.support.random_weights import Shape
 
@@ -20,24 +21,6 @@ SHAPE = Shape(layers=3, vocab=64)
 CONFIG = ModelConfig.from_hf(hf_config(SHAPE))
 # The demo's hidden and intermediate sizes are equal.
 SQUARE = ModelConfig.from_hf(hf_config(Shape(layers=3, vocab=64, intermediate=192)))
-
-
-def random_adapter(
-    config: ModelConfig, rank: int = 4, layers: tuple[int, ...] = (1, 2), seed: int = 0
-) -> Adapter:
-    rng, sizes = np.random.default_rng(seed), part_sizes(config)
-
-    def made(name: str) -> Pair:
-        outputs, inputs = sizes[name]
-        lead = (config.num_experts,) if name in EXPERTS else ()
-        a, b = (
-            rng.standard_normal((*lead, *s)).astype(np.float32) for s in ((rank, inputs), (outputs, rank))
-        )
-        return Pair(mx.array(a), mx.array(b))
-
-    return Adapter(
-        {i: {name: made(name) for name in PARTS} for i in layers}, 1.5, {"base": "openai/x", "step": 7}
-    )
 
 
 def same(one: Adapter, other: Adapter) -> bool:
