@@ -29,6 +29,7 @@ from mlx_gptoss.convert.finite import Watch, not_finite
 from mlx_gptoss.convert.jobs import Chunk, Job, make_config, make_jobs
 from mlx_gptoss.convert.journal import JOURNAL_NAME, Journal, Record
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, read_manifest
+from mlx_gptoss.convert.merge import merged
 from mlx_gptoss.convert.recipes import Recipe, make_recipe
 from mlx_gptoss.convert.sidecars import find_sidecars
 from mlx_gptoss.convert.sources import Source, is_gguf, open_source
@@ -80,6 +81,7 @@ def convert(
     restart: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    adapter: Path | None = None,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Converted:
@@ -90,7 +92,8 @@ def convert(
     that are not MXFP4 yet. for_streaming: all that an expert has lies side by side, on whole pages, so that
     one read fetches it; only this package loads that. tokenizer: folder of tokenizer files, where the source
     has none; need_tokenizer=False goes without. restart: throw away an unfinished conversion instead of going
-    on with it. progress is called from worker threads, one at a time.
+    on with it. adapter: a folder with an adapter to merge into the weights. progress is called from worker
+    threads, one at a time.
 
     Raises ConversionError, ConfigError, CheckpointError, ModelNotFoundError or HubError; `target` does not
     exist then, and what was done is in TARGET.partial for the next run.
@@ -99,6 +102,8 @@ def convert(
     if shard_size < 1:
         raise ConversionError(f"shard size {shard_size} is not possible, expected bytes such as 5GB")
     opened = _open(source, revision, offline)
+    if adapter is not None:
+        opened = merged(opened, adapter)
     _require_outside(Path(target).expanduser(), opened)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
     jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search, for_streaming=for_streaming)
@@ -113,6 +118,7 @@ def convert(
             "mxfp4_search": mxfp4_search,
             "for_streaming": for_streaming,
             "shard_size": shard_size,
+            **_mark(adapter),
         },
         "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in sidecars.items()},
     }
@@ -147,6 +153,16 @@ def convert(
         manifest.write(work.output)
         work.publish()
     return Converted(work.target, manifest, tuple(jobs.notes), run.resumed)
+
+
+def _mark(adapter: Path | None) -> dict[str, str]:
+    """What tells conversions with different adapters apart."""
+    if adapter is None:
+        return {}
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("adapter*")):
+        digest.update(path.read_bytes())
+    return {"adapter": digest.hexdigest()}
 
 
 def _json(content: dict[str, Any], indent: int) -> bytes:

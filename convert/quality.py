@@ -19,13 +19,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.checkpoint.adapter import Adapter, read_adapter
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.convert.manifest import Quality, read_manifest
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.files import read_limited
-from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.batch import Batch
+from mlx_gptoss.model.low_rank import adaptable, put_adapter
 from mlx_gptoss.model.projection import Projection
+from mlx_gptoss.model.whole import whole_segments
 from mlx_gptoss.tokenizer import Tokenizer
 
 DEFAULT_TEXT = "Alice's Adventures in Wonderland, chapter I (Lewis Carroll, 1865)"
@@ -44,6 +46,7 @@ def compare_on_text(
     source: str | Path,
     text_file: str | Path | None = None,
     *,
+    adapter: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """`compare` on a text file, or on the default passage, with the tokenizer of either folder.
@@ -59,7 +62,7 @@ def compare_on_text(
         except (OSError, UnicodeDecodeError) as error:
             raise ConversionError(f"{text_file}: cannot be read as UTF-8 text ({error})") from error
     tokens = Tokenizer.from_folder(home).encode(text)
-    return compare(folder, source, tokens, name=name, progress=progress)
+    return compare(folder, source, tokens, name=name, adapter=adapter, progress=progress)
 
 
 def compare(
@@ -69,13 +72,17 @@ def compare(
     *,
     name: str = "tokens",
     window: int = WINDOW,
+    adapter: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Run `tokens`, in windows of `window`, through the source's weights and the conversion's.
 
-    `progress(done, total)` counts layers. Raises ConversionError when the two are different models, there are
-    fewer than two tokens, one that the models do not know, or predictions that are not finite,
-    CheckpointError and ConfigError when a folder cannot be read.
+    adapter: a folder with the adapter that is merged into the conversion; the source runs with it beside its
+    weights. `progress(done, total)` counts layers.
+
+    Raises ConversionError when the two are different models, there are fewer than two tokens, one that the
+    models do not know, or predictions that are not finite, CheckpointError and ConfigError when a folder
+    cannot be read.
     """
     if len(tokens) < 2:
         raise ConversionError(
@@ -93,8 +100,9 @@ def compare(
         )
     windows = [np.array(tokens[i : i + window], dtype=np.int32) for i in range(0, len(tokens), window)]
     windows = [w for w in windows if len(w) > 1]
+    beside = [None if adapter is None else read_adapter(adapter, sides[0].config), None]
     hidden = [
-        _hidden_states(side, windows, progress or (lambda done, total: None), i)
+        _hidden_states(side, windows, progress or (lambda done, total: None), i, beside[i])
         for i, side in enumerate(sides)
     ]
     norms, heads = [s.norm() for s in sides], [s.head() for s in sides]
@@ -148,7 +156,11 @@ def _check_same_model(source: Checkpoint, converted: Checkpoint) -> None:
 
 
 def _hidden_states(
-    side: Checkpoint, windows: list[np.ndarray], tell: Callable[[int, int], None], place: int
+    side: Checkpoint,
+    windows: list[np.ndarray],
+    tell: Callable[[int, int], None],
+    place: int,
+    adapter: Adapter | None,
 ) -> list[mx.array]:
     """The last layer's output for each window, [t, hidden] float32, with one layer in memory at a time."""
     config, total = side.config, 2 * side.config.num_layers
@@ -159,10 +171,13 @@ def _hidden_states(
     for i in range(config.num_layers):
         layer = side.layer(i)
         mx.eval(layer.arrays())
+        if adapter is not None:
+            layer = adaptable(layer)
+            parts = adapter.parts.get(i, {})
+            put_adapter(layer, 1, parts, adapter.scale, interleaved=side.layout.interleaved)
         for w, x in enumerate(states):
-            # The layers' caches are not used again: this window is run whole, one layer at a time.
-            segment = Segment(x.shape[0], SequenceCache(config, side.dtype))
-            states[w] = layer(x, Batch([segment], config.experts_per_token))
+            segments = whole_segments(config, [x.shape[0]], 0 if adapter is None else 1)
+            states[w] = layer(x, Batch(segments, config.experts_per_token))
             mx.eval(states[w])
         del layer
         mx.clear_cache()

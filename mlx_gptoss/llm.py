@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from mlx_gptoss.chat.completion import StopText
 from mlx_gptoss.chat.generation import Generation
 from mlx_gptoss.chat.respond import Responder
 from mlx_gptoss.chat.turn import TurnOptions, start_turn
+from mlx_gptoss.checkpoint.adapter import Adapter, read_adapter
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
-from mlx_gptoss.checkpoint.hub import resolve
+from mlx_gptoss.checkpoint.hub import resolve, resolve_adapter
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import available_memory, limit_memory
@@ -49,6 +50,8 @@ CONTEXT_NAMES = dict.fromkeys(
 )
 # Where experts and context share what is too little for both, context comes first up to so many tokens.
 COMFORTABLE_CONTEXT = 4096
+# The name of the adapter that `load(adapter=)` gives.
+DEFAULT_ADAPTER = "default"
 
 
 def load(
@@ -57,6 +60,8 @@ def load(
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     offline: bool = False,
+    adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
     announce: Callable[[str], None] | None = None,
     **options: Unpack[EngineKeywords],
@@ -64,10 +69,13 @@ def load(
     """Load a model: a folder, a Hub id (downloaded unless `offline`), or "demo".
 
     dtype: "bfloat16", "float16" or "float32" for activations and dense weights (default: the device's).
-    progress(done, total) is called as parts are read, on another thread; announce, before that, with one line
-    that tells what memory the model will take. options: see EngineOptions.
+    adapter: a folder or Hub id of an adapter that answers whatever does not name another. adapters: by name,
+    for requests that name one (`adapter="sql"`); see LLM.load_adapter. progress(done, total) is called as
+    parts are read, on another thread; announce, before that, with one line that tells what memory the model
+    will take. options: see EngineOptions.
 
-    Raises ModelNotFoundError, HubError, ConfigError, CheckpointError, MemoryLimitError or RequestError.
+    Raises ModelNotFoundError, HubError, ConfigError, CheckpointError (AdapterError), MemoryLimitError or
+    RequestError.
     """
     known = {f.name for f in fields(EngineOptions)}
     for name in options:
@@ -82,7 +90,11 @@ def load(
     stops = frozenset[int]() if has_text else configured_stops(folder)
     bound = configured_bound(folder)
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
+    named = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
+    found = {name: _read_adapter(at, checkpoint.config, offline) for name, at in named.items()}
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
+    # Beside the copy that runs, all of them padded to one rank for batches of several.
+    free -= 2 * sum(one.parameters for one in found.values()) * checkpoint.dtype.size
     memory = plan_experts(
         checkpoint,
         chosen.expert_memory if chosen.expert_bytes is None else chosen.expert_bytes,
@@ -112,7 +124,10 @@ def load(
             disk = PrefixDisk(Path(chosen.prefix_cache).expanduser(), mark, DISK_LIMIT)
             usage = ExpertUsage(disk.folder)
         streamed, block = streamed_experts(loaded), chosen.prefill_chunk
-        runner = worker.call(lambda: LocalRunner(loaded, chosen.bits, streamed, block, usage))
+        interleaved = checkpoint.layout.interleaved
+        runner = worker.call(
+            lambda: LocalRunner(loaded, chosen.bits, streamed, block, usage, interleaved=interleaved)
+        )
         drafters: DrafterFactory | None = PromptLookup if chosen.draft == LOOKUP else None
         if draft is not None:
             second = worker.call(lambda: LocalRunner(read_model(draft)))
@@ -132,6 +147,10 @@ def load(
             message_start=tokenizer.special.start if tokenizer else None,
             pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
         )
+        for name, one in found.items():
+            engine.put_adapter(name, one)
+        if adapter is not None:
+            engine.default_adapter = DEFAULT_ADAPTER
         return LLM(engine, checkpoint.config, folder, str(model), tokenizer, memory=memory, max_tokens=bound)
     except BaseException:
         worker.close()
@@ -181,9 +200,9 @@ class LLM(Responder):
 
     # --- tokens
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> np.ndarray:
         """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
-        return self.engine.logits(token_ids)
+        return self.engine.logits(token_ids, adapter=adapter)
 
     def score(
         self,
@@ -207,10 +226,11 @@ class LLM(Responder):
         params: SamplingParams | None = None,
         *,
         constraint: TokenConstraint | None = None,
+        adapter: str | None = None,
     ) -> Iterator[int]:
         """Generate after the given tokens: yields ids, the one that ends the generation included."""
         yield from self.engine.generate(
-            token_ids, params, constraint=constraint, stop_text=self._stop_text(params)
+            token_ids, params, constraint=constraint, stop_text=self._stop_text(params), adapter=adapter
         )
 
     def submit(
@@ -220,15 +240,21 @@ class LLM(Responder):
         *,
         constraint: TokenConstraint | None = None,
         sink: Sink | None = None,
+        adapter: str | None = None,
     ) -> TokenStream:
         """Queue a generation and return at once.
 
         With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
-        GptOssError; it must not block. Raises RequestError, ContextLengthError, TokenizerError (for stop
-        texts without a tokenizer) or BusyError.
+        GptOssError; it must not block. adapter: see TurnOptions. Raises RequestError, ContextLengthError,
+        TokenizerError (for stop texts without a tokenizer) or BusyError.
         """
         return self.engine.submit(
-            token_ids, params, constraint=constraint, sink=sink, stop_text=self._stop_text(params)
+            token_ids,
+            params,
+            constraint=constraint,
+            sink=sink,
+            stop_text=self._stop_text(params),
+            adapter=adapter,
         )
 
     def _stop_text(self, params: SamplingParams | None) -> StopText | None:
@@ -247,6 +273,25 @@ class LLM(Responder):
             self.engine, self.tokenizer, conversation, options, sink, max_tokens=self.max_tokens
         )
 
+    # --- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded."""
+        return tuple(self.engine.adapters)
+
+    def load_adapter(self, name: str, adapter: str | Path, *, offline: bool = False) -> None:
+        """Let requests run with an adapter, a folder or a Hub id, by a name; in place of one of that name.
+
+        Raises AdapterError, HubError, RequestError for the name, or BusyError while requests run with that
+        one.
+        """
+        self.engine.put_adapter(name, _read_adapter(adapter, self.config, offline))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises RequestError when there is none, BusyError while requests run with it."""
+        self.engine.put_adapter(name, None)
+
     # --- the model itself
 
     def stats(self) -> EngineStats:
@@ -262,6 +307,10 @@ class LLM(Responder):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _read_adapter(adapter: str | Path, config: ModelConfig, offline: bool) -> Adapter:
+    return read_adapter(resolve_adapter(adapter, offline=offline), config)
 
 
 def _draft_checkpoint(options: EngineOptions, target: Checkpoint, offline: bool) -> Checkpoint:

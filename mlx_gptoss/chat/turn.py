@@ -29,7 +29,7 @@ class TurnOptions:
     less. response_format: what the answer must be. tool_choice: "auto", "none", "required", or ("named", a
     tool's name). strict_tools: False lets a call's arguments be any JSON object where the tool's schema
     cannot be enforced. reasoning_budget: analysis tokens at most. progress: PromptProgress comes before the
-    events.
+    events. adapter: the name of the loaded adapter that answers, "base" for none (default: the engine's).
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -38,6 +38,7 @@ class TurnOptions:
     strict_tools: bool = True
     reasoning_budget: int | None = None
     progress: bool = False
+    adapter: str | None = None
 
 
 def start_turn(
@@ -73,7 +74,9 @@ def start_turn(
         """Have the history that the next turn will render, without analysis, read in a quiet moment."""
         if reply.finish_reason == "stop" and reply.usage.reasoning_tokens:
             history = replace(conversation, messages=[*conversation.messages, *reply.messages])
-            engine.prefill_when_idle(lambda: render(history, tokenizer, for_completion=False))
+            engine.prefill_when_idle(
+                lambda: render(history, tokenizer, for_completion=False), options.adapter
+            )
 
     generation = Generation(
         tokenizer,
@@ -85,7 +88,12 @@ def start_turn(
     )
     tokens = render(conversation, tokenizer, limit=engine.max_context)
     stream = engine.submit(
-        tokens, params, constraint=constraint, sink=generation.take, progress=options.progress
+        tokens,
+        params,
+        constraint=constraint,
+        sink=generation.take,
+        progress=options.progress,
+        adapter=options.adapter,
     )
     generation.attach(stream)
     return generation

@@ -31,6 +31,8 @@ COMMANDS = {
     "remove": "Delete a downloaded or a converted model.",
     "convert": "Convert a checkpoint to MLX's layout.",
     "verify": "Check a converted folder against its manifest.",
+    "tune": "Train an adapter of a model on your data.",
+    "adapter": "Inspect, export or merge an adapter.",
     "share": "Publish a converted folder on the Hub.",
     "inspect": "Show a checkpoint's layout, sizes and memory needs.",
     "bench": "Measure a model's speed on this machine.",

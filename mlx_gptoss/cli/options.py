@@ -64,6 +64,7 @@ class ModelSource:
     offline: bool
     engine: EngineKeywords
     name: str = ""
+    adapters: tuple[tuple[str | None, str], ...] = ()  # name (None: answers whatever names no other), place
 
     def local(self) -> ModelSource:
         """The same model as a local folder: downloaded, or found missing, before anything else is done."""
@@ -96,6 +97,8 @@ class ModelSource:
                 offline=self.offline,
                 progress=progress,
                 announce=announce if sys.stderr.isatty() else None,
+                adapter=next((place for name, place in self.adapters if name is None), None),
+                adapters={name: place for name, place in self.adapters if name is not None},
                 **self.engine,
             )
         llm.name = name
@@ -207,8 +210,26 @@ revision_option = click.option("--revision", help="Branch, tag or commit of a Hu
 offline_option = click.option("--offline", is_flag=True, help="Use what is already downloaded; no network.")
 
 
-def _source(model: str, dtype: str | None, revision: str | None, offline: bool, **engine: Any) -> ModelSource:
-    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine))
+def _source(
+    model: str,
+    dtype: str | None,
+    revision: str | None,
+    offline: bool,
+    adapter: tuple[tuple[str | None, str], ...],
+    **engine: Any,
+) -> ModelSource:
+    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine), adapters=adapter)
+
+
+def _adapters(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str | None, str], ...]:
+    """NAME=PLACE or PLACE, each."""
+    split = [value.partition("=") for value in values]
+    found = tuple((name, place) if mark else (None, name) for name, mark, place in split)
+    if sum(name is None for name, _ in found) > 1:
+        raise click.BadParameter("several without a name: give NAME=FOLDER")
+    return found
 
 
 # MODEL and how to load it. From --max-context on, the options are named as the fields of EngineOptions.
@@ -219,6 +240,13 @@ model_options = bundle(
     dtype_option,
     revision_option,
     offline_option,
+    click.option(
+        "--adapter",
+        multiple=True,
+        callback=_adapters,
+        metavar="[NAME=]FOLDER|HUB_ID",
+        help="Adapter beside the weights; with a name, for requests that name it. May be repeated.",
+    ),
     click.option(
         "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
     ),

@@ -7,6 +7,7 @@ a time (scheduler.py), each request from the longest prefix that was computed be
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.options import EngineOptions
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.request import Request, Sink, TokenStream
@@ -29,6 +31,9 @@ from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, Reques
 from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 
 Read = TypeVar("Read")
+
+BASE = "base"  # the name of no adapter
+ADAPTER_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 class Engine:
@@ -58,6 +63,8 @@ class Engine:
         self.max_context = max_context
         self.stop_ids = stop_ids
         self.worker = worker
+        self.adapters: dict[str, int] = {}  # by name, their numbers; replaced as a whole
+        self.default_adapter = BASE
         self._runner: ModelRunner | None = runner
         self._vocab_size = runner.vocab_size
         self._scoring = threading.Lock()
@@ -77,10 +84,45 @@ class Engine:
         # Neither the worker nor this callback holds the engine, so an engine that is dropped is collected.
         self._closer = weakref.finalize(self, worker.close, scheduler.close)
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+    def put_adapter(self, name: str, adapter: Adapter | None) -> None:
+        """Let requests run with an adapter by its name, in place of one of that name; None frees it.
+
+        Raises RequestError for a name that cannot be one or is not there to be freed, BusyError while
+        requests run with it.
+        """
+        if not ADAPTER_NAME.fullmatch(name) or name == BASE:
+            raise RequestError(
+                f"adapter name {name!r}: expected letters, digits and any of _ . -, and not {BASE!r}",
+                "adapter",
+            )
+        self.worker.call(partial(self._put_adapter, name, adapter))
+
+    def _put_adapter(self, name: str, adapter: Adapter | None) -> None:
+        numbers = self.adapters
+        if adapter is None:
+            self.scheduler.put_adapter(self._adapter_number(name), None)
+            self.adapters = {n: i for n, i in numbers.items() if n != name}
+            return
+        free = next(i for i in range(1, len(numbers) + 2) if i not in numbers.values())
+        number = numbers.get(name, free)
+        self.scheduler.put_adapter(number, adapter)
+        self.adapters = {**numbers, name: number}
+
+    def _adapter_number(self, name: str | None) -> int:
+        """The number of an adapter; None is the default one. Raises RequestError."""
+        name = self.default_adapter if name is None else name
+        if name == BASE:
+            return 0
+        if name not in self.adapters:
+            names = ", ".join(map(repr, self.adapters)) or "none is loaded"
+            raise RequestError(f"adapter is {name!r}: expected one of {names}", "adapter")
+        return self.adapters[name]
+
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> np.ndarray:
         """Teacher-forced logits of a text, float32 [T, vocab]: row i scores what follows token i."""
         tokens = self.check(token_ids, room=0)
-        rows = self._forced(tokens, self._cache(), lambda logits, start: np.array(logits.astype(mx.float32)))
+        cache = self._cache(adapter)
+        rows = self._forced(tokens, cache, lambda logits, start: np.array(logits.astype(mx.float32)))
         return np.concatenate(list(rows))
 
     def score(
@@ -117,11 +159,12 @@ class Engine:
                 self.worker.call(lambda: self.scheduler.keep(tokens, cache))
         return scores
 
-    def _cache(self) -> KVCache:
+    def _cache(self, adapter: str | None = None) -> KVCache:
         """Caches for a text that is no request's."""
-        if self._runner is None:
+        runner = self._runner
+        if runner is None:
             raise GptOssError("the engine is closed: load the model again")
-        return self.worker.call(self._runner.make_cache)
+        return self.worker.call(lambda: runner.make_cache(self._adapter_number(adapter)))
 
     def _forced(
         self, tokens: list[int], cache: KVCache, read: Callable[[mx.array, int], Read]
@@ -147,9 +190,10 @@ class Engine:
         *,
         constraint: TokenConstraint | None = None,
         stop_text: Callable[[int], bool] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[int]:
         """Generate after the given tokens: yields ids, the one that ends the generation included."""
-        stream = self.submit(token_ids, params, constraint=constraint, stop_text=stop_text)
+        stream = self.submit(token_ids, params, constraint=constraint, stop_text=stop_text, adapter=adapter)
         try:
             for output in stream:
                 yield output.token_id
@@ -165,13 +209,15 @@ class Engine:
         sink: Sink | None = None,
         stop_text: Callable[[int], bool] | None = None,
         progress: bool = False,
+        adapter: str | None = None,
     ) -> TokenStream:
         """Queue a generation and return at once.
 
         With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
         GptOssError; it must not block. `stop_text` is told each token, and True ends the generation.
-        `progress` has the sink told PromptProgress, too. `params.stop` is text and means nothing here. Raises
-        RequestError, ContextLengthError or BusyError.
+        `progress` has the sink told PromptProgress, too. `adapter`: the name of a loaded one, "base" for none
+        (default: `default_adapter`). `params.stop` is text and means nothing here. Raises RequestError,
+        ContextLengthError or BusyError.
         """
         params = params or SamplingParams()
         tokens = self.check(token_ids, room=1)
@@ -181,6 +227,7 @@ class Engine:
                 f"{waiting} requests are waiting, the most that queue here: try again", retry_after=5
             )
         params.check_vocabulary(self._vocab_size)
+        self._adapter_number(adapter)
         stops = params.stop_token_ids
         room = self.max_context - len(tokens)
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -198,6 +245,7 @@ class Engine:
 
         def add() -> None:
             try:
+                request.adapter = self._adapter_number(adapter)  # on this thread it stays what it is
                 scheduler.add(request)
             except Exception as error:
                 request.fail(error)
@@ -220,7 +268,7 @@ class Engine:
             raise ContextLengthError(len(tokens), self.max_context)
         return tokens
 
-    def prefill_when_idle(self, prompt: Callable[[], list[int]]) -> None:
+    def prefill_when_idle(self, prompt: Callable[[], list[int]], adapter: str | None = None) -> None:
         """Read a prompt into the prefix store once nothing else is to do; too long a one is left out."""
         limit = self.max_context
 
@@ -229,8 +277,13 @@ class Engine:
             if len(tokens) >= limit:
                 return None
             greedy = SamplingParams(temperature=0.0)
+            number = self._adapter_number(adapter)
             return Request(
-                tokens, greedy, lambda item: None, max_tokens=0, stop_ids=frozenset(), background=True
+                *(tokens, greedy, lambda item: None),
+                max_tokens=0,
+                stop_ids=frozenset(),
+                background=True,
+                adapter=number,
             )
 
         self.scheduler.preparations.append(request)

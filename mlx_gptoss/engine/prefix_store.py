@@ -91,7 +91,7 @@ class PrefixStore:
     def __init__(self, limit: int, disk: PrefixDisk | None = None, fits: Fits = lambda *_: True) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._root = Node(np.zeros(0, np.int32), 0, [])
+        self._roots = {0: Node(_NOTHING, 0, [])}  # by the adapter that the KV is computed with
         self._clock = 0
         self._disk = disk
         self._fits = fits
@@ -105,20 +105,20 @@ class PrefixStore:
 
     def nodes(self) -> Iterator[Node]:
         """Every node, parents first."""
-        waiting = list(self._root.children.values())
+        waiting = [child for root in self._roots.values() for child in root.children.values()]
         while waiting:
             node = waiting.pop()
             yield node
             waiting.extend(node.children.values())
 
-    def common(self, tokens: np.ndarray) -> int:
+    def common(self, tokens: np.ndarray, adapter: int = 0) -> int:
         """How many leading tokens of int32 [n] are held."""
-        path = self._walk(tokens)
+        path = self._walk(tokens, adapter)
         return path[-1][0].start + path[-1][1] if path else 0
 
-    def match(self, tokens: np.ndarray) -> Match:
+    def match(self, tokens: np.ndarray, adapter: int = 0) -> Match:
         """The longest common prefix of `tokens`, int32 [n], with anything held; counts as a use."""
-        path = self._loaded(self._walk(tokens))
+        path = self._loaded(self._walk(tokens, adapter))
         spans: Spans = []
         states: list[WindowState] = []
         for node, n in path:
@@ -134,14 +134,19 @@ class PrefixStore:
         return Match(length, spans, states)
 
     def insert(
-        self, tokens: np.ndarray, cache: KVCache, states: Sequence[WindowState], pinned: int = 0
+        self,
+        tokens: np.ndarray,
+        cache: KVCache,
+        states: Sequence[WindowState],
+        pinned: int = 0,
+        adapter: int = 0,
     ) -> None:
         """Keep what `cache` holds of `tokens`, int32 [n <= cache.length], sharing what is already held.
 
         The first `pinned` tokens are evicted last. The cache is used up: its slabs are freed on the way.
         """
-        path = self._loaded(self._walk(tokens))
-        node, held = self._root, 0
+        path = self._loaded(self._walk(tokens, adapter))
+        node, held = self._roots.setdefault(adapter, Node(_NOTHING, 0, [])), 0
         if path:
             node, n = path[-1]
             held = node.start + n
@@ -173,7 +178,7 @@ class PrefixStore:
             owner.pinned = owner.pinned or owner.end <= pinned
         mx.eval(added)
         self.nbytes += sum(child.kv_bytes for child in fresh)
-        if self._disk is not None:
+        if self._disk is not None and not adapter:  # the disk knows the base model alone
             self._unsaved += [n for n in reversed(line) if not n.saved]
         self.shrink(self.limit)
 
@@ -195,7 +200,7 @@ class PrefixStore:
         while leaves and self.nbytes > max(0, limit):
             leaf = heapq.heappop(leaves)[3]
             parent = self._drop(leaf)
-            if parent is not self._root and parent not in keep and self._outermost(parent):
+            if parent.parent is not None and parent not in keep and self._outermost(parent):
                 heapq.heappush(leaves, (parent in kept, parent.used, id(parent), parent))
         self._unsaved = [n for n in dict.fromkeys(self._unsaved) if n.loaded]
 
@@ -231,13 +236,20 @@ class PrefixStore:
 
     def clear(self) -> None:
         """Forget everything that is in memory."""
-        self._root.children.clear()
+        for root in self._roots.values():
+            root.children.clear()
         self._unsaved.clear()
         self.nbytes = 0
 
+    def forget(self, adapter: int) -> None:
+        """Forget what was computed with an adapter, which is another one from now on."""
+        root = self._roots.pop(adapter, None)
+        for node in list(root.children.values()) if root is not None else ():
+            self._forget(node)
+
     def _adopt(self, disk: PrefixDisk) -> None:
         """Take in what is on disk, by its headers; the rest is read when it is used."""
-        by_name = {disk.name(_NOTHING): self._root}
+        by_name = {disk.name(_NOTHING): self._roots[0]}
         for saved in disk.index():
             parent = by_name.get(saved.before)
             first = int(saved.tokens[0])
@@ -296,10 +308,10 @@ class PrefixStore:
         node.parts, node.states, node.loaded = [], {}, False
         del node.parent.children[int(node.tokens[0])]
 
-    def _walk(self, tokens: np.ndarray) -> list[tuple[Node, int]]:
+    def _walk(self, tokens: np.ndarray, adapter: int) -> list[tuple[Node, int]]:
         """The nodes that `tokens` runs through, each with how many of its tokens agree (>= 1)."""
         path: list[tuple[Node, int]] = []
-        node, at = self._root, 0
+        node, at = self._roots.get(adapter, Node(_NOTHING, 0, [])), 0
         while at < len(tokens):
             child = node.children.get(int(tokens[at]))
             if child is None:
@@ -313,10 +325,14 @@ class PrefixStore:
 
     def _lineage(self, node: Node) -> Iterator[Node]:
         """The node and its parents, without the root."""
-        at: Node | None = node
-        while at is not None and at is not self._root:
-            yield at
-            at = at.parent
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+    def _root_of(self, node: Node) -> Node:
+        while node.parent is not None:
+            node = node.parent
+        return node
 
     def _split(self, node: Node, n: int) -> Node:
         """Cut a node after its first n tokens; the front part, now the parent of the rest."""
@@ -333,7 +349,7 @@ class PrefixStore:
         if node.path is not None:
             node.path.unlink(missing_ok=True)
             node.path = None
-        if self._disk is not None:
+        if self._disk is not None and self._root_of(head) is self._roots[0]:
             self._unsaved += [head, node]
         head.children[int(node.tokens[0])] = node
         mx.eval(head.parts, node.parts)

@@ -79,6 +79,7 @@ class Request:
         stop_text: Callable[[int], bool] | None = None,
         background: bool = False,
         progress: bool = False,
+        adapter: int = 0,
     ) -> None:
         self.prompt = list(tokens)
         self.params = params
@@ -88,6 +89,7 @@ class Request:
         self.stop_text = stop_text  # told each token; True when a stop text is complete
         self.background = background  # runs only while nothing else does
         self.progress = progress
+        self.adapter = adapter  # the number of the adapter to run with, 0 for none
         self.cancelled = False  # set by any thread, read by the engine's
         self.ended = False
         self.cached_tokens = 0

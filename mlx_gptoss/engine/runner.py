@@ -12,10 +12,12 @@ from typing import Protocol, TypeAlias
 
 import mlx.core as mx
 
+from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import GROW_MIN, KVBits, SequenceCache, WindowState
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
 from mlx_gptoss.model.trace import Write, tell_choices
@@ -25,6 +27,9 @@ Spans: TypeAlias = list[list[mx.array]]
 
 class KVCache(Protocol):
     """The caches of one sequence; see SequenceCache for what the calls promise."""
+
+    @property
+    def adapter(self) -> int: ...
 
     @property
     def offset(self) -> int: ...
@@ -59,8 +64,12 @@ class ModelRunner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def make_cache(self) -> KVCache:
-        """Empty caches for one sequence."""
+    def make_cache(self, adapter: int = 0) -> KVCache:
+        """Empty caches for one sequence, which runs with an adapter (see `put_adapter`)."""
+        ...
+
+    def put_adapter(self, number: int, adapter: Adapter | None) -> None:
+        """Let sequences run with an adapter by its number > 0; None frees it."""
         ...
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
@@ -116,6 +125,7 @@ class LocalRunner:
 
     streamed: those of its layers' experts that are not all in memory; with them a forward of more than
     `block` tokens goes layer by layer through all of them. usage: where it is kept what they are asked for.
+    interleaved: as low_rank.put_adapter wants to know.
     """
 
     def __init__(
@@ -125,9 +135,12 @@ class LocalRunner:
         streamed: Sequence[StreamedExperts] = (),
         block: int = 512,
         usage: ExpertUsage | None = None,
+        *,
+        interleaved: bool = True,
     ) -> None:
         self._model = model
         self._usage = usage
+        self._interleaved = interleaved
         self._kv_bits = kv_bits
         self._block = block
         self.streamed = streamed
@@ -161,8 +174,17 @@ class LocalRunner:
     def vocab_size(self) -> int:
         return self._model.config.vocab_size
 
-    def make_cache(self) -> SequenceCache:
-        return SequenceCache(self._model.config, self._model.dtype, self._kv_bits)
+    def make_cache(self, adapter: int = 0) -> SequenceCache:
+        return SequenceCache(self._model.config, self._model.dtype, self._kv_bits, adapter)
+
+    def put_adapter(self, number: int, adapter: Adapter | None) -> None:
+        layers = self._model.layers
+        for index, layer in enumerate(layers):
+            if not isinstance(layer.attention.qkv, AdaptedProjection):
+                layer = layers[index] = adaptable(layer)
+            parts, scale = ({}, 1.0) if adapter is None else (adapter.parts.get(index, {}), adapter.scale)
+            put_adapter(layer, number, parts, scale, interleaved=self._interleaved)
+        mx.eval(adapter_arrays(layers))
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         if self.streamed:
@@ -184,7 +206,7 @@ class LocalRunner:
         segments = []
         for length, cache in shares:
             assert isinstance(cache, SequenceCache)  # this runner made it
-            segments.append(Segment(length, cache))
+            segments.append(Segment(length, cache, adapter=cache.adapter))
         if self.streamed and len(tokens) > self._block:
             return sweep(self._model, tokens, segments, rows, self._block, progress)
         return self._model(tokens, segments, rows)

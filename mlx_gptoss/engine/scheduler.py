@@ -18,6 +18,7 @@ from dataclasses import asdict
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.device import memory_is_short, on_gpu
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
@@ -28,7 +29,7 @@ from mlx_gptoss.engine.sampler import Sampler, logprob_arrays, read_logprobs, un
 from mlx_gptoss.engine.sequence import Piece, Sequence
 from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
 from mlx_gptoss.engine.stats import Counters, EngineStats, expert_totals, hit_rate
-from mlx_gptoss.errors import GptOssError, MemoryLimitError
+from mlx_gptoss.errors import BusyError, GptOssError, MemoryLimitError
 from mlx_gptoss.model.cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
@@ -111,6 +112,14 @@ class Scheduler:
         if not request.background:
             self.counters.prompt_tokens += len(request.prompt)
 
+    def put_adapter(self, number: int, adapter: Adapter | None) -> None:
+        """Put an adapter in the place of a number, None to free it. Raises BusyError while it is in use."""
+        using = sum(r.request.adapter == number for r in (*self.running, *self.waiting))
+        if using:
+            raise BusyError(f"the adapter is in use by {using} requests: wait for their end", retry_after=5)
+        self.store.forget(number)
+        self.runner.put_adapter(number, adapter)
+
     def step(self) -> bool:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
         self._started = time.perf_counter()
@@ -186,7 +195,7 @@ class Scheduler:
             if r.alone and self.running:
                 return  # nobody overtakes it, so its moment comes
             tokens = np.array(r.tokens, np.int32)
-            if self._soon_computed(tokens):
+            if self._soon_computed(tokens, r.request.adapter):
                 continue
             rest = min(EXPECTED_OUTPUT, r.request.max_tokens - r.sampled)
             need = self.runner.cache_bytes(len(tokens) + rest, self.chunk)
@@ -198,20 +207,21 @@ class Scheduler:
             except Exception as error:
                 self._fail(r, error)
 
-    def _soon_computed(self, tokens: np.ndarray) -> bool:
+    def _soon_computed(self, tokens: np.ndarray, adapter: int) -> bool:
         """True while a running sequence is computing much of the same prompt: waiting is cheaper."""
-        reading = [r for r in self.running if r.live.offset < len(r.prompt)]
+        alike = [r for r in self.running if r.request.adapter == adapter]
+        reading = [r for r in alike if r.live.offset < len(r.prompt)]
         if not reading:
             return False
-        held = self.store.common(tokens)
+        held = self.store.common(tokens, adapter)
         return any(
             common_prefix(tokens, r.prompt) - max(held, r.live.length) >= WORTH_WAITING for r in reading
         )
 
     def _wake(self, r: Sequence, tokens: np.ndarray) -> None:
         """Give a sequence its caches, filled with the longest prefix that anything holds of it."""
-        known = self._best_match(tokens[:-1])
-        cache = self.runner.make_cache()
+        known = self._best_match(tokens[:-1], r.request.adapter)
+        cache = self.runner.make_cache(r.request.adapter)
         self.store.shrink(self.budget - self.live_bytes - self.runner.cache_bytes(len(tokens), self.chunk))
         cache.reserve(len(tokens))
         start = cache.load(known.spans, known.states)
@@ -236,10 +246,10 @@ class Scheduler:
         layers = self.runner.expert_counts()
         return not layers or (hit_rate(layers) or 0) >= DRAFT_HITS
 
-    def _best_match(self, tokens: np.ndarray) -> Match:
-        """The longest common prefix in the store or in a running sequence."""
-        match = self.store.match(tokens)
-        for r in self.running:
+    def _best_match(self, tokens: np.ndarray, adapter: int) -> Match:
+        """The longest common prefix in the store or in a running sequence, computed with the same adapter."""
+        match = self.store.match(tokens, adapter)
+        for r in [r for r in self.running if r.request.adapter == adapter]:
             n = min(common_prefix(tokens, np.array(r.tokens, np.int32)), r.live.length)
             if n > match.length:
                 here = r.live.snapshot(n)
@@ -501,7 +511,7 @@ class Scheduler:
         n = len(tokens)
         last = cache.snapshot(n, cache.window_history + STATE_SLACK)
         states = [s for s in (*states, last) if s is not None and s.end <= n]
-        self.store.insert(np.array(tokens, np.int32), cache, states, pinned)
+        self.store.insert(np.array(tokens, np.int32), cache, states, pinned, cache.adapter)
         self.store.shrink(self.budget - self.live_bytes)
 
     def _close(self, r: Sequence, reason: FinishReason) -> None:

@@ -305,10 +305,14 @@ class SequenceCache:
 
     `offset` is the position of the next token to compute; `length` >= offset counts the tokens whose
     full-attention KV is stored. They differ only while a rewind is being replayed. `kv_bits` quantises the
-    full layers' keys and values; the sliding layers' are small and stay as they are.
+    full layers' keys and values; the sliding layers' are small and stay as they are. adapter: the number of
+    the adapter that they are computed with, 0 for none (see low_rank.py).
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None)) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None), adapter: int = 0
+    ) -> None:
+        self.adapter = adapter
         self._reach = config.sliding_window - 1
 
         def made(kind: str) -> FullCache | SlidingCache:

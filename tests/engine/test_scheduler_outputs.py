@@ -280,7 +280,7 @@ def test_a_request_whose_caches_cannot_be_made_fails_alone(monkeypatch: pytest.M
     first = Client(scheduler, prompt(1, 5), max_tokens=12)
     scheduler.step()
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler.runner, "make_cache", lambda: 1 / 0)
+        patched.setattr(scheduler.runner, "make_cache", lambda adapter: 1 / 0)
         bad = Client(scheduler, prompt(2, 5))
         scheduler.step()
     assert isinstance(bad.end, GptOssError)
