@@ -103,7 +103,7 @@ def tune(
     folder = out or (Path(places["adapter_path"]) if "adapter_path" in places else None)
     if model is None or data is None or folder is None:
         missing = "MODEL" if model is None else "DATA" if data is None else "--out"
-        raise click.UsageError(f"{missing} is missing")
+        raise click.UsageError(f"missing {missing}")
     options = TuneOptions(**settings)
     tracker = _tracker(report_to, folder, settings)
     with _view() as show:
