@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_gptoss.tune import TuneOptions, tune
 from tests.support.tuning import style_rows, write_rows
 
 LEARN = TuneOptions(
-    rank=8, tokens=1024, steps=30, every=15, lr=3e-3, warmup=0.1, samples=0, patience=0, seed=0
+    rank=16, scale=4.0, tokens=1024, steps=30, every=30, lr=3e-3, warmup=0.1, samples=0, patience=0
 )
 
 
@@ -33,19 +34,16 @@ def llm(adapter: Path) -> Iterator[gptoss.LLM]:
 
 def right(llm: gptoss.LLM, adapter: str, count: int = 80) -> float:
     """The share of unseen questions that are answered in the new form, and rightly."""
-    rows: list[dict[str, Any]] = style_rows("style test", count)
-    good = 0
-    for row in rows:
+
+    def answered(row: dict[str, Any]) -> bool:
         question, answer = row["messages"]
-        reply = llm.respond(
-            question["content"],
-            reasoning_effort=row["reasoning_effort"],
-            temperature=0.0,
-            max_tokens=200,
-            adapter=adapter,
-        )
-        good += reply.text == answer["content"]
-    return good / count
+        greedy = gptoss.SamplingParams(temperature=0.0, max_tokens=200)
+        effort = row["reasoning_effort"]
+        reply = llm.respond(question["content"], params=greedy, reasoning_effort=effort, adapter=adapter)
+        return bool(reply.text == answer["content"])
+
+    with ThreadPoolExecutor(16) as pool:
+        return sum(pool.map(answered, style_rows("style test", count))) / count
 
 
 def test_a_new_form_of_answer_is_learned_in_thirty_steps(llm: gptoss.LLM) -> None:
