@@ -18,13 +18,15 @@ FAMILY = "gptoss"
 class ModelFacts:
     """A model as it was loaded; what has to be read from its files is read when it is first asked for.
 
-    asked: the folder or Hub id that was loaded. max_context: tokens of a prompt and its answer.
+    asked: the folder or Hub id that was loaded. max_context: tokens of a prompt and its answer. adapters: the
+    names of those that a request may ask for.
     """
 
     asked: str
     folder: Path
     config: ModelConfig
     max_context: int
+    adapters: tuple[str, ...] = ()
 
     @property
     def publisher(self) -> str:

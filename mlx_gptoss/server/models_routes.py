@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{name}: the one model that is served, in OpenAI's and Anthropic's shapes."""
+"""GET /v1/models and /v1/models/{name}: the model that is served, in OpenAI's and Anthropic's shapes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ def router(state: ServerState) -> ApiRouter:
     routes = ApiRouter("/v1/models", "OpenAI")
     created = int(time.time())
 
-    def openai_model() -> dict[str, Any]:
-        return {
-            "id": state.model_name,
+    def names() -> list[str]:
+        return [state.model_name, *(f"{state.model_name}:{name}" for name in state.facts().adapters)]
+
+    def openai_model(name: str) -> dict[str, Any]:
+        model = {
+            "id": name,
             "object": "model",
             "created": created,
             "owned_by": "local",
             "max_model_len": state.facts().max_context,
             "loaded": state.llm is not None,
         }
+        return model if name == state.model_name else model | {"parent": state.model_name}
 
-    def anthropic_model() -> dict[str, Any]:
+    def anthropic_model(name: str) -> dict[str, Any]:
         context = state.facts().max_context
         return {
             "type": "model",
-            "id": state.model_name,
-            "display_name": state.model_name,
+            "id": name,
+            "display_name": name,
             "created_at": datetime.datetime.fromtimestamp(created, datetime.UTC).isoformat(),
             "lifecycle": "active",
             "max_input_tokens": context,
@@ -44,23 +48,22 @@ def router(state: ServerState) -> ApiRouter:
 
     @routes.get("")
     async def list_models(request: Request) -> dict[str, Any]:
-        """The models of this server: one. In Anthropic's shape for who sends anthropic-version."""
+        """The model, and with each adapter. In Anthropic's shape for who sends anthropic-version."""
         if ANTHROPIC_HEADER in request.headers:
-            model = anthropic_model()
-            return {"data": [model], "has_more": False, "first_id": model["id"], "last_id": model["id"]}
-        return {"object": "list", "data": [openai_model()]}
+            models = [anthropic_model(name) for name in names()]
+            return {"data": models, "has_more": False, "first_id": names()[0], "last_id": names()[-1]}
+        return {"object": "list", "data": [openai_model(name) for name in names()]}
 
     @routes.get("/{name:path}")
     async def retrieve_model(name: str, request: Request) -> dict[str, Any]:
         """The model, by its name."""
-        model = anthropic_model() if ANTHROPIC_HEADER in request.headers else openai_model()
-        if name != model["id"]:
+        if name not in names():
             raise ApiError(
                 404,
-                f"There is no model {name[:100]!r} here: this server has {model['id']!r}.",
+                f"There is no model {name[:100]!r} here: this server has {', '.join(map(repr, names()))}.",
                 code="model_not_found",
                 param="model",
             )
-        return model
+        return anthropic_model(name) if ANTHROPIC_HEADER in request.headers else openai_model(name)
 
     return routes

@@ -17,6 +17,7 @@ from mlx_gptoss.errors import SchemaError
 from mlx_gptoss.grammar import ResponseFormat
 from mlx_gptoss.harmony import Conversation, Message, render
 from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.memory.responses import ResponseStore
 from mlx_gptoss.server.memory.turns import TurnMemory
 from mlx_gptoss.server.model_facts import ModelFacts
@@ -58,7 +59,7 @@ class ServerState:
     def attach(self, llm: LLM | None, load: Callable[[], LLM] | None = None) -> None:
         """Give the server its LLM. load: makes it anew once it was unloaded; see Residence."""
         if llm is not None:
-            self._facts = ModelFacts(llm.name, llm.folder, llm.config, llm.max_context)
+            self._facts = ModelFacts(llm.name, llm.folder, llm.config, llm.max_context, llm.adapters)
             self.model_name = self.settings.model_name or Path(llm.name).name
         self.residence.attach(llm, load)
 
@@ -112,6 +113,7 @@ class ServerState:
         naming the client's field, BusyError, or ApiError while the model is loading.
         """
         llm = await self.ready()
+        asked = replace(asked, options=replace(asked.options, adapter=self.adapter_of(asked.model)))
 
         def step(conversation: Conversation, options: TurnOptions, sink: Sink) -> Cancellable:
             return llm.start(conversation, options, sink=sink)
@@ -140,6 +142,25 @@ class ServerState:
                 raise
         loose = replace(asked.options, response_format=ResponseFormat.of(json_object=True))
         return await self.start(replace(asked, options=loose, strict=True), count, served, max_calls)
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter in a request's `model`, "MODEL:ADAPTER" or its name alone; None for the default.
+
+        Any other name is taken for the model's, whatever clients call it; ApiError 404 for an adapter of this
+        model that is not there.
+        """
+        known = self.facts().adapters
+        base, mark, name = (model or "").rpartition(":")
+        if model in known or (mark and name in known):
+            return name
+        if mark and base == self.model_name and known:
+            raise ApiError(
+                404,
+                f"There is no adapter {name[:100]!r} here: this server has {', '.join(map(repr, known))}.",
+                code="model_not_found",
+                param="model",
+            )
+        return None
 
     async def count(self, conversation: Conversation) -> int:
         """The tokens of a rendered conversation. Raises ContextLengthError for more than a few contexts."""

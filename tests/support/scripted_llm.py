@@ -144,6 +144,7 @@ class ScriptedLLM:
         self.folder = DEMO
         self.config = read_config(DEMO)[0]
         self.max_context = max_context
+        self.adapters: tuple[str, ...] = ()
         self.tokenizer = tokenizer
         self.write = write
         self.seen: list[tuple[Conversation, dict[str, Any]]] = []
@@ -174,6 +175,7 @@ class ScriptedLLM:
             "schema": shape.value if shape is not None and shape.kind == "schema" else None,
             "json_object": shape is not None and shape.kind == "json_object",
             "reasoning_budget": turn.reasoning_budget,
+            "adapter": turn.adapter,
         }
         self.seen.append((conversation, options))
         script = self.write(conversation, options)
@@ -288,6 +290,7 @@ class ScriptedLLM:
         *,
         constraint: Any = None,
         sink: Callable[[Any], None],
+        adapter: str | None = None,
     ) -> _Thread:
         """Raw tokens: the alphabet, over and over."""
         self.submitted.append(params)

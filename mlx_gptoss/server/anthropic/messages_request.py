@@ -112,6 +112,7 @@ def read(request: CountTokensRequest, state: ServerState, caller: str) -> TurnBu
             "messages",
         )
     builder = state.new_turn(caller)
+    builder.model = request.model
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     builder.instructions(text_of(request.system, "system"))
     for index, message in enumerate(request.messages):

@@ -55,6 +55,7 @@ class ChatRequest(GenerationRequest):
 def translate(request: ChatRequest, state: ServerState, caller: str) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault."""
     builder = state.new_turn(caller)
+    builder.model = request.model
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     calls: dict[str, str] = {}  # those that wait for their result, id -> name
     for index, message in enumerate(request.messages):

@@ -39,6 +39,7 @@ class GenerateRequest(GenerationRequest):
 def translate(request: GenerateRequest, state: ServerState, caller: str) -> TurnRequest:
     """The turn that is asked for. Raises RequestError naming the field at fault."""
     builder = state.new_turn(caller)
+    builder.model = request.model
     builder.instructions(request.system or "")
     builder.user(request.prompt)
     request.shape(builder)

@@ -145,6 +145,7 @@ def translate(
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     at_most(state.settings.max_choices, request.n or 1, "choices", "n")
     builder = state.new_turn(caller)
+    builder.model = request.model
     at_most(state.settings.max_messages, len(request.messages), "entries", "messages")
     for index, message in enumerate(request.messages):
         _add_message(builder, message, f"messages[{index}]")

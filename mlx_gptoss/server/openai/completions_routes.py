@@ -36,11 +36,12 @@ def router(state: ServerState) -> ApiRouter:
         at_most(state.settings.max_choices, count * len(prompts), "choices over all prompts", "n")
         writer = CompletionWriter(body, state.model_name, llm.tokenizer, list(prompts.values()), params.stop)
         llm = await state.ready()
+        adapter = state.adapter_of(body.model)
 
         def submit(where: str, tokens: list[int], seeded: SamplingParams, sink: Sink) -> Cancellable:
             with naming({"messages": where, "token_ids": where}):
                 if not body.scores_prompt and body.max_tokens != 0:
-                    return llm.submit(tokens, seeded, sink=sink)
+                    return llm.submit(tokens, seeded, sink=sink, adapter=adapter)
                 if len(tokens) > llm.max_context - (body.max_tokens != 0):
                     raise ContextLengthError(len(tokens), llm.max_context)
             top = seeded.logprobs if body.scores_prompt else None

@@ -133,6 +133,7 @@ def translate(
     if request.previous_response_id:
         before = state.responses.get(caller, request.previous_response_id, "previous_response_id")
         builder = state.new_turn(caller, before.history, before.preface)
+    builder.model = request.model
     _add_items(builder, items, HostedItems(builder, served) if state.toolbox.offers or served else None)
     if not builder.messages and not builder.preface and not request.instructions:
         raise RequestError("input is empty: send a text or a list of items", "input")

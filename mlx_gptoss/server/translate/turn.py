@@ -38,6 +38,7 @@ class TurnRequest:
     strict: bool
     preface: tuple[str, ...]
     approved: frozenset[str] = frozenset()
+    model: str | None = None  # as the client calls it
 
 
 @dataclass
@@ -46,7 +47,7 @@ class TurnBuilder:
 
     messages, preface: at first those of an earlier request, to go on from; preface are the instructions that
     came as messages before the first turn. today: the date for the system message. progress: see
-    TurnOptions.
+    TurnOptions. model: as the client calls it.
     """
 
     settings: ServerSettings
@@ -57,6 +58,7 @@ class TurnBuilder:
     effort: ReasoningEffort = "medium"
     progress: bool = False
     approved: set[str] = field(default_factory=set)
+    model: str | None = None
     _tools: list[Tool] = field(default_factory=list)
     _builtin: list[ToolNamespace] = field(default_factory=list)
     _choice: ToolChoice = "auto"
@@ -212,8 +214,8 @@ class TurnBuilder:
         conversation = self.conversation(instructions)
         options = TurnOptions(params, self._format, self._choice, False, reasoning_budget, self.progress)
         named = {**self._names, **names}
-        approved = frozenset(self.approved)
-        return TurnRequest(conversation, options, named, self._strict, tuple(self.preface), approved)
+        preface, approved = tuple(self.preface), frozenset(self.approved)
+        return TurnRequest(conversation, options, named, self._strict, preface, approved, self.model)
 
 
 def _to_builtin(message: Message, namespaces: set[str]) -> Message:
