@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,20 +32,26 @@ def share(
     base_model: str | None,
     as_json: bool,
 ) -> None:
-    """Upload FOLDER (or its name in `models`), written by `convert`, to the repository NAMESPACE/NAME.
+    """Upload FOLDER (or its name in `models`), written by `convert` or `tune`, to NAMESPACE/NAME on the Hub.
 
     Sent are the files of its manifest, the manifest, and a model card made from it; nothing else. A folder
-    that does not verify is refused. Run the same command again to go on after an interruption.
+    that does not verify is refused. Of an adapter its own two files and a card are sent. Run the same command
+    again to go on after an interruption.
     """
     from mlx_gptoss.checkpoint import registry
     from mlx_gptoss.convert.manifest import read_manifest
     from mlx_gptoss.convert.share import plan, upload
+    from mlx_gptoss.convert.share_adapter import is_adapter, plan_adapter
     from mlx_gptoss.convert.verify import bytes_to_read
 
     if "/" not in folder and not Path(folder).exists():
         folder = str(registry.find(folder) or folder)
-    with byte_bar("checking", bytes_to_read(read_manifest(folder)), quiet=as_json) as tick:
-        made = plan(folder, repository, public=public, license=license, base_model=base_model, progress=tick)
+    about: dict[str, Any] = {"public": public, "license": license, "base_model": base_model}
+    if is_adapter(Path(folder)):
+        made = plan_adapter(Path(folder), repository, **about)
+    else:
+        with byte_bar("checking", bytes_to_read(read_manifest(folder)), quiet=as_json) as tick:
+            made = plan(folder, repository, **about, progress=tick)
     if not as_json:
         _print_plan(made)
     address = None if dry_run else upload(made)

@@ -130,3 +130,23 @@ def test_answers_come_from_the_adapter_that_is_named(
     assert run([*command, "--adapter", "a", "--adapter", "b"]) == 2
     assert run([*command, "--adapter", "nowhere"]) == 1
     assert "expected an adapter's folder or a Hub id" in capsys.readouterr().err
+
+
+def test_an_adapter_is_shared_with_a_card_and_without_what_it_was_trained_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["tune", "demo", str(data), "--out", str(out), "--tokens", "256", "--rank", "2", "--steps", "2"]
+    assert run([*command, "--every", "1"]) == 0
+    capsys.readouterr()
+    share = ["share", str(out), "someone/answers", "--dry-run", "--json"]
+    assert run(share) == 1
+    assert "the base model is 'demo', expected a Hub id" in capsys.readouterr().err
+    assert run([*share, "--base-model", "openai/gpt-oss-20b"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["files"]) == {"adapters.safetensors", "adapter_config.json", "README.md"}
+    assert set(report["not_sent"]) == {"state.safetensors", "report.md", "loss.svg"}
+    card = report["card"]
+    assert "base_model: openai/gpt-oss-20b\nbase_model_relation: adapter" in card
+    assert "Trained on 11 examples" in card and "| loss on validation data |" in card
+    assert "--adapter someone/answers" in card
