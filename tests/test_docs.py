@@ -28,6 +28,7 @@ import pytest
 from mlx_gptoss.convert.convert import convert
 from mlx_gptoss.convert.recipes import make_recipe
 from tests.support.hub_server import HubServer
+from tests.support.tuning import style_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,6 +135,7 @@ def furnish(folder: Path, page: Path, model: Path, conversion: Path) -> None:
     )
     time = {"command": sys.executable, "args": ["-m", "mcp_server_time", "--local-timezone", "UTC"]}
     (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"time": time}}))
+    write_rows(folder / "answers.jsonl", style_rows("docs", 12))
     (folder / "notes").mkdir()
     (folder / "notes" / "bees.md").write_text("# Bees\n\nBees dance.\n")
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org"]
