@@ -80,7 +80,7 @@ def check_form(command: list[str]) -> bool:
     match command:
         case ["make", target, *_] if target != "demo":
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no target {target}"
-        case ["pip", "install", *arguments]:
+        case ["pip" | "pipx", "install", *arguments] | ["uv", "tool", "install", *arguments]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             extras = re.findall(r"(?:\.|gptoss-mlx)\[([\w,]+)\]", " ".join(arguments))
             assert {e for found in extras for e in found.split(",")} <= set(project["optional-dependencies"])
