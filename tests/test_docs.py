@@ -210,8 +210,8 @@ def test_every_block_runs(page: Path, hub: HubServer, model: Path, conversion: P
                 shell.run(command)
         code = script(page)
         if code.strip():
-            (tmp_path / f"{page.stem}.py").write_text(code.replace(ADDRESS, shell.address))
-            shell.run([sys.executable, f"{page.stem}.py"])
+            (tmp_path / f"{page.stem}_page.py").write_text(code.replace(ADDRESS, shell.address))
+            shell.run([sys.executable, f"{page.stem}_page.py"])
 
 
 @pytest.mark.parametrize("command", NOT_RUN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import termios
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from mlx_gptoss.cli.terminal.screen import no_echo
 from mlx_gptoss.harmony import ToolCall
 from mlx_gptoss.mcp.tools import McpTool
 
@@ -57,12 +59,19 @@ def ask_in_terminal(console: Console) -> Ask:
     """Asks for a key. What was typed before the question is no answer to it."""
 
     def ask(server: str, call: ToolCall) -> str:
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
         console.print(Text(f"{server} wants to run {told(call)}", style="yellow"))
         console.print(Text("run it? [y]es, [n]o, [a]lways ", style="yellow"), end="")
-        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
-        while (key := click.getchar().lower()) not in ANSWERS:
+        while (key := _key()) not in ANSWERS:
             pass
         console.print(Text(ANSWERS[key], style="yellow"))
         return ANSWERS[key]
 
     return ask
+
+
+def _key() -> str:
+    """What is typed next, at once; several characters where they came together, as pasted ones do."""
+    with no_echo():
+        # Not click.getchar, which throws away what was typed since the question was shown.
+        return os.read(sys.stdin.fileno(), 32).decode("utf-8", "replace").lower() or "n"
