@@ -66,6 +66,10 @@ OUTCOMES = ("killed", "timeout", "survived", "equivalent")
 COLUMNS = {"name": 28, "sampled": 9, **{outcome: len(outcome) + 2 for outcome in OUTCOMES}, "percent": 9}
 
 
+# What only guards against slips elsewhere, or is for type checkers: no test could tell it from its opposite.
+GUARD = re.compile(r"(strict|frozen)=$|\s*if (TYPE_CHECKING|__name__)\b")
+
+
 @dataclass(frozen=True)
 class Site:
     """A place in the code and the (operator, occurrence) pairs that change it. `key` survives line shifts.
@@ -128,6 +132,8 @@ def sites(module: str, source: str) -> list[Site]:
     found, seen = [], Counter[str]()
     for (start, end), pairs in sorted(changes.items()):
         line, (definition, code) = lines[start[0] - 1], around[start, end]
+        if GUARD.search(line[: start[1]]) or GUARD.match(line):
+            continue
         column = start[1] - (len(line) - len(line.lstrip()))
         key = f"{module}:{definition}:{line.strip()}:{column}"
         seen[key] += 1

@@ -26,9 +26,14 @@ TESTS = {
     "engine": ("tests/engine", "tests/chat"),
     "chat": ("tests/chat", "tests/engine/test_core.py", "tests/grammar/test_engine.py"),
     "model": ("tests/model", "tests/engine"),
-    "harmony": ("tests/harmony", "tests/chat"),
+    "harmony": ("tests/harmony", "tests/chat", "tests/grammar/test_tools.py"),
     "grammar": ("tests/grammar", "tests/chat"),
-    "checkpoint": ("tests/checkpoint", "tests/model/test_parity.py", "tests/engine/test_prefix.py"),
+    "checkpoint": (
+        "tests/checkpoint",
+        "tests/convert/test_bad_input.py",
+        "tests/model/test_parity.py",
+        "tests/engine/test_prefix.py",
+    ),
     "convert": ("tests/convert",),
 }
 
@@ -163,8 +168,11 @@ class Lines:
             if not path.exists():
                 for old in kept.glob(f"{name}.*"):
                     old.unlink()
-                status, output = bench.pytest([file], MUTANTS_RECORD=str(path))
-                if status != 0:
+                for _ in range(3):  # a thread may fail to start while coverage begins to trace another
+                    status, output = bench.pytest([file], MUTANTS_RECORD=str(path))
+                    if status == 0:
+                        break
+                else:
                     path.unlink(missing_ok=True)
                     raise SystemExit(f"{file} fails on the unchanged code:\n{output[-3000:]}")
                 print(f"measured {file}", flush=True)
