@@ -166,6 +166,11 @@ def test_a_chat_keeps_what_was_sampled_and_computes_only_what_is_new() -> None:
         assert [m.role for m in chat.history] == ["user", "assistant", "assistant"] * 2
         assert repr(chat) == f"<Session of 6 messages, {chat.usage.completion_tokens} tokens generated>"
         assert chat.tokens == chat.tokens and len(chat.tokens) > second.usage.prompt_tokens
+        alone = llm.respond("one").usage
+        assert (first.usage.completion_tokens, first.usage.reasoning_tokens) == (
+            alone.completion_tokens,
+            alone.reasoning_tokens,
+        )
         for kind in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"):
             each = [getattr(reply.usage, kind) for reply in (first, second)]
             assert getattr(chat.usage, kind) == sum(each) and each[1] > 0

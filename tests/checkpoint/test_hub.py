@@ -312,6 +312,23 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
         hub.resolve(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        ("openai/gpt-oss-20b", True),
+        ("a/" + "b" * 94, True),
+        ("a/" + "b" * 95, False),
+        ("gpt-oss", False),
+        ("a/b/c", False),
+        ("a/b--c", False),
+        ("a/b..c", False),
+        ("./model", False),
+    ],
+)
+def test_a_hub_id_is_owner_and_name(text: str, is_id: bool) -> None:
+    assert hub.is_repo_id(text) == is_id
+
+
 def assert_one_line(error: Exception) -> None:
     assert "\n" not in str(error) and len(str(error)) < 320
 

@@ -214,6 +214,7 @@ def test_a_context_adds_its_caches_beyond_what_reading_takes(tmp_path: Path) -> 
         (100_000, "0.1 MB"),
         (4_400_000, "4.4 MB"),
         (99_900_000, "99.9 MB"),
+        (99_999_999, "100.0 MB"),
         (100_000_000, "0.10 GB"),
         (1_269_000_000, "1.27 GB"),
     ],

@@ -188,6 +188,30 @@ def test_scales_that_the_config_does_not_explain_are_a_contradiction(tmp_path: P
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_size_of_group_is_read(tmp_path: Path, bits: int, group: int) -> None:
+    shape = Shape(vocab=64, hidden=128, intermediate=128)
+    folder = write_checkpoint(tmp_path, shape, layout="mlx", recipe=MlxRecipe(bits, bits, group=group))
+    found = Checkpoint(folder).quantization_of(Q.removesuffix(".weight"))
+    assert found == Quantization("affine", bits, group)
+
+
+def test_packing_is_read_under_either_name_and_by_path(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, SHAPE, layout="mlx", recipe=MlxRecipe(8))
+    raw = json.loads((folder / "config.json").read_text())
+    whole = Checkpoint(folder)
+    packed = sorted(name.removesuffix(".scales") for name in whole.tensors if name.endswith(".scales"))
+    entry = raw["quantization"]
+    default = {key: entry[key] for key in ("mode", "bits", "group_size") if key in entry}
+    by_path = {path: default | entry.get(path, {}) for path in packed}
+    for key, block in (("quantization_config", entry), ("quantization", entry), ("quantization", by_path)):
+        others = {k: v for k, v in raw.items() if k not in ("quantization", "quantization_config")}
+        (folder / "config.json").write_text(json.dumps({**others, key: block}))
+        found = Checkpoint(folder)
+        assert [found.quantization_of(path) for path in packed] == [whole.quantization_of(p) for p in packed]
+
+
 def test_matrices_packed_differently_are_applied_side_by_side() -> None:
     weights = [mx.random.normal((64, 64), key=mx.random.key(i)) for i in range(2)]
     parts = []

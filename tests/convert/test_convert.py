@@ -112,6 +112,18 @@ def test_every_layout_of_mxfp4_comes_to_the_same_bytes(
     assert weights(found.folder) == weights(expected.folder)
 
 
+def test_what_a_config_says_beyond_the_model_is_kept_and_openais_own_is_translated(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(layouts["hf"], tmp_path / "source"))
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(raw | {"made_by": "somebody"}))
+    made = json.loads((convert(source, tmp_path / "a").folder / "config.json").read_text())
+    assert made["made_by"] == "somebody" and made["model_type"] == "gpt_oss"
+    own = json.loads((convert(layouts["original"], tmp_path / "b").folder / "config.json").read_text())
+    assert own["model_type"] == "gpt_oss" and own["num_hidden_layers"] == made["num_hidden_layers"]
+
+
 def test_a_bf16_fine_tune_with_mxfp4_values_loses_nothing(layouts: dict[str, Path], tmp_path: Path) -> None:
     made = convert(layouts["bf16"], tmp_path / "made", make_recipe("mxfp4"))
     found, source = read_folder(made.folder), read_folder(layouts["bf16"])

@@ -17,7 +17,7 @@ from mlx_gptoss.convert import verify as verify_module
 from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.manifest import MANIFEST_NAME, Quality, read_manifest
 from mlx_gptoss.convert.quality import compare, compare_on_text, default_text
-from mlx_gptoss.convert.verify import CHUNK, hash_file, verify
+from mlx_gptoss.convert.verify import CHUNK, Problem, hash_file, verify
 from mlx_gptoss.errors import ConversionError, VerificationError
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import write_byte_tokenizer
@@ -48,6 +48,15 @@ def flip(path: Path, position: int = -1) -> None:
 
 def problems(folder: Path, source: Path | None = None) -> list[str]:
     return [str(problem) for problem in verify(folder, source).problems]
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 12])
+def test_ten_problems_are_told_and_the_others_counted(pristine: Path, count: int) -> None:
+    found = replace(verify(pristine), problems=tuple(Problem(f"file-{i}", "bad") for i in range(count)))
+    with pytest.raises(VerificationError) as caught:
+        found.check()
+    assert str(caught.value).count("bad") == min(count, 10)
+    assert (f"; and {count - 10} more;" in str(caught.value)) == ("more" in str(caught.value)) == (count > 10)
 
 
 # ---- against the manifest

@@ -463,6 +463,13 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
     llm.close()
 
 
+def test_logits_are_computed_for_as_many_tokens_as_the_context_holds(folder: Path) -> None:
+    with load(folder, kv_budget=8 * 2**20, max_context=64) as llm:
+        assert llm.engine.logits(prompt(1, 64)).shape[-1] == SHAPE.vocab
+        with pytest.raises(ContextLengthError):
+            llm.engine.logits(prompt(1, 65))
+
+
 def test_load_refuses_unknown_options(folder: Path) -> None:
     with pytest.raises(RequestError, match="no option 'kv_buget'"):
         mlx_gptoss.load(folder, kv_buget=1)  # type: ignore[call-arg]

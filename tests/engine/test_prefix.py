@@ -141,6 +141,48 @@ def test_a_restarted_store_reads_what_was_saved(tmp_path: Path) -> None:
     assert again.match(tokens).states
 
 
+def test_a_span_that_cannot_be_written_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = PrefixDisk(tmp_path, "model", 10**9)
+    store = PrefixStore(10**9, disk)
+    for seed in (50, 51):
+        put(store, some(seed, 60))
+    write, failed = disk.write, []
+
+    def once(*arguments: Any) -> Path:
+        if not failed:
+            failed.append(True)
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(disk, "write", once)
+    while store.save():
+        pass
+    again = saved_store(tmp_path)
+    assert sorted(again.common(some(seed, 60)) for seed in (50, 51)) == [0, 60]
+
+
+def test_a_span_whose_file_is_gone_is_cut_all_the_same(tmp_path: Path) -> None:
+    store = saved_store(tmp_path)
+    put(store, np.concatenate([some(50, 60), some(51, 20)]))
+    while store.save():
+        pass
+    for path in tmp_path.glob("*/*.prefix"):
+        path.unlink()  # as another process does that makes room
+    other = np.concatenate([some(50, 60), some(52, 20)])
+    put(store, other)
+    assert store.common(other) == 80 and len(store) == 3
+
+
+def test_a_cache_that_was_taken_in_holds_no_memory_of_its_own() -> None:
+    tokens, cache = some(50, 60), SequenceCache(CONFIG, mx.float32)
+    MODEL(tokens.tolist(), cache)
+    assert any(array.nbytes for layer in cache.full for array in layer.arrays())
+    PrefixStore(10**9).insert(tokens, cache, [])
+    assert not any(array.nbytes for layer in cache.full for array in layer.arrays())
+
+
 def test_evicted_nodes_come_back_from_disk(tmp_path: Path) -> None:
     store = saved_store(tmp_path)
     put(store, some(60, 80))

@@ -110,6 +110,16 @@ def test_min_p_keeps_what_is_near_the_best() -> None:
 
 
 @pytest.mark.parametrize(
+    "filters", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.6}]
+)
+def test_rows_are_filtered_each_by_itself(filters: dict[str, Any]) -> None:
+    rows = mx.array(np.random.default_rng(8).normal(0, 2, (3, VOCAB)).astype(np.float32))
+    params = SamplingParams(temperature=0.7, **filters)
+    together = np.array(filter_logits(rows, params))
+    assert np.array_equal(together, np.stack([np.array(filter_logits(row, params)) for row in rows]))
+
+
+@pytest.mark.parametrize(
     "params", [SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0), SamplingParams(top_k=1)]
 )
 def test_at_least_one_token_is_kept(params: SamplingParams) -> None:

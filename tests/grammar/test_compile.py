@@ -349,8 +349,9 @@ def test_a_tool_choice_that_does_not_fit_the_tools_is_an_error(tok: Tokenizer) -
         constrain(tok, tool_choice="required")
     with pytest.raises(ToolError, match="names 'rm': the declared tools are get_weather, get"):
         constrain(tok, tools=[WEATHER, GET], tool_choice=("named", "rm"))
-    with pytest.raises(ToolError, match="expected 'auto'"):
-        constrain(tok, tools=[WEATHER], tool_choice="always")
+    for choice in ("always", ("named",), ("any", "get"), ("named", "get", "rm"), ["named", "get"]):
+        with pytest.raises(ToolError, match="expected 'auto'"):
+            constrain(tok, tools=[WEATHER, GET], tool_choice=choice)
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, True, "7"])

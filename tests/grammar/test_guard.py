@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.grammar import guard_worker
 from mlx_gptoss.grammar.guard import Guard
 from mlx_gptoss.harmony import Tool
 from mlx_gptoss.tokenizer import Tokenizer
@@ -103,6 +106,49 @@ def test_what_takes_too_long_is_ended(guard: Guard) -> None:
     with pytest.raises(ValueError, match=r"longer than 0\.5 s"):
         guard.check("start: /" + "a?" * 30_000 + "/")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("times", "told"), [(1, r"longer than 0\.5 s"), (2, "killed twice")])
+def test_a_worker_that_is_killed_at_work_is_asked_once_more(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch, times: int, told: str
+) -> None:
+    pids: list[int | None] = []
+    wait = select.select
+
+    def killing(*arguments: Any) -> Any:
+        pids.append(guard.pid)
+        if len(pids) <= times and guard.pid is not None:
+            os.kill(guard.pid, signal.SIGKILL)
+        return wait(*arguments)
+
+    monkeypatch.setattr("mlx_gptoss.grammar.guard.select.select", killing)
+    with pytest.raises(ValueError, match=told):
+        guard.check("start: /" + "a?" * 30_000 + "/")
+    assert len(set(pids)) == 2
+
+
+def test_a_grammar_is_walked_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[int] = []
+
+    class Noting:
+        """A matcher that notes the bytes it is walked by."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._matcher = LLMatcher(*arguments, **options)
+
+        def consume_token(self, token: int) -> bool:
+            walked.append(token)
+            return bool(self._matcher.consume_token(token))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._matcher, name)
+
+    monkeypatch.setattr("llguidance.LLMatcher", Noting)
+    assert guard_worker.verdict('start: "abc"') == ""
+    assert walked[:3] == list(b"abc")
+    walked.clear()
+    assert guard_worker.verdict("start: /a+b*/") == ""
+    assert len(walked) == guard_worker.STEPS and set(walked) <= set(b"ab")
 
 
 def test_a_worker_that_was_killed_is_started_again(guard: Guard) -> None:

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from mlx_gptoss.errors import SchemaError
-from mlx_gptoss.grammar import json_schema_of, parse_reply
+from mlx_gptoss.grammar import ResponseFormat, json_schema_of, parse_reply
 from mlx_gptoss.grammar.schema import arguments_schema
 from mlx_gptoss.harmony import Tool
 from mlx_gptoss.tokenizer import Tokenizer
@@ -164,6 +164,18 @@ def test_replies_come_back_as_data_or_as_the_model() -> None:
     assert isinstance(drawing, Drawing)
     assert drawing.colour is Colour.RED
     assert drawing.one == Square(kind="square", side=2)
+
+
+def test_an_answer_is_read_as_its_form_says() -> None:
+    class Sum(pydantic.BaseModel):
+        n: int
+
+    text = '{"n": 3}'
+    forms = [
+        ResponseFormat.of(**given) for given in ({"schema": Sum}, {"json_object": True}, {"regex": ".*"})
+    ]
+    assert [form and form.parse(text) for form in forms] == [Sum(n=3), {"n": 3}, None]
+    assert ResponseFormat.of() is None
 
 
 def test_a_reply_that_was_cut_has_no_data() -> None:

@@ -349,6 +349,27 @@ def test_malformed_structure_is_mended_and_reported(case: str, tokenizer: Tokeni
     assert stream.said(TextDelta) == shown
 
 
+@pytest.mark.parametrize("to", ["", " to=assistant", " to=user"])
+@pytest.mark.parametrize("live", [True, False])
+def test_a_role_that_is_none_is_a_tools_where_more_words_say_so(
+    to: str, live: bool, tokenizer: Tokenizer
+) -> None:
+    begun = "<|channel|>final<|message|>a<|end|>" if live else "<|start|>user<|message|>a<|end|>"
+    stream = Stream(tokenizer, f"{begun}<|start|>weather{to}<|message|>b<|end|>", from_start=not live)
+    from_tool = to == " to=assistant" or (to != "" and not live)
+    message = stream.messages[1]
+    assert (message.role, message.name) == (("tool", "weather") if from_tool else ("assistant", None))
+    assert ("unknown_role" in stream.kinds) == (not from_tool)
+
+
+@pytest.mark.parametrize("characters", [512, 513])
+def test_a_header_may_be_so_long_and_no_longer(characters: int, tokenizer: Tokenizer) -> None:
+    name = "f" * (characters - len("commentary to=functions."))
+    stream = Stream(tokenizer, f"<|channel|>commentary to=functions.{name}<|message|>{{}}<|call|>")
+    assert ("long_header" in stream.kinds) == (characters > 512)
+    assert characters > 512 or [call.name for call in stream.calls] == [name]
+
+
 @pytest.mark.parametrize("recipient", ["functions.f", "browser.open", "python"])
 def test_a_call_that_is_cut_off_is_reported_with_its_recipient(recipient: str, tokenizer: Tokenizer) -> None:
     stream = Stream(tokenizer, f'<|channel|>commentary to={recipient}<|message|>{{"a": ')

@@ -176,6 +176,8 @@ def test_a_keyword_that_changes_the_meaning_is_named_and_refused(keyword: str) -
         ({"enum": "a"}, "enum: expected a list"),
         ({"$ref": "#/$defs/Gone"}, "'#/$defs/Gone' leads nowhere"),
         ({"$ref": "other.json#/a"}, "'other.json#/a' leads nowhere"),
+        ({"items": [{}, 5]}, "#/items/1: a int"),
+        ({"items": 5}, "#/items: a int"),
         ({"const": float("nan")}, "not JSON"),
         ({"const": b"x"}, "not JSON"),
         ([], "expected a dict"),

@@ -97,6 +97,7 @@ YARN = hf_config(Shape(), rope_parameters=True)["rope_parameters"]
         ({"num_experts_per_tok": 99, "experts_per_token": 99}, "num_experts_per_tok is 99"),
         ({"num_attention_heads": 7}, "num_attention_heads is 7"),
         ({"layer_types": [SLIDING]}, "layer_types has 1 entries"),
+        ({"layer_types": [SLIDING] * 3}, "layer_types has 3 entries"),
         ({"layer_types": ["linear_attention"] * 2}, "layer_types is"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0"),

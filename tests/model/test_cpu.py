@@ -78,6 +78,22 @@ def test_rows_by_expert_are_what_mlx_gathers(size: str, monkeypatch: pytest.Monk
     assert np.abs(np.array(found - gathered)).max() < 1e-4
 
 
+def test_experts_go_one_by_one_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pays(stack: cpu.HostStack, rows: int, chosen: int) -> bool:
+        return stack.pays_by_expert(normal(rows, IN), mx.zeros(chosen, mx.uint32))
+
+    thresholds(monkeypatch, "small")
+    unpacked = cpu.HostStack(mxfp4())
+    assert unpacked.knows_by_expert and not pays(unpacked, 1, 4) and pays(unpacked, 2, 8)
+    assert not unpacked.pays_by_expert(normal(2, IN).astype(mx.bfloat16), mx.zeros(8, mx.uint32))
+    thresholds(monkeypatch, "large")
+    packed, least = cpu.HostStack(mxfp4()), cpu.UNPACK_FROM * E
+    assert packed.knows_by_expert and pays(packed, 9, least) and not pays(packed, 9, least - 1)
+    assert not pays(packed, 1, 1) and not pays(packed, 1, E)
+    thresholds(monkeypatch, "tiny")
+    assert not cpu.HostStack(mxfp4()).knows_by_expert
+
+
 @pytest.mark.parametrize("size", ["large", "small", "tiny"])
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("down", ["mxfp4", "affine", "dense"])
