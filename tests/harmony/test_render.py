@@ -279,6 +279,11 @@ BAD: dict[str, tuple[Callable[[], object], type[RequestError], str]] = {
         SchemaError,
         "response schema",
     ),
+    "a response schema with a number that JSON lacks": (
+        lambda: render_text(Conversation([], response_schema={"const": float("nan")})),
+        SchemaError,
+        "response schema",
+    ),
     "a tool of another type": (lambda: Tool.from_dict({"type": "web_search"}), ToolError, "web_search"),
 }
 
