@@ -118,7 +118,7 @@ def mlx_lm(folder: Path, examples: list[Example], batch: int, steps: int) -> dic
     data = [(e.ids.tolist(), int(e.rows[0]) + 1) for e in examples]
     rates: list[float] = []
 
-    class Collect(TrainingCallback):  # type: ignore[misc]
+    class Collect(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             rates.append(info["tokens_per_second"])
 

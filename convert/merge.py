@@ -51,7 +51,8 @@ def _added(tensor: SourceTensor, pair: Pair, scale: float) -> SourceTensor:
     read = tensor.read
 
     def rows(first: int, last: int) -> np.ndarray:
-        return to_float32(read(first, last)) + np.float32(scale) * (b[first:last] @ a)
+        values: np.ndarray = to_float32(read(first, last)) + np.float32(scale) * (b[first:last] @ a)
+        return values
 
     return replace(tensor, dtype="F32", read=rows, extent=None, quantization=None, pieces=())
 

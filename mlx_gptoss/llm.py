@@ -90,8 +90,8 @@ def load(
     stops = frozenset[int]() if has_text else configured_stops(folder)
     bound = configured_bound(folder)
     draft = None if chosen.draft in (None, LOOKUP) else _draft_checkpoint(chosen, checkpoint, offline)
-    named = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
-    found = {name: _read_adapter(at, checkpoint.config, offline) for name, at in named.items()}
+    wanted = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
+    found = {name: _read_adapter(at, checkpoint.config, offline) for name, at in wanted.items()}
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
     # Beside the copy that runs, all of them padded to one rank for batches of several.
     free -= 2 * sum(one.parameters for one in found.values()) * checkpoint.dtype.size

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +46,7 @@ UNPACK_ROWS = 128
 # numpy has no type of sixteen plain bytes that it copies as fast: four float32 values pose as one of these.
 FOUR_FLOATS = np.complex128
 
-OfRows = Callable[[Any], Any]
+OnHost = Callable[[np.ndarray], np.ndarray]
 
 _own = threading.local()
 
@@ -94,11 +94,11 @@ def _halves(matrix: Matrix) -> tuple[Matrix, Matrix]:
     return matrix.rows(0, middle), matrix.rows(middle, matrix.outputs)
 
 
-def _with_gradient(forward: OfRows, backward: OfRows) -> OfRows:
+def _with_gradient(forward: OnHost, backward: OnHost) -> Callable[[mx.array], mx.array]:
     """A linear map of rows made outside of MLX, and the map that takes a gradient back through it."""
     made = mx.custom_function(lambda x: mx.array(forward(np.asarray(x))))
     made.vjp(lambda x, cotangent, output: mx.array(backward(np.asarray(cotangent))))
-    return cast(OfRows, made)
+    return cast(Callable[[mx.array], mx.array], made)
 
 
 class HostProjection:

@@ -236,4 +236,4 @@ class StreamedExperts:
         rows = block.x[mx.array(pairs // block.chosen.shape[1])]
         slots = self.slots.table[block.chosen.reshape(-1)[pairs]][:, None]
         low_rank = None if block.pairs.low_rank is None else block.pairs.low_rank.some(pairs)
-        return block.way(rows, mx.array(slots), Pairs(*slots.shape, low_rank)).squeeze(1)
+        return block.way(rows, mx.array(slots), Pairs(len(slots), 1, low_rank)).squeeze(1)

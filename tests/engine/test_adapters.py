@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=())
 
 
 def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 319, length).tolist()
+    return [int(t) for t in np.random.default_rng(seed).integers(0, 319, length)]
 
 
 @pytest.fixture(scope="module")

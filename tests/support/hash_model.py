@@ -85,6 +85,7 @@ class HashModel:
         shares, at = [], 0
         for segment in segments:
             cache, own = segment.cache, ids[at : at + segment.length]
+            assert isinstance(cache, SequenceCache)
             shares.append((cache.offset, own))
             keys = mx.broadcast_to(mx.array(own, mx.float32)[None, None, :, None], (1, 1, len(own), 4))
             window, context = (

@@ -81,6 +81,7 @@ class ScriptedModel:
         for segment in segments:
             ids = tokens[at : at + segment.length]
             keys = mx.broadcast_to(ids.astype(mx.float32)[None, None, :, None], (1, 1, segment.length, 4))
+            assert isinstance(segment.cache, SequenceCache)
             known = [layer.update_and_fetch(keys, keys)[0] for layer in segment.cache.layers]
             segment.cache.advance(segment.length)
             context = np.array(known[1][0, 0, :, 0]).astype(int).tolist()

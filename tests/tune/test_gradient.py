@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,10 @@ from tests.support.random_weights import Shape
 from tests.support.tuning import style_rows
 
 SCALE = 2.0
+
+
+def norm_of(arrays: Iterable[mx.array]) -> float:
+    return float(np.sqrt(sum(np.square(np.array(a)).sum() for a in arrays)))
 
 
 def dict_of(tree: Tree) -> dict[str, mx.array]:
@@ -87,7 +92,7 @@ def whole(base: Base, tree: Tree, examples: list[Example]) -> tuple[float, dict[
 
     value, grads = mx.value_and_grad(loss)(tree)
     mx.eval(value, grads)
-    return float(value.item()), dict_of(grads)
+    return float(np.array(value)), dict_of(grads)
 
 
 def test_the_gradient_of_every_part_is_that_of_differences(case: tuple[Path, list[Example]]) -> None:
@@ -100,7 +105,7 @@ def test_the_gradient_of_every_part_is_that_of_differences(case: tuple[Path, lis
     for part in PARTS:
         for side in "ab":
             names = [n for n in found if n.endswith(f".{part}.{side}")]
-            norm = float(np.sqrt(sum(float((found[n] ** 2).sum().item()) for n in names)))
+            norm = norm_of(found[n] for n in names)
 
             def loss(at: float, names: list[str] = names, norm: float = norm) -> float:
                 moved = {n: v + at * found[n] / norm if n in names else v for n, v in flat(tree)}
@@ -179,7 +184,7 @@ def test_preferences_weigh_the_gain_over_the_base(tmp_path: Path) -> None:
     assert measured.loss == pytest.approx(float(np.log1p(np.exp(-margins)).sum()), rel=1e-4)
     assert (measured.count, measured.won) == (2, int((margins > 0).sum()))
     found = dict_of(grads)
-    norm = float(np.sqrt(sum(float((g**2).sum().item()) for g in found.values())))
+    norm = norm_of(found.values())
 
     def loss(at: float) -> float:
         return measure(base, tree_map(lambda v, g: v + at * g / norm, tree, grads), SCALE, task).loss

@@ -15,6 +15,7 @@ import pytest
 from mlx_gptoss.errors import MemoryLimitError, TuneError
 from mlx_gptoss.tune import TuneOptions, tune
 from mlx_gptoss.tune import run as module
+from mlx_gptoss.tune.gradient import gradient
 from mlx_gptoss.tune.options import read_settings
 from mlx_gptoss.tune.run import Check, Event, Started, Step
 from tests.support.tuning import style_rows, write_rows
@@ -72,7 +73,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes(
         return listen
 
     tune("demo", data, tmp_path / "whole", chosen)
-    for at, kind in ((1, Step), (2, Check), (3, Step), (6, Check)):
+    for at, kind in ((1, Step), (3, Step), (6, Check)):
         with pytest.raises(Stopped):
             tune("demo", data, tmp_path / "parts", chosen, on_event=stop(at, kind))
     tune("demo", data, tmp_path / "parts", chosen)
@@ -132,7 +133,7 @@ def test_a_run_without_gain_stops_and_keeps_its_best(data: Path, tmp_path: Path)
 def test_a_loss_that_is_no_number_ends_the_run_and_loses_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = module.gradient, 0
+    real, calls = gradient, 0
 
     def broken(*args: Any) -> Any:
         nonlocal calls
