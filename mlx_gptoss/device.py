@@ -35,6 +35,12 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+@cache
+def on_metal() -> bool:
+    """True when that GPU is Apple's."""
+    return on_gpu() and mx.metal.is_available()
+
+
 def default_dtype() -> mx.Dtype:
     """bfloat16 on a GPU; float32 on the CPU backend, whose quantised kernels are 10 times faster with it."""
     return mx.bfloat16 if on_gpu() else mx.float32

@@ -86,12 +86,15 @@ class ModelRunner(Protocol):
         shares: Sequence[tuple[int, KVCache]],
         rows: Sequence[int] | None = None,
         progress: Progress = lambda share: None,
+        *,
+        awaited: bool = False,
     ) -> mx.array | None:
         """Run the next tokens of each sequence, int32 [T] end to end, and move their caches.
 
         shares: how many of the tokens are each sequence's, and its caches. rows: those whose logits are
-        wanted (None: all). progress: told what share of a long forward is done, while it runs. Returns logits
-        [R, vocab], None when R is 0; not evaluated yet.
+        wanted (None: all). progress: told what share of a long forward is done, while it runs. awaited: the
+        result is read before anything else is launched. Returns logits [R, vocab], None when R is 0; not
+        evaluated yet.
         """
         ...
 
@@ -202,6 +205,8 @@ class LocalRunner:
         shares: Sequence[tuple[int, KVCache]],
         rows: Sequence[int] | None = None,
         progress: Progress = lambda share: None,
+        *,
+        awaited: bool = False,
     ) -> mx.array | None:
         segments = []
         for length, cache in shares:
@@ -209,7 +214,7 @@ class LocalRunner:
             segments.append(Segment(length, cache, adapter=cache.adapter))
         if self.streamed and len(tokens) > self._block:
             return sweep(self._model, tokens, segments, rows, self._block, progress)
-        return self._model(tokens, segments, rows)
+        return self._model(tokens, segments, rows, awaited=awaited)
 
 
 def streamed_experts(model: Model) -> list[StreamedExperts]:

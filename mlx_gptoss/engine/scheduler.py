@@ -146,9 +146,10 @@ class Scheduler:
         Guesses go on from tokens that are known; and the CPU backend works on a chunk of prompt while it
         launches it, which would hold up the tokens that are ready.
         """
-        if any(r.speculation is not None and r.speculation.on for r in self.running):
-            return True
-        return not on_gpu() and any(not r.decoding for r in self.running)
+        return self._guesses() or (not on_gpu() and any(not r.decoding for r in self.running))
+
+    def _guesses(self) -> bool:
+        return any(r.speculation is not None and r.speculation.on for r in self.running)
 
     def _idle(self) -> bool:
         """A piece of work that can wait for a quiet moment; False when there is none."""
@@ -327,7 +328,7 @@ class Scheduler:
             for request, start, length in reading:
                 request.tell_progress(start + int(share * length))
 
-        logits = self.runner.forward(flat, shares, rows, tell)
+        logits = self.runner.forward(flat, shares, rows, tell, awaited=self._guesses())
         self.counters.forwards += 1
         launched = [] if logits is None else [logits]
         for p in pieces:

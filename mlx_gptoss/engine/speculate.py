@@ -101,7 +101,8 @@ class ModelDrafter:
         part = tokens[start : start + self._chunk]
         self.behind = start + len(part) < len(tokens)
         rows = [] if self.behind else [len(part) - 1]
-        logits = self._runner.forward(mx.array(part, mx.int32), [(len(part), self._cache)], rows)
+        share = [(len(part), self._cache)]
+        logits = self._runner.forward(mx.array(part, mx.int32), share, rows, awaited=True)
         if self.behind:
             mx.eval(self._cache.arrays())
             self._fed = tokens[: self._cache.length]
@@ -112,7 +113,7 @@ class ModelDrafter:
             token = mx.argmax(logits, axis=-1).astype(mx.int32)
             guesses.append(token)
             if i + 1 < limit:
-                logits = self._runner.forward(token, [(1, self._cache)])
+                logits = self._runner.forward(token, [(1, self._cache)], awaited=True)
         drafted: list[int] = np.array(mx.concatenate(guesses)).tolist()
         self._fed = [*tokens, *drafted[:-1]]
         return drafted

@@ -109,6 +109,11 @@ class Batch(Pairs):
         assert self._deferred is None
         self._deferred = work
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether something is deferred: then the last layer's output cannot be evaluated yet."""
+        return self._deferred is not None
+
     def settle(self) -> None:
         """Do what was deferred."""
         work, self._deferred = self._deferred, None

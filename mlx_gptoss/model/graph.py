@@ -24,6 +24,7 @@ from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import ModelConfig, YarnConfig
 from mlx_gptoss.model.experts import Experts
 from mlx_gptoss.model.matrix import Embedding
+from mlx_gptoss.model.pace import Pace
 from mlx_gptoss.model.projection import Projection
 
 
@@ -157,18 +158,26 @@ class Model:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
 
     def __call__(
-        self, tokens: mx.array, segments: Sequence[Segment], rows: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        segments: Sequence[Segment],
+        rows: Sequence[int] | None = None,
+        *,
+        awaited: bool = False,
     ) -> mx.array | None:
         """Run the next tokens of each segment and move their caches.
 
         tokens int32 [T]: the segments' tokens end to end. rows: the rows whose logits are wanted (None: all).
-        Returns logits [R, vocab] in the compute dtype, or None when R is 0. Lazy: evaluate the result, or
-        the caches' arrays when there is none.
+        awaited: the result is read before anything else is launched (see pace.py). Returns logits [R, vocab]
+        in the compute dtype, or None when R is 0. Lazy: evaluate the result, or the caches' arrays when there
+        is none.
         """
         batch = Batch(segments, self.config.experts_per_token)
+        pace = Pace(batch, awaited=awaited)
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, batch)
+            pace.built(x)
         batch.settle()
         for segment in segments:
             segment.cache.advance(segment.length)

@@ -130,9 +130,9 @@ def test_a_draft_model_reads_one_chunk_at_a_time(folders: tuple[Path, Path]) -> 
     lengths: list[int] = []
 
     class Counting(LocalRunner):
-        def forward(self, tokens: mx.array, *rest: Any) -> mx.array | None:
+        def forward(self, tokens: mx.array, *rest: Any, awaited: bool = False) -> mx.array | None:
             lengths.append(tokens.size)
-            return super().forward(tokens, *rest)
+            return super().forward(tokens, *rest, awaited=awaited)
 
     drafter = ModelDrafter(Counting(model), 32)
     speculation = Speculation(drafter, 4)

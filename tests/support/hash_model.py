@@ -76,7 +76,12 @@ class HashModel:
         return SequenceCache(self.config, self.dtype)
 
     def __call__(
-        self, tokens: mx.array, segments: Sequence[Segment], rows: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        segments: Sequence[Segment],
+        rows: Sequence[int] | None = None,
+        *,
+        awaited: bool = False,
     ) -> mx.array | None:
         ids: list[int] = np.array(tokens).tolist()
         assert sum(s.length for s in segments) == len(ids)

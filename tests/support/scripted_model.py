@@ -74,7 +74,12 @@ class ScriptedModel:
         return SequenceCache(self.config, self.dtype)
 
     def __call__(
-        self, tokens: mx.array, segments: Sequence[Segment], rows: Sequence[int] | None = None
+        self,
+        tokens: mx.array,
+        segments: Sequence[Segment],
+        rows: Sequence[int] | None = None,
+        *,
+        awaited: bool = False,
     ) -> mx.array | None:
         logits = np.zeros((tokens.size, self.config.vocab_size), np.float32)
         at = 0
