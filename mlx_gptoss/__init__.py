@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mlx_gptoss.command_buffers import raise_limits
+
 if TYPE_CHECKING:
     from mlx_gptoss.chat.session import (
         Session,
@@ -102,6 +104,9 @@ __all__ = [
     "load",
     "mcp_tools",
 ]
+
+# Every module of the package is imported after this line, so whichever imports MLX finds them raised.
+raise_limits()
 
 _LAZY = {
     "chat.session": "Session",

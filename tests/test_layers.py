@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every room (a folder, or a module beside the folders) and its floor. A new one is given its place here.
 FLOORS = {
+    "command_buffers": 0,
     "errors": 0,
     "device": 1,
     "files": 0,
