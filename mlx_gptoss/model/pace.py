@@ -7,7 +7,7 @@ the evaluation ends, and what the buffer's kernels made is freed when it is done
 - Decode in a pipeline: not at all. The GPU is busy with the last step while this one is built.
 - A step whose result is waited for: every few layers, so that the GPU does not wait for all of it.
 - A prompt: after every layer, and never more than a few layers ahead of the GPU. Launching does not wait
-  (MLX counts only the buffers that it ends itself), so all layers' intermediate arrays would be there at once.
+  (MLX counts only the buffers that it ends itself), so the arrays of all layers would be there at once.
 """
 
 from __future__ import annotations
