@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "engine": ("tests/engine", "tests/chat"),
     "chat": ("tests/chat", "tests/engine/test_core.py", "tests/grammar/test_engine.py"),
-    "model": ("tests/model", "tests/engine"),
+    "model": ("tests/model", "tests/engine", "tests/checkpoint/test_reader.py"),
     "harmony": ("tests/harmony", "tests/chat", "tests/grammar/test_tools.py"),
     "grammar": ("tests/grammar", "tests/chat"),
     "checkpoint": (
