@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from mlx_gptoss.checkpoint import registry
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER, is_whole, layout_folder, partial_files
-from mlx_gptoss.checkpoint.memory import MemoryPlan, plan
+from mlx_gptoss.checkpoint.memory import MemoryPlan, plan_checkpoint
 from mlx_gptoss.checkpoint.names import DEMO, short_name
+from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.model.config import read_config
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Installed:
     """A model on this machine. `name` is what to type for it, `nbytes` what it takes on the disk.
 
-    problem: why it cannot be loaded as it is; `plan` is None then.
+    plan: with all experts in memory; least: with those of one token, the others being read when they are
+    wanted. problem: why it cannot be loaded as it is; both plans are None then.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Installed:
     folder: Path
     nbytes: int
     plan: MemoryPlan | None
+    least: MemoryPlan | None = None
     problem: str | None = None
 
 
@@ -80,11 +83,13 @@ def _look(
     name: str, origin: Literal["built in", "converted", "downloaded"], folder: Path, nbytes: int
 ) -> Installed:
     if not is_whole(folder):
-        return Installed(name, origin, folder, nbytes, None, "incomplete")
+        return Installed(name, origin, folder, nbytes, None, problem="incomplete")
     try:
-        return Installed(name, origin, folder, nbytes, plan(folder))
+        checkpoint = Checkpoint(folder)
+        least = plan_checkpoint(checkpoint, checkpoint.config.experts_per_token)
+        return Installed(name, origin, folder, nbytes, plan_checkpoint(checkpoint), least)
     except (CheckpointError, ConfigError) as error:
-        return Installed(name, origin, folder, nbytes, None, str(error))
+        return Installed(name, origin, folder, nbytes, None, problem=str(error))
 
 
 def _bytes_in(folder: Path) -> int:

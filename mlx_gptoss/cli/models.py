@@ -63,9 +63,10 @@ def describe(item: Installed, free: int) -> dict[str, Any]:
     """What is told of a model, JSON-ready; bytes. `free`: what a model may take."""
     from mlx_gptoss.checkpoint.names import short_name
 
-    needed = None
-    if item.plan is not None:
-        needed = item.plan.total(min(CONTEXT, item.plan.config.max_position))
+    needed = least = None
+    if item.plan is not None and item.least is not None:
+        context = min(CONTEXT, item.plan.config.max_position)
+        needed, least = item.plan.total(context), item.least.total(context)
     return {
         "name": short_name(item.name),
         "origin": item.origin,
@@ -73,6 +74,7 @@ def describe(item: Installed, free: int) -> dict[str, Any]:
         "recipe": _recipe(item),
         "memory": needed,
         "fits": None if needed is None else needed <= free,
+        "streams": None if least is None else least <= free,
         "folder": str(item.folder),
         "problem": item.problem,
     }
@@ -104,7 +106,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     for item in found:
         fits = {
             True: Text("yes", "green"),
-            False: Text("no", "red"),
+            False: Text("from the SSD", "yellow") if item["streams"] else Text("no", "red"),
             None: Text(item["problem"] or "", "red"),
         }
         rows.append(

@@ -17,19 +17,22 @@ from mlx_gptoss.device import available_memory, on_gpu, total_memory
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to have OpenAI's checkpoints: bytes of the weights, and the command that gets them."""
+    """One way to have OpenAI's checkpoints: bytes of the weights, with all experts in memory and with those
+    of one token, and the command that gets them.
+    """
 
     name: str
     weights: int
+    least: int
     command: str
 
 
 # What `inspect` tells of the published files, and of what `convert` makes of them.
 CHOICES = (
-    Choice("20b", 13_761_264_768, "mlx-gptoss pull 20b"),
-    Choice("20b in 4 bits", 11_193_000_000, "mlx-gptoss convert 20b"),
-    Choice("120b", 65_248_815_744, "mlx-gptoss pull 120b"),
-    Choice("120b in 4 bits", 62_200_000_000, "mlx-gptoss convert 120b"),
+    Choice("20b", 13_761_264_768, 3_721_354_368, "mlx-gptoss pull 20b"),
+    Choice("20b in 4 bits", 11_193_000_000, 2_300_000_000, "mlx-gptoss convert 20b"),
+    Choice("120b", 65_248_815_744, 5_082_528_384, "mlx-gptoss pull 120b"),
+    Choice("120b in 4 bits", 62_200_000_000, 3_200_000_000, "mlx-gptoss convert 120b"),
 )
 BESIDE = 600_000_000  # bytes that a conversation of 4,096 tokens and the runtime take beside the weights
 
@@ -55,7 +58,7 @@ def _print_here(console: Console, here: list[Installed], free: int) -> None:
     rows = []
     for item in here:
         told = describe(item, free)
-        fits = item.problem or ("fits" if told["fits"] else f"needs {gigabytes(told['memory'])}")
+        fits = item.problem or _memory(told["memory"], told["fits"], told["streams"])
         rows.append((told["name"], gigabytes(item.nbytes), _tell(fits)))
     show_table(("model", "on disk", "memory"), rows)
 
@@ -70,9 +73,16 @@ def _print_choices(console: Console, here: list[Installed], free: int) -> None:
     rows = []
     for choice in choices:
         needed = choice.weights + BESIDE
-        fits = "fits" if needed <= free else f"needs {gigabytes(needed)}"
+        fits = _memory(needed, needed <= free, choice.least + BESIDE <= free)
         rows.append((choice.name, choice.command, gigabytes(choice.weights), _tell(fits)))
     show_table(("model", "command", "weights", "memory"), rows, left=2)
+
+
+def _memory(needed: int, fits: bool, streams: bool) -> str:
+    """Whether a model fits, or runs with experts on the disk."""
+    if fits:
+        return "fits"
+    return "experts from the SSD" if streams else f"needs {gigabytes(needed)}"
 
 
 def _tell(fits: str) -> Text:

@@ -13,8 +13,9 @@ import pytest
 
 from mlx_gptoss.checkpoint import hub, registry
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
-from mlx_gptoss.checkpoint.memory import plan
+from mlx_gptoss.checkpoint.memory import plan, plan_checkpoint
 from mlx_gptoss.checkpoint.names import SHORT_NAMES, did_you_mean, expand, short_name
+from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.cli import run
 from mlx_gptoss.cli.start import CHOICES
 from mlx_gptoss.errors import ConfigError, ModelNotFoundError
@@ -268,3 +269,5 @@ def test_the_first_page_knows_the_true_sizes(tmp_path: Path) -> None:
         if choice.command.startswith("mlx-gptoss pull"):
             made = plan(write_sparse(tmp_path / choice.name, shape), "bfloat16")
             assert choice.weights == made.weights
+            least = plan_checkpoint(Checkpoint(tmp_path / choice.name, "bfloat16"), 4)
+            assert choice.least == least.weights
