@@ -153,10 +153,10 @@ def speed() -> dict[str, Any]:
 def memory() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_checkpoint(Path(scratch), Shape(vocab=SHAPES["20b"].vocab))
-        examples = random_examples(SHAPES["20b"].vocab, 4, 256)
+        examples = random_examples(SHAPES["20b"].vocab, 4, 128)
         rows = {
-            "mlx-gptoss": isolated(ours, folder, examples, 1024, 3, False),
-            "mlx-lm": isolated(mlx_lm, folder, examples, 4, 4),
+            "mlx-gptoss": isolated(ours, folder, examples, 512, 3, False),
+            "mlx-lm": isolated(mlx_lm, folder, examples, 4, 2),
         }
     return {name: row["peak"] / 1e9 for name, row in rows.items()}
 
