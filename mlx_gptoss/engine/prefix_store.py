@@ -130,8 +130,8 @@ class PrefixStore:
         length = last.start + n
         # States that end beyond the match serve too, if their history reaches back far enough.
         if n == len(last.tokens):
-            states.extend(s for c in last.children.values() for s in c.states.values() if s.start < length)
-        return Match(length, spans, states)
+            states.extend(s for c in last.children.values() for s in c.states.values())
+        return Match(length, spans, [s for s in states if s.start < length])
 
     def insert(
         self,
