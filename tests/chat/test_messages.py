@@ -173,7 +173,7 @@ def test_a_result_without_its_call_is_refused() -> None:
         ({"max_new_tokens": 5}, "did you mean max_tokens?"),
         ({"temprature": 1}, "did you mean temperature?"),
         ({"response_format": {}}, "did you mean schema?"),
-        ({"zzz": 1}, "zzz is not an argument of a request: expected builtin, choices"),
+        ({"zzz": 1}, "zzz is not an argument of a request: expected adapter, builtin, choices"),
         ({"params": {"temperature": 1}}, "params is a dict: expected a SamplingParams"),
         ({"instructions": 5}, "instructions is a int: expected text, or None"),
         ({"tools": echo}, "expected a list, also of one tool"),
