@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -92,8 +93,14 @@ def test_an_adapter_is_shown_and_written_for_others(
 
 @pytest.mark.parametrize(("recipe", "most"), [("mxfp4", 1e-3), ("mxfp4-q8", 0.01)])
 def test_a_merged_model_says_what_the_adapted_one_says(
-    recipe: str, most: float, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str,
+    most: float,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     target = tmp_path / "merged"
     assert run(["adapter", "merge", "demo", str(adapter), str(target), "--recipe", recipe]) == 0
     out = capsys.readouterr().out

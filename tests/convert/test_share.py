@@ -250,8 +250,8 @@ def test_the_card_counts_the_weights_in_decimal_gigabytes(manifest: Manifest) ->
     tensors["model.norm.weight"] = replace(tensors["model.norm.weight"], bytes=60_000_000)
     text = model_card(replace(manifest, tensors=tensors), REPO)
     assert "1.33 GB of weights" in text
-    sizes = dict(re.findall(r"^\| (\w+) \|.*\| ([\d.]+) \| [^|]+ \|$", text, re.M))
-    assert (sizes["head"], sizes["norms"], sizes["experts"]) == ("1.270", "0.060", "0.000")
+    sizes = dict(re.findall(r"^\| (\w+) \|.*\| ([\d.]+ \w+) \| [^|]+ \|$", text, re.M))
+    assert (sizes["head"], sizes["norms"], sizes["experts"]) == ("1.27 GB", "60.0 MB", "0 bytes")
 
 
 def test_the_card_prints_recorded_errors_and_quality(manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import asdict, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_gptoss.convert.manifest import MANIFEST_NAME, Quality, read_manifest
 from mlx_gptoss.convert.quality import compare, compare_on_text, default_text
 from mlx_gptoss.convert.verify import CHUNK, Problem, hash_file, verify
 from mlx_gptoss.errors import ConversionError, VerificationError
+from mlx_gptoss.files import open_regular
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
@@ -221,12 +223,12 @@ def test_a_nan_is_seen_however_the_bytes_are_cut(sizes: list[int], at: int) -> N
 def test_a_file_that_cannot_be_read_is_a_problem_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(path: Path, *rest: object, **options: object) -> object:
+    def refuse(path: Path) -> BufferedReader:
         if path.name == "tokenizer.json":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return open(path, *rest, **options)  # type: ignore[call-overload]
+        return open_regular(path)
 
-    monkeypatch.setattr(verify_module, "open", refuse, raising=False)
+    monkeypatch.setattr(verify_module, "open_regular", refuse)
     assert problems(folder) == ["tokenizer.json: cannot be read (Permission denied); check its permissions"]
     for command in (["verify", str(folder)], ["share", str(folder), "someone/tiny", "--dry-run"]):
         assert cli.run(command) == 1
