@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_gptoss.chat.generation import Generation
-from mlx_gptoss.chat.turn import compile_constraint
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.grammar import TurnConstraint
+from mlx_gptoss.grammar import TurnConstraint, compile_constraint
 from mlx_gptoss.harmony import Conversation, Done, Message
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.scripted_model import scripted_engine
@@ -48,7 +47,7 @@ def test_the_next_turn_is_prepared_after_a_whole_answer_with_reasoning(
     thought = f"<|channel|>analysis<|message|>{reasoning}<|end|><|start|>assistant" if reasoning else ""
     llm, _ = scripted_engine(lambda context: thought + ANSWER)
     asked: list[object] = []
-    monkeypatch.setattr(llm.engine, "prefill_when_idle", asked.append)
+    monkeypatch.setattr(llm.engine, "prefill_when_idle", lambda *arguments: asked.append(arguments))
     with llm:
         reply = llm.respond("a", max_tokens=limit)
     assert reply.finish_reason == ("stop" if limit is None else "length")

@@ -9,7 +9,7 @@ import pytest
 from mlx_gptoss.engine.options import EngineOptions
 from mlx_gptoss.errors import RequestError
 
-LEAST = {
+LEAST: dict[str, Any] = {
     "max_context": 64,
     "kv_budget": 1,
     "prefill_chunk": 1,
@@ -23,11 +23,12 @@ LEAST = {
 def test_a_number_is_taken_from_its_least_on_and_nothing_else(name: str) -> None:
     least = LEAST[name]
     for value in (least, least + 1):
-        assert getattr(EngineOptions(**{name: value}), name) == value
+        given: dict[str, Any] = {name: value}
+        assert getattr(EngineOptions(**given), name) == value
     wrong: list[Any] = [least - 1, -1, True, float(least + 1), str(least + 1)]
     for value in wrong:
         with pytest.raises(RequestError, match=f"{name} is .*expected a whole number >= {least}") as caught:
-            EngineOptions(**{name: value})
+            EngineOptions(**(given | {name: value}))
         assert caught.value.field == name
 
 

@@ -148,7 +148,8 @@ def test_a_span_that_cannot_be_written_holds_up_no_other(
     store = PrefixStore(10**9, disk)
     for seed in (50, 51):
         put(store, some(seed, 60))
-    write, failed = disk.write, []
+    write = disk.write
+    failed: list[bool] = []
 
     def once(*arguments: Any) -> Path:
         if not failed:

@@ -181,6 +181,29 @@ def test_a_state_with_more_history_resumes_earlier(model: TinyModel) -> None:
     assert cache.rewind(47, [state]) == 47 - 8 * 3
 
 
+def test_what_goes_on_from_the_middle_of_a_state_is_exact(model: TinyModel) -> None:
+    tokens, other = some_tokens(random.Random(4), 60), some_tokens(random.Random(6), 60)
+    cache = SequenceCache(CONFIG, mx.float32)
+    model(tokens, cache)
+    state = cache.snapshot(history=20)
+    assert state is not None
+    model(other, cache)
+    assert cache.rewind(48, [state]) == 48
+    together = np.concatenate([model(other[:3], cache), model(other[3:20], cache)])
+    np.testing.assert_allclose(together, fresh(model, tokens[:48] + other[:20])[48:], atol=1e-5)
+
+
+def test_a_state_without_keys_is_of_a_model_without_windows(model: TinyModel) -> None:
+    cache = SequenceCache(CONFIG, mx.float32)
+    model(some_tokens(random.Random(4), 30), cache)
+    state = cache.snapshot()
+    assert state is not None
+    full = SequenceCache(replace(CONFIG, layer_types=(FULL,) * CONFIG.num_layers), mx.float32)
+    empty = full.snapshot()
+    assert empty is not None and full.takes(empty) and cache.takes(state)
+    assert not full.takes(state) and not cache.takes(empty)
+
+
 def test_full_layers_are_never_written_twice(model: TinyModel) -> None:
     tokens = some_tokens(random.Random(6), 80)
     cache = SequenceCache(CONFIG, mx.float32)
