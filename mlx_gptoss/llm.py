@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -77,12 +77,7 @@ def load(
     Raises ModelNotFoundError, HubError, ConfigError, CheckpointError (AdapterError), MemoryLimitError or
     RequestError.
     """
-    known = {f.name for f in fields(EngineOptions)}
-    for name in options:
-        if name not in known:
-            near = did_you_mean(name, known, CONTEXT_NAMES) or f": expected {', '.join(sorted(known))}"
-            raise RequestError(f"load has no option {name!r}{near}", name)
-    chosen = EngineOptions(**options)
+    chosen = _checked(options)
     folder = resolve(model, revision=revision, offline=offline)
     checkpoint = Checkpoint(folder, dtype)
     has_text = (folder / "tokenizer.json").exists()
@@ -95,66 +90,111 @@ def load(
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
     # Beside the copy that runs, all of them padded to one rank for batches of several.
     free -= 2 * sum(one.parameters for one in found.values()) * checkpoint.dtype.size
+    plan = _plan(checkpoint, chosen, free)
+    if announce is not None:
+        announce(f"{folder.name}: {plan}")
+    worker = Worker(f"engine {folder.name}")
+    try:
+        worker.call(partial(limit_memory, plan.memory.weights))
+        tokenizer = Tokenizer.from_folder(folder) if has_text else None
+        engine = _engine(worker, checkpoint, plan, draft, tokenizer, stops, progress)
+        for name, one in found.items():
+            engine.put_adapter(name, one)
+        if adapter is not None:
+            engine.default_adapter = DEFAULT_ADAPTER
+        return LLM(
+            engine, checkpoint.config, folder, str(model), tokenizer, memory=plan.memory, max_tokens=bound
+        )
+    except BaseException:
+        worker.close()
+        raise
+
+
+def _checked(options: EngineKeywords) -> EngineOptions:
+    known = {f.name for f in fields(EngineOptions)}
+    for name in options:
+        if name not in known:
+            near = did_you_mean(name, known, CONTEXT_NAMES) or f": expected {', '.join(sorted(known))}"
+            raise RequestError(f"load has no option {name!r}{near}", name)
+    return EngineOptions(**options)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a model runs in the memory there is: its own, that of keys and values, and what was free; bytes."""
+
+    memory: MemoryPlan
+    options: EngineOptions
+    kv_budget: int
+    max_context: int
+    free: int
+
+    def __str__(self) -> str:
+        unpacked = " and ".join(self.memory.unpacked)
+        return (
+            f"{self.memory.streamed}weights {gigabytes(self.memory.weights)}"
+            f"{f' ({unpacked} unpacked)' if unpacked else ''}, KV cache up to {gigabytes(self.kv_budget)} "
+            f"(context {self.max_context:,} tokens), {gigabytes(self.free)} free"
+        )
+
+
+def _plan(checkpoint: Checkpoint, options: EngineOptions, free: int) -> _Plan:
+    """The plan, and the checkpoint set to be read by it."""
     memory = plan_experts(
         checkpoint,
-        chosen.expert_memory if chosen.expert_bytes is None else chosen.expert_bytes,
+        options.expert_memory if options.expert_bytes is None else options.expert_bytes,
         free,
-        beside=SCRATCH + wanted_kv(checkpoint, chosen),
+        beside=SCRATCH + wanted_kv(checkpoint, options),
     )
     checkpoint.unpacked = memory.unpacked
     if memory.slots is not None:
         checkpoint.streaming = ExpertFiles(checkpoint, memory.slots)
         # The experts of so many sequences find places at the same time, whichever they are.
         fitting = memory.slots // checkpoint.config.experts_per_token
-        chosen = replace(chosen, max_running=min(chosen.max_running, fitting))
-    budget, context = plan_context(memory, chosen, free)
-    if announce is not None:
-        announce(
-            f"{folder.name}: {memory.streamed}weights {gigabytes(memory.weights)}"
-            f"{f' ({named} unpacked)' if (named := ' and '.join(memory.unpacked)) else ''}, "
-            f"KV cache up to {gigabytes(budget)} (context {context:,} tokens), {gigabytes(free)} free"
-        )
-    worker = Worker(f"engine {folder.name}")
-    try:
-        worker.call(partial(limit_memory, memory.weights))
-        loaded = worker.call(lambda: read_model(checkpoint, progress))
-        disk, usage = None, None
-        if chosen.prefix_cache is not None:
-            mark = fingerprint(folder, loaded.dtype, chosen.bits)
-            disk = PrefixDisk(Path(chosen.prefix_cache).expanduser(), mark, DISK_LIMIT)
-            usage = ExpertUsage(disk.folder)
-        streamed, block = streamed_experts(loaded), chosen.prefill_chunk
-        interleaved = checkpoint.layout.interleaved
-        runner = worker.call(
-            lambda: LocalRunner(loaded, chosen.bits, streamed, block, usage, interleaved=interleaved)
-        )
-        drafters: DrafterFactory | None = PromptLookup if chosen.draft == LOOKUP else None
-        if draft is not None:
-            second = worker.call(lambda: LocalRunner(read_model(draft)))
-            drafters = partial(ModelDrafter, second, chosen.prefill_chunk)
-        tokenizer = Tokenizer.from_folder(folder) if has_text else None
-        if streamed:
-            chosen = replace(chosen, prefill_chunk=rows_at_once(checkpoint.config, loaded.dtype, block))
-        engine = Engine(
-            worker,
-            runner,
-            chosen,
-            kv_budget=budget,
-            max_context=context,
-            stop_ids=tokenizer.stop_ids if tokenizer else stops,
-            disk=disk,
-            drafters=drafters,
-            message_start=tokenizer.special.start if tokenizer else None,
-            pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
-        )
-        for name, one in found.items():
-            engine.put_adapter(name, one)
-        if adapter is not None:
-            engine.default_adapter = DEFAULT_ADAPTER
-        return LLM(engine, checkpoint.config, folder, str(model), tokenizer, memory=memory, max_tokens=bound)
-    except BaseException:
-        worker.close()
-        raise
+        options = replace(options, max_running=min(options.max_running, fitting))
+    return _Plan(memory, options, *plan_context(memory, options, free), free)
+
+
+def _engine(
+    worker: Worker,
+    checkpoint: Checkpoint,
+    plan: _Plan,
+    draft: Checkpoint | None,
+    tokenizer: Tokenizer | None,
+    stops: frozenset[int],
+    progress: Callable[[int, int], None] | None,
+) -> Engine:
+    """Read the weights, on the worker's thread, and put an engine on them."""
+    options = plan.options
+    loaded = worker.call(lambda: read_model(checkpoint, progress))
+    disk, usage = None, None
+    if options.prefix_cache is not None:
+        mark = fingerprint(checkpoint.folder, loaded.dtype, options.bits)
+        disk = PrefixDisk(Path(options.prefix_cache).expanduser(), mark, DISK_LIMIT)
+        usage = ExpertUsage(disk.folder)
+    streamed, block = streamed_experts(loaded), options.prefill_chunk
+    interleaved = checkpoint.layout.interleaved
+    runner = worker.call(
+        lambda: LocalRunner(loaded, options.bits, streamed, block, usage, interleaved=interleaved)
+    )
+    drafters: DrafterFactory | None = PromptLookup if options.draft == LOOKUP else None
+    if draft is not None:
+        second = worker.call(lambda: LocalRunner(read_model(draft)))
+        drafters = partial(ModelDrafter, second, options.prefill_chunk)
+    return Engine(
+        worker,
+        runner,
+        replace(options, prefill_chunk=rows_at_once(checkpoint.config, loaded.dtype, block))
+        if streamed
+        else options,
+        kv_budget=plan.kv_budget,
+        max_context=plan.max_context,
+        stop_ids=tokenizer.stop_ids if tokenizer else stops,
+        disk=disk,
+        drafters=drafters,
+        message_start=tokenizer.special.start if tokenizer else None,
+        pinned_tokens=partial(system_prefix, tokenizer) if tokenizer else lambda tokens: 0,
+    )
 
 
 class LLM(Responder):
