@@ -140,7 +140,8 @@ async def areply_of(start: Callable[[Sink], Generation]) -> Reply:
         ((_, end),) = handoff.take()
         if isinstance(end, Exception):
             raise end
-        return end.reply
+        reply: Reply = end.reply
+        return reply
     finally:
         handoff.cancel()
 

@@ -143,7 +143,7 @@ def bundle(name: str, make: Callable[..., Any], *options: Decorator) -> Decorato
     return declare
 
 
-class ModelName(click.ParamType):
+class ModelName(click.ParamType[str]):
     """What a model goes by, and what the Tab key offers for it: `names()`, and folders where `folders`."""
 
     name = "model"

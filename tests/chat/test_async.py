@@ -179,7 +179,7 @@ def test_what_is_wrong_is_raised_where_it_is_awaited() -> None:
         with pytest.raises(ContextLengthError):
             await llm.arespond("x" * 30_000)
         with pytest.raises(RequestError, match="did you mean instructions"):
-            await llm.arespond("x", system="y")  # type: ignore[call-arg]
+            await llm.arespond("x", system="y")  # type: ignore[call-overload]
         assert (await llm.arespond("fine")).text == "you said fine"
         llm.close()
         with pytest.raises(GptOssError, match="closed"):
@@ -265,7 +265,8 @@ def test_a_plain_tool_leaves_the_loop_free_while_it_runs() -> None:
             met.set()
 
         reply, _ = await asyncio.gather(llm.chat(tools=[meet]).asend("go"), beside())
-        return reply.text
+        text: str = reply.text
+        return text
 
     with llm:
         assert asyncio.run(talk()) == "it is met"
@@ -290,7 +291,7 @@ def test_two_answers_of_one_chat_at_a_time_lose_nothing_in_silence() -> None:
         chat = llm.chat()
         got = await asyncio.gather(chat.asend("one"), chat.asend("two"), return_exceptions=True)
         assert len(chat.history) == 3
-        return got
+        return [*got]
 
     with llm:
         failed = [e for e in asyncio.run(both()) if isinstance(e, Exception)]
@@ -360,7 +361,7 @@ def test_what_is_wrong_for_every_prompt_is_raised_before_the_first() -> None:
     with llm:
         for door in (llm.respond_many, llm.arespond_many):
             with pytest.raises(RequestError, match="did you mean max_tokens"):
-                door(["a"], max_new_tokens=5)
+                door(["a"], max_new_tokens=5)  # type: ignore[call-overload]
 
 
 def test_leaving_many_cancels_those_that_run() -> None:

@@ -299,7 +299,7 @@ def test_a_long_prompt_tells_its_progress_before_the_first_event() -> None:
     with llm:
         for progress in (True, False):
             llm.start(conversation, TurnOptions(progress=progress), sink=items.put)
-            events = []
+            events: list[Any] = []
             while not events or not isinstance(events[-1], Done):
                 events.append(items.get(timeout=20))
             told = [event for event in events if isinstance(event, PromptProgress)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ def test_a_text_is_what_the_user_says() -> None:
 
 
 def test_dicts_are_the_messages_they_describe() -> None:
-    said = [
+    said: list[Message | Mapping[str, Any]] = [
         {"role": "user", "content": "Oslo?"},
         {
             "role": "assistant",

@@ -111,11 +111,11 @@ class Terminal:
         self.console._width, self.console._height = width, height
 
 
-def play(events: list[Event], width: int = 60, height: int = 20, **options: bool) -> Terminal:
+def play(events: list[Event], width: int = 60, height: int = 20, show_reasoning: bool = False) -> Terminal:
     """Draw events, each of them at once."""
     terminal = Terminal(width, height)
     ticks = iter(range(10**6))
-    view = AnswerView(terminal.console, clock=lambda: float(next(ticks)), **options)
+    view = AnswerView(terminal.console, clock=lambda: float(next(ticks)), show_reasoning=show_reasoning)
     view.waiting()
     for event in events:
         view.show(event)

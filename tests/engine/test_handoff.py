@@ -24,6 +24,16 @@ class Handle:
         self.cancelled.set()
 
 
+def keeping(made: list[Handle]) -> Start:
+    """A start whose handles are added to `made`."""
+
+    def start(sink: Sink) -> Handle:
+        made.append(Handle(sink))
+        return made[-1]
+
+    return start
+
+
 def on_a_thread(work: Any) -> threading.Thread:
     thread = threading.Thread(target=work)
     thread.start()
@@ -34,13 +44,8 @@ def test_items_come_in_order_whatever_threads_they_come_from() -> None:
     async def read() -> list[tuple[int, Any]]:
         handoff = Handoff()
         made: list[Handle] = []
-
-        def start(sink: Sink) -> Handle:
-            made.append(Handle(sink))
-            return made[-1]
-
-        await handoff.begin(0, start)
-        await handoff.begin(7, start)
+        await handoff.begin(0, keeping(made))
+        await handoff.begin(7, keeping(made))
         threads = [on_a_thread(lambda h=h: [h.sink(n) for n in range(1000)]) for h in made]
         got: list[tuple[int, Any]] = []
         while len(got) < 2000:
@@ -55,7 +60,7 @@ def test_items_come_in_order_whatever_threads_they_come_from() -> None:
     assert [n for i, n in got if i == 0] == [n for i, n in got if i == 7] == list(range(1000))
 
 
-def test_many_items_wake_the_loop_once_a_look() -> None:
+def test_many_items_wake_the_loop_once_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     async def count() -> int:
         handoff = Handoff()
         loop = asyncio.get_running_loop()
@@ -67,11 +72,11 @@ def test_many_items_wake_the_loop_once_a_look() -> None:
             wakes += 1
             return plain(*args, **more)
 
-        handle: list[Handle] = []
-        await handoff.begin(0, lambda sink: handle.append(Handle(sink)) or handle[0])
-        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        made: list[Handle] = []
+        await handoff.begin(0, keeping(made))
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
         for n in range(1000):  # while the loop is held up
-            handle[0].sink(n)
+            made[0].sink(n)
         assert await handoff.wait(10) and len(handoff.take()) == 1000
         return wakes
 
@@ -118,7 +123,7 @@ def test_a_generation_whose_loop_was_closed_is_cancelled() -> None:
     async def leave(start: Start) -> None:
         await Handoff().begin(0, start)
 
-    asyncio.run(leave(lambda sink: made.append(Handle(sink)) or made[0]))
+    asyncio.run(leave(keeping(made)))
     assert not made[0].cancelled.is_set()
     made[0].sink("a token")
     assert made[0].cancelled.is_set()

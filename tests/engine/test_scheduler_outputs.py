@@ -191,11 +191,11 @@ class Breaks(HashModel):
         super().__init__()
         self._left, self._poison, self._error = n, poison, error or RuntimeError("a bad moment")
 
-    def __call__(self, tokens: mx.array, *rest: Any) -> Any:
+    def __call__(self, tokens: mx.array, *rest: Any, **more: Any) -> Any:
         self._left -= 1
         if self._left == 0 or self._poison in np.array(tokens).tolist():
             raise self._error
-        return super().__call__(tokens, *rest)
+        return super().__call__(tokens, *rest, **more)
 
 
 @settings(max_examples=25, deadline=None)

@@ -37,8 +37,8 @@ def test_both_forms_of_the_file_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert time == Server("time", ("uvx", "mcp-server-time", os.environ["HOME"]), {"A": "secret"})
     assert web.headers == {"Authorization": "Bearer secret"} and not web.sse
     assert old.sse
-    assert some.allowed == {"a"} and some.command == ("x", "b")
-    assert few.allowed == {"a"} and few.denied == {"b"}
+    assert some.allowed == frozenset("a") and some.command == ("x", "b")
+    assert few.allowed == frozenset("a") and few.denied == {"b"}
 
 
 @pytest.mark.parametrize(

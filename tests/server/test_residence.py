@@ -233,17 +233,19 @@ def test_the_lists_say_whether_it_is_loaded_and_do_not_load_it(tokenizer: Tokeni
 def test_ollamas_keep_alive_sets_the_time(tokenizer: Tokenizer) -> None:
     app, made = served(tokenizer)
     client = TestClient(app, base_url="http://localhost")
-    residence: Any = app.state.server.residence
+
+    def idle_left() -> Any:
+        return app.state.server.residence.idle_left
 
     def chat(**fields: Any) -> Any:
         return client.post("/api/chat", json={"model": "any", "stream": False, **fields}).json()
 
     chat(**HI, keep_alive="1h")
-    assert 3500 < residence.idle_left <= 3600
+    assert 3500 < idle_left() <= 3600
     chat(**HI, keep_alive=-1)
-    assert residence.idle_left is None
+    assert idle_left() is None
     chat(**HI)
-    assert residence.idle_left <= IDLE
+    assert idle_left() <= IDLE
     assert chat(keep_alive=0)["done_reason"] == "unload" and made[0].closed
     assert client.get("/api/ps").json() == {"models": []}
     assert chat()["done_reason"] == "load" and len(made) == 2

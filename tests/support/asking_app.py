@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mlx_gptoss.cli.chat import run_chat
 from mlx_gptoss.cli.terminal.approve import approved, ask_in_terminal
-from mlx_gptoss.cli.terminal.chat import Settings
+from mlx_gptoss.cli.terminal.talk import Settings
 from mlx_gptoss.mcp.tools import mcp_tools
 from tests.support.scripted_model import scripted_engine
 from tests.support.toy_mcp import make_server

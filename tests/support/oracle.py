@@ -54,7 +54,8 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + EPSILON) * weight
+    y: np.ndarray = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + EPSILON) * weight
+    return y
 
 
 def rotary_table(shape: Shape, length: int) -> tuple[np.ndarray, np.ndarray]:
