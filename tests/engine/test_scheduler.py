@@ -119,10 +119,10 @@ class Poisoned:
         self.model, self.token = model, token
         self.config, self.dtype = model.config, model.dtype
 
-    def __call__(self, tokens: mx.array, *rest: Any) -> Any:
+    def __call__(self, tokens: mx.array, *rest: Any, **more: Any) -> Any:
         if self.token in tokens.tolist():  # type: ignore[operator]
             raise RuntimeError("poison")
-        return self.model(tokens, *rest)
+        return self.model(tokens, *rest, **more)
 
 
 def test_a_request_that_breaks_the_forward_breaks_it_for_itself_only(model: Model) -> None:
