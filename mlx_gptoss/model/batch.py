@@ -12,6 +12,10 @@ import numpy as np
 
 from mlx_gptoss.model.cache import Mask
 
+# A graph is traced once for each number of rows up to this; larger ones come in any number, and take the GPU
+# longer than Python.
+REPLAYED_ROWS = 16
+
 
 class LayerKV(Protocol):
     """The earlier keys and values of one layer."""
@@ -92,6 +96,26 @@ class Batch(Pairs):
         self.masks = [s.cache.masks(s.length, s.ahead) for s in segments]
         self.adapters = frozenset(s.adapter for s in segments)
         self._deferred: Callable[[], None] | None = None
+
+    @classmethod
+    def of_arrays(cls, positions: mx.array, token_of_pair: mx.array, pair: mx.array) -> Batch:
+        """A batch of no sequences: all that a replayed graph knows of one (see graph.CompiledLayer)."""
+        batch = cls.__new__(cls)
+        batch.segments, batch.masks, batch.bounds = (), [], []
+        batch.tokens, batch.positions = int(positions.shape[0]), positions
+        batch.token_of_pair, batch.pair, batch.low_rank = token_of_pair, pair, None
+        batch.adapters, batch._deferred = frozenset({0}), None
+        return batch
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """As `of_arrays` takes them."""
+        return self.positions, self.token_of_pair, self.pair
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether a replayed graph serves it."""
+        return self.tokens <= REPLAYED_ROWS and not self.adapted
 
     @property
     def adapted(self) -> bool:

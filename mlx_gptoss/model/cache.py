@@ -78,9 +78,16 @@ class FullCache(LayerCache):
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append t tokens; every key and value up to the last of them, [1, H, offset + t, D]."""
-        self.append(k, v)
-        keys, values = (slab[:, :, : self.offset] for slab in self._slabs)
-        return keys, values
+        start, end = self.offset, self.offset + k.shape[2]
+        if start != self.length or end > self.capacity:
+            self.append(k, v)
+            keys, values = self._slabs
+        else:  # as `append`, with fewer calls: decode does it for every sequence and layer
+            keys, values = self._slabs
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
+            self.offset = self.length = end
+        return keys[:, :, :end], values[:, :, :end]
 
     def append(self, k: mx.array, v: mx.array) -> None:
         """Move the offset by t, storing those of the t tokens that are not stored yet."""
@@ -244,14 +251,16 @@ class SlidingCache(LayerCache):
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append t tokens; the keys and values that any of them sees, [1, H, history + t, D]."""
-        first, end = self.offset - self.history, self.offset + k.shape[2]
-        if end - self.start > self.capacity:
+        used = self.offset - self.start
+        first, end = self.offset - min(used, self._reach), used + k.shape[2]
+        if end > self.capacity:
             self._compact(k, v)
         else:
-            for slab, new in zip(self._slabs, (k, v), strict=True):
-                slab[:, :, self.offset - self.start : end - self.start] = new
-        self.offset = end
-        return self.window(first, end)
+            keys, values = self._slabs
+            keys[:, :, used:end] = k
+            values[:, :, used:end] = v
+        self.offset += k.shape[2]
+        return self.window(first, self.offset)
 
     def _compact(self, k: mx.array, v: mx.array) -> None:
         """New slabs of the recent history, the new tokens, and room for more."""
@@ -274,8 +283,9 @@ class SlidingCache(LayerCache):
 
     def window(self, start: int, end: int) -> tuple[mx.array, mx.array]:
         """Keys and values of positions [start, end): views into the slabs."""
-        keys, values = (slab[:, :, start - self.start : end - self.start] for slab in self._slabs)
-        return keys, values
+        keys, values = self._slabs
+        start, end = start - self.start, end - self.start
+        return keys[:, :, start:end], values[:, :, start:end]
 
 
 @dataclass(frozen=True)

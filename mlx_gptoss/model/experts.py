@@ -100,6 +100,8 @@ def by_pair(
 class ResidentExperts:
     """All experts in memory, applied by MLX's gathering products: the way on a GPU."""
 
+    replayable = True
+
     def __init__(self, weights: ExpertWeights) -> None:
         self.weights = weights
 

@@ -18,14 +18,14 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.device import fuse
+from mlx_gptoss.device import fuse, on_gpu
 from mlx_gptoss.model.batch import Batch, LowRank, Segment
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import ModelConfig, YarnConfig
 from mlx_gptoss.model.experts import Experts
 from mlx_gptoss.model.matrix import Embedding
 from mlx_gptoss.model.pace import Pace
-from mlx_gptoss.model.projection import Projection
+from mlx_gptoss.model.projection import Projection, replayable
 
 
 class Attention:
@@ -48,7 +48,7 @@ class Attention:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_kv_heads
         self.channels = config.head_dim
         self.eps = config.rms_norm_eps
-        self.frequencies = 1.0 / mx.array(yarn_inverse_frequencies(config))
+        self.frequencies = mx.array(1.0 / yarn_inverse_frequencies(config))
         # YaRN multiplies the rotated q and k by a factor each (Peng et al. 2023, eq. 22); their product goes
         # into the scale of the scores, so the cache holds plainly rotated keys. Sinks are not scaled.
         self.scale = yarn_attention_factor(config.rope) ** 2 / math.sqrt(config.head_dim)
@@ -57,6 +57,10 @@ class Attention:
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """X [T, D] -> x plus attention, [T, D]."""
+        return self.add(x, self.attend(*self.project(x, batch), batch), batch)
+
+    def project(self, x: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """X [T, D] -> rotated queries [T, Hq, 1, C], rotated keys and values [T, H, 1, C]."""
         h, kv, c = self.heads, self.kv_heads, self.channels
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         qkv = (self.qkv(rows, batch) + self.qkv_bias).reshape(batch.tokens, h + 2 * kv, 1, c)
@@ -70,17 +74,26 @@ class Attention:
             offset=batch.positions,
             freqs=self.frequencies,
         )
-        parts = (qk[:, :h], qk[:, h:], qkv[:, h + kv :])
-        split = (mx.split(part.transpose(2, 1, 0, 3), batch.bounds, axis=2) for part in parts)
-        outputs = [
-            segment.cache.layers[self.index].attend(
-                q, k, v, scale=self.scale, sinks=self.sinks, mask=masks[self.kind]
+        return qk[:, :h], qk[:, h:], qkv[:, h + kv :]
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
+        """`project`'s outputs, appended to each sequence's cache -> what rows attend to, [T, Hq, 1, C]."""
+        single = len(batch.segments) == 1
+        parts = [[a] if single else mx.split(a, batch.bounds) for a in (q, k, v)]
+        outputs = []
+        for segment, masks, qs, ks, vs in zip(batch.segments, batch.masks, *parts, strict=True):
+            if segment.length > 1:  # a single token's rows are the same either way
+                qs, ks, vs = (a.transpose(2, 1, 0, 3) for a in (qs, ks, vs))
+            y = segment.cache.layers[self.index].attend(
+                qs, ks, vs, scale=self.scale, sinks=self.sinks, mask=masks[self.kind]
             )
-            for segment, masks, q, k, v in zip(batch.segments, batch.masks, *split, strict=True)
-        ]
-        merged = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
-        merged = merged.transpose(0, 2, 1, 3).reshape(batch.tokens, h * c)
-        return _add_bias_and_residual(self.out(merged, batch), self.out_bias, x)
+            outputs.append(y.transpose(2, 1, 0, 3) if segment.length > 1 else y)
+        return outputs[0] if single else mx.concatenate(outputs)
+
+    def add(self, x: mx.array, attended: mx.array, batch: Batch) -> mx.array:
+        """X [T, D] plus the projection of what its rows attend to [T, Hq, 1, C]."""
+        y = self.out(attended.reshape(batch.tokens, self.heads * self.channels), batch)
+        return _add_bias_and_residual(y, self.out_bias, x)
 
     def arrays(self) -> list[mx.array]:
         return [self.norm, self.qkv_bias, self.out_bias, self.sinks, *self.qkv.arrays(), *self.out.arrays()]
@@ -128,13 +141,58 @@ class MixtureOfExperts:
         return [self.norm, *self.router.arrays(), *self.experts.arrays()]
 
 
+class CompiledLayer:
+    """The same layer for few rows, whose graph takes Python longer to build than a GPU to run.
+
+    What does not touch the caches is traced once for each number of rows, before attention and after it, and
+    then replayed. Rows with adapters are not served.
+    """
+
+    def __init__(self, attention: Attention, moe: MixtureOfExperts) -> None:
+        # Nothing here refers to the layer: a circle would keep its weights until the garbage is collected.
+        self._attention, self._moe = attention, moe
+
+        def before(x: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            return attention.project(x, Batch.of_arrays(*arrays))
+
+        def to_experts(x: mx.array, y: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+            batch = Batch.of_arrays(*arrays)
+            x = attention.add(x, y, batch)
+            return x, *moe.route(x, batch)
+
+        def after(x: mx.array, y: mx.array, *arrays: mx.array) -> mx.array:
+            batch = Batch.of_arrays(*arrays)
+            return moe(attention.add(x, y, batch), batch)
+
+        self._before, self._to_experts = mx.compile(before), mx.compile(to_experts)
+        self._after = mx.compile(after)
+
+    @property
+    def usable(self) -> bool:
+        """Whether its projections can be replayed."""
+        return all(map(replayable, (self._attention.qkv, self._attention.out, self._moe.router)))
+
+    def __call__(self, x: mx.array, batch: Batch) -> mx.array:
+        """As Layer."""
+        arrays = batch.arrays
+        y = self._attention.attend(*self._before(x, *arrays), batch)
+        if replayable(self._moe.experts):
+            return self._after(x, y, *arrays)
+        x, rows, chosen, weights = self._to_experts(x, y, *arrays)
+        return self._moe.add(x, weights, self._moe.experts(rows, chosen, batch))
+
+
 class Layer:
     """Attention, then the mixture of experts; each adds to the residual stream."""
 
     def __init__(self, attention: Attention, moe: MixtureOfExperts) -> None:
         self.attention, self.moe = attention, moe
 
+        self._compiled = CompiledLayer(attention, moe)
+
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
+        if batch.small and on_gpu() and self._compiled.usable:
+            return self._compiled(x, batch)
         return self.moe(self.attention(x, batch), batch)
 
     def arrays(self) -> list[mx.array]:

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_gptoss.model.batch import Batch, Pairs
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.graph import Layer
-from mlx_gptoss.model.projection import Projection
+from mlx_gptoss.model.projection import Projection, replayable
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROUTER = "router"
@@ -105,6 +105,7 @@ class AdaptedProjection:
     def __init__(self, base: Projection) -> None:
         self.base = base
         self.pairs = _Pairs()
+        self.replayable = replayable(base)
 
     def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         y = self.base(x, batch)

@@ -26,8 +26,19 @@ class Projection(Protocol):
         ...
 
 
+def replayable(part: object) -> bool:
+    """Whether a projection, or a layer's experts, may be traced once for each number of rows.
+
+    It says so by `replayable`: where no row has an adapter, its outputs are a function of the arguments'
+    arrays and of arrays that never change, and nobody has to see them.
+    """
+    return getattr(part, "replayable", False)
+
+
 class Dense:
     """One matrix on the default device, with or without a bias [outputs]."""
+
+    replayable = True
 
     def __init__(self, matrix: Matrix, bias: mx.array | None = None) -> None:
         self.matrix, self.bias = matrix, bias
@@ -48,6 +59,7 @@ class Stacked:
 
     def __init__(self, parts: list[Projection]) -> None:
         self.parts = parts
+        self.replayable = all(map(replayable, parts))
 
     def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         return mx.concatenate([p(x, batch) for p in self.parts], axis=-1)
