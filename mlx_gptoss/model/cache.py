@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_gptoss.device import on_metal
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig
 
 Mask = mx.array | str | None
@@ -26,6 +27,9 @@ GROW_MAX = 4096
 # Sliding layers: history kept beyond the window at a compaction, and room until the next one.
 SLACK = 64
 SPARE = 256
+# Metal's attention for up to 8 queries takes 32 rows: queries times the query heads of a KV head. Above that
+# and below 9 queries MLX would write it out in matrix products, so it is split.
+VECTOR_QUERIES, VECTOR_ROWS = 8, 32
 
 
 class LayerCache:
@@ -54,7 +58,24 @@ class LayerCache:
     ) -> mx.array:
         """Append k, v [1, H, t, D] and attend, with sinks: q [1, Hq, t, D] -> [1, Hq, t, D]."""
         keys, values = self.update_and_fetch(k, v)
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+        most, t = VECTOR_ROWS * k.shape[1] // q.shape[1], q.shape[2]
+        if not most < t <= VECTOR_QUERIES or not on_metal():
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+        outputs, n = [], keys.shape[2]
+        for start in range(0, t, most):
+            end = min(start + most, t)
+            seen = n - (t - end)  # the last of these rows sees no key beyond
+            outputs.append(
+                mx.fast.scaled_dot_product_attention(
+                    q[:, :, start:end],
+                    keys[:, :, :seen],
+                    values[:, :, :seen],
+                    scale=scale,
+                    mask=mask[start:end, :seen] if isinstance(mask, mx.array) else mask,
+                    sinks=sinks,
+                )
+            )
+        return mx.concatenate(outputs, axis=2)
 
     def arrays(self) -> list[mx.array]:
         return list(self._slabs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -286,3 +288,41 @@ def test_eight_bits_move_the_outputs_little() -> None:
     eight = model(tokens, SequenceCache(QUANTIZABLE, mx.float32, (8, 8)))
     scale = np.abs(exact).mean()
     assert 0 < np.abs(eight - exact).mean() < 0.02 * scale
+
+
+@pytest.mark.parametrize("t", [1, 2, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("earlier", [0, 10, 300])
+@pytest.mark.parametrize("kind", [FULL, SLIDING])
+def test_few_queries_are_split_to_what_metals_kernel_takes(
+    kind: str, earlier: int, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 8 query heads a KV head, 4 queries at a time; the result is that of all at once."""
+    config = replace(CONFIG, num_attention_heads=16, head_dim=64, sliding_window=128)
+    rng = np.random.default_rng(t)
+
+    def normal(heads: int, n: int) -> mx.array:
+        return mx.array(rng.standard_normal((1, heads, n, 64)).astype(np.float32))
+
+    old, new = (normal(2, earlier), normal(2, earlier)), (normal(2, t), normal(2, t))
+    q, sinks = normal(16, t), mx.array(rng.standard_normal(16).astype(np.float32))
+    sizes: list[int] = []
+    attention = mx.fast.scaled_dot_product_attention
+
+    def noting(q: mx.array, *rest: Any, **more: Any) -> mx.array:
+        sizes.append(q.shape[2])
+        return attention(q, *rest, **more)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
+    found = []
+    for metal in (False, True):
+        monkeypatch.setattr(caches, "on_metal", partial(bool, metal))
+        cache = SequenceCache(config, mx.float32)
+        layer = cache.layers[config.layer_types.index(kind)]
+        if earlier:
+            for each in cache.layers:
+                each.update_and_fetch(*old)
+            cache.advance(earlier)
+        mask = cache.masks(t)[kind]
+        found.append(np.array(layer.attend(q, *new, scale=0.1, sinks=sinks, mask=mask)))
+    assert sizes == ([t] + ([4] * (t // 4) + [t % 4] * (t % 4 > 0) if t <= 8 else [t]))
+    assert np.abs(found[0] - found[1]).max() < 1e-5
