@@ -64,9 +64,10 @@ class Attention:
         h, kv, c = self.heads, self.kv_heads, self.channels
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         qkv = (self.qkv(rows, batch) + self.qkv_bias).reshape(batch.tokens, h + 2 * kv, 1, c)
-        # One rotation for the heads of q and k together; a row is a batch entry with an offset of its own.
-        qk = mx.fast.rope(
-            qkv[:, : h + kv],
+        # One rotation for all heads, v's for nothing: Metal would copy a part of them first. A row is a batch
+        # entry with an offset of its own.
+        rotated = mx.fast.rope(
+            qkv,
             c,
             traditional=False,
             base=None,
@@ -74,7 +75,7 @@ class Attention:
             offset=batch.positions,
             freqs=self.frequencies,
         )
-        return qk[:, :h], qk[:, h:], qkv[:, h + kv :]
+        return rotated[:, :h], rotated[:, h : h + kv], qkv[:, h + kv :]
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, batch: Batch) -> mx.array:
         """`project`'s outputs, appended to each sequence's cache -> what rows attend to, [T, Hq, 1, C]."""
