@@ -156,11 +156,11 @@ class FailsOnce:
         self.model, self.left = model, n
         self.config, self.dtype = model.config, model.dtype
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **more: Any) -> Any:
         self.left -= 1
         if self.left == 0:
             raise RuntimeError("a bad moment")
-        return self.model(*args)
+        return self.model(*args, **more)
 
 
 @pytest.mark.parametrize("n", [3, 4, 7])
