@@ -232,10 +232,10 @@ def main() -> None:
             parts = ", ".join(f"{n} {c:g}" for n, c in result["primitives"].items())
             print(f"  {engine:7} {result['per_layer']:5.1f}  (+{result['around']:g} around)   {parts}")
     for case, engines in times.items():
-        print(f"{case}: microseconds per layer to build the graph of one decoded token of a sequence")
+        print(f"{case}: microseconds per layer to build the graph of one decode step")
         for engine, found in engines.items():
-            told = ", ".join(f"of {n} sequences {us:.0f}" for n, us in found.items())
-            print(f"  {engine:7} {told}")
+            told = ", ".join(f"{us:.0f} with {n}" for n, us in found.items())
+            print(f"  {engine:7} {told} sequences")
 
 
 if __name__ == "__main__":
