@@ -153,6 +153,13 @@ def test_the_last_window_and_some_slack_are_always_at_hand(chunks: list[int], da
     line.feed([5])
 
 
+def test_an_empty_cache_goes_back_to_its_beginning_only() -> None:
+    cache = SequenceCache(CONFIG, mx.float32)
+    assert cache.offset == cache.length == cache.rewind(0) == 0
+    with pytest.raises(ValueError, match="expected 0 to 0"):
+        cache.rewind(1)
+
+
 def test_an_empty_timeline_has_an_empty_state() -> None:
     assert SequenceCache(CONFIG, mx.float32).snapshot() == WindowState(0, 0, None)
     all_full = SequenceCache(replace(CONFIG, layer_types=(FULL,) * 5), mx.float32)
@@ -179,6 +186,18 @@ def test_a_state_serves_wherever_its_history_reaches(n: int, data: st.DataObject
         assert start == position
     else:
         assert start == max(0, position - 3 * REACH)
+    line.feed([1, 2, 3])
+
+
+def test_from_a_long_state_only_what_a_window_needs_is_taken() -> None:
+    """The slabs take the room they run at, however much history the state has before and after."""
+    line = Timeline()
+    line.feed(list(range(90)))
+    state = line.cache.snapshot(history=80)
+    assert state is not None and (state.start, state.end) == (10, 90)
+    line.read(60)
+    assert line.go_back(50, [state], random.Random(0)) == 50
+    assert {layer.capacity for layer in line.cache.sliding} == {REACH + SLACK + SPARE}
     line.feed([1, 2, 3])
 
 
@@ -233,6 +252,19 @@ def test_growth_is_told_before_it_happens(seed: int) -> None:
         assert full < held <= line.cache.committed
         if rng.random() < 0.3:
             line.go_back(max(0, len(line.tokens) - rng.randrange(4)), [], rng)
+
+
+@pytest.mark.parametrize("chunk", [1, SPARE, REACH + SLACK + SPARE, 50])
+@pytest.mark.parametrize("back", range(4))
+@pytest.mark.parametrize("t", range(1, 5))
+def test_a_sliding_slab_gets_the_capacity_that_is_told(chunk: int, back: int, t: int) -> None:
+    """Also where the new tokens fill the slab to its end."""
+    line = Timeline()
+    line.feed([3] * chunk)
+    line.go_back(max(0, chunk - back), [], random.Random(0))
+    told = [layer.capacity_for(t) for layer in line.cache.sliding]
+    line.feed([5] * t)
+    assert [layer.capacity for layer in line.cache.sliding] == told
 
 
 def test_growth_counts_nothing_for_tokens_that_are_stored_already() -> None:
