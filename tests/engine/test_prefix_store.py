@@ -294,6 +294,42 @@ def test_a_state_that_came_later_is_written_too(tmp_path: Path) -> None:
     assert [s.end for s in again.match(array(line)).states] == [SPAN]
 
 
+def test_what_is_on_disk_already_is_not_written_again_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that came later is dropped before its turn: there is nothing new of its span."""
+    monkeypatch.setattr(prefix_store, "STATES_SHARE", 0.0)
+    store = PrefixStore(LARGE, PrefixDisk(tmp_path, "model", LARGE))
+    lines = [prompt(1, SPAN), prompt(2, SPAN)]
+    put(store, lines[0], places=[])
+    assert store.save()
+    (file,) = tmp_path.glob("*/*.prefix")
+    written = file.stat()
+    put(store, lines[0], places=[SPAN])
+    put(store, lines[1], places=[])
+    assert store.nbytes == 2 * SPAN * TOKEN  # no state is left
+    assert store.save() and not store.save()
+    assert file.stat().st_ino == written.st_ino
+    again = PrefixStore(LARGE, PrefixDisk(tmp_path, "model", LARGE))
+    assert [again.common(array(line)) for line in lines] == [SPAN, SPAN]
+
+
+def test_what_is_read_fits_beside_what_is_in_memory_of_its_timeline(tmp_path: Path) -> None:
+    store = PrefixStore(LARGE, PrefixDisk(tmp_path, "model", LARGE))
+    line = prompt(1, 4 * SPAN)
+    put(store, line, places=[])
+    while store.save():
+        pass
+    store.shrink(2 * SPAN * TOKEN)
+    files = {n.end: n.path.stat().st_size for n in store.nodes() if n.path is not None}
+    store.limit = store.nbytes + files[3 * SPAN]  # what a span takes is counted by its file
+    match = store.match(array(line))
+    assert match.length == 3 * SPAN and store.nbytes <= store.limit
+    store.limit -= 1
+    store.shrink(2 * SPAN * TOKEN)
+    assert store.match(array(line)).length == 2 * SPAN
+
+
 def test_a_cleared_store_is_empty_and_saves_nothing(tmp_path: Path) -> None:
     store = PrefixStore(LARGE, PrefixDisk(tmp_path, "model", LARGE))
     put(store, prompt(1, 40))
