@@ -30,6 +30,9 @@ class Generation:
 
     With a `sink` the events go there instead, on the engine's thread; the last call is Done or a
     GptOssError. `reply` is there after the end.
+
+    parse: reads the text of a whole reply. on_done: gets the reply before anybody hears of its end. What one
+    of them raises ends the generation with a GptOssError instead.
     """
 
     def __init__(
@@ -158,15 +161,23 @@ class Generation:
         if self._parse is not None and reason == "stop":
             try:
                 parsed = self._parse("".join(self._shown))
-            except GptOssError as error:
-                self._send(error)
+            except BaseException as error:  # a validator of the caller's may raise anything
+                self._fail("the reply could not be read", error)
                 return
-            except Exception as error:  # a validator of the caller's may raise anything
-                failure = GptOssError(f"the reply could not be read ({type(error).__name__}: {error})")
-                failure.__cause__ = error
-                self._send(failure)
-                return
-        self.reply = self._builder.build(reason, usage, parsed, stop_text)
+        reply = self._builder.build(reason, usage, parsed, stop_text)
         if self._on_done is not None:
-            self._on_done(self.reply)
-        self._send(Done(reason, usage, self.reply))
+            try:
+                self._on_done(reply)
+            except BaseException as error:
+                self._fail("what was to follow the reply failed", error)
+                return
+        self.reply = reply
+        self._send(Done(reason, usage, reply))
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """End with an error: whoever waits must hear of it. What is not a GptOssError becomes its cause."""
+        if not isinstance(error, GptOssError):
+            failure = GptOssError(f"{what} ({type(error).__name__}: {error})")
+            failure.__cause__ = error
+            error = failure
+        self._send(error)

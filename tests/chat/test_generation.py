@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_gptoss.chat.generation import Generation
+from mlx_gptoss.engine.request import TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.grammar import TurnConstraint, compile_constraint
-from mlx_gptoss.harmony import Conversation, Done, Message
+from mlx_gptoss.harmony import Conversation, Done, Event, Message
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_model import scripted_engine
+from tests.support.scripted_model import scripted_engine, spell
 
 ANSWER = "<|channel|>final<|message|>yes<|return|>"
 
@@ -24,6 +26,35 @@ def test_after_an_error_the_iteration_is_over(text_folder: Path) -> None:
     for _ in range(2):
         with pytest.raises(StopIteration):
             next(generation)
+
+
+@pytest.mark.parametrize("hook", ["parse", "on_done"])
+@pytest.mark.parametrize("raised", [KeyError("x"), SystemExit(3), GptOssError("not now")])
+def test_what_a_hook_raises_ends_the_generation_for_its_caller(
+    text_folder: Path, hook: str, raised: BaseException
+) -> None:
+    """Else the caller would wait for an end that never comes."""
+    tokenizer = Tokenizer.from_folder(text_folder)
+
+    def failing(_: object) -> None:
+        raise raised
+
+    def run(generation: Generation) -> Generation:
+        for token in spell(tokenizer, ANSWER):
+            generation.take(TokenOutput(token))
+        generation.take(TokensDone("stop", 5, 0, 4))
+        return generation
+
+    hooks: dict[str, Any] = {hook: failing}
+    with pytest.raises(GptOssError) as caught:
+        list(run(Generation(tokenizer, **hooks)))
+    assert raised in (caught.value, caught.value.__cause__)
+    assert caught.value is raised or type(raised).__name__ in str(caught.value)
+
+    sent: list[Event | Exception] = []
+    generation = run(Generation(tokenizer, sink=sent.append, **hooks))
+    assert isinstance(sent[-1], GptOssError) and generation.reply is None
+    assert not any(isinstance(item, Done | Exception) for item in sent[:-1])
 
 
 def test_the_prompts_size_is_known_once_it_is_queued(text_folder: Path) -> None:
