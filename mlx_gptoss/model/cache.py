@@ -59,7 +59,7 @@ class LayerCache:
         """Append k, v [1, H, t, D] and attend, with sinks: q [1, Hq, t, D] -> [1, Hq, t, D]."""
         keys, values = self.update_and_fetch(k, v)
         most, t = VECTOR_ROWS * k.shape[1] // q.shape[1], q.shape[2]
-        if not most < t <= VECTOR_QUERIES or not on_metal():
+        if not 0 < most < t <= VECTOR_QUERIES or not on_metal():
             return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
         outputs, n = [], keys.shape[2]
         for start in range(0, t, most):

@@ -326,3 +326,26 @@ def test_few_queries_are_split_to_what_metals_kernel_takes(
         found.append(np.array(layer.attend(q, *new, scale=0.1, sinks=sinks, mask=mask)))
     assert sizes == ([t] + ([4] * (t // 4) + [t % 4] * (t % 4 > 0) if t <= 8 else [t]))
     assert np.abs(found[0] - found[1]).max() < 1e-5
+
+
+@pytest.mark.parametrize("t", [1, 5, 8])
+@pytest.mark.parametrize("heads", [1, 4, 11, 32, 64])
+def test_no_part_has_more_rows_than_metals_kernel_takes(
+    heads: int, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of query heads a KV head; where one query alone has too many nothing is split."""
+    queries: list[int] = []
+
+    def noting(q: mx.array, *_: object, **more: object) -> mx.array:
+        queries.append(q.shape[2])
+        return q
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr(caches, "on_metal", lambda: True)
+    cache = SequenceCache(replace(CONFIG, num_attention_heads=heads, num_kv_heads=1), mx.float32)
+    k = mx.zeros((1, 1, t, CONFIG.head_dim))
+    cache.full[0].attend(
+        mx.zeros((1, heads, t, CONFIG.head_dim)), k, k, scale=1.0, sinks=mx.zeros(heads), mask="causal"
+    )
+    assert sum(queries) == t
+    assert heads * max(queries) <= 32 if heads <= 32 else len(queries) == 1
