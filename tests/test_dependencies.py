@@ -20,7 +20,8 @@ PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CLIENTS = ROOT / "tests" / "server" / "clients"  # scripts of environments of their own
 OWN = {"mlx_gptoss", "tests", "benchmarks", "demo", "scripts"}
-DISTRIBUTIONS = packages_distributions()
+# What scripts alone import is not installed with the tests.
+DISTRIBUTIONS = {"PIL": ["pillow"], **packages_distributions()}
 
 
 def canonical(name: str) -> str:

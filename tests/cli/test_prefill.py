@@ -69,9 +69,9 @@ def test_a_real_engine_is_seen_reading() -> None:
     reading = threading.Event()
     forward = type(model).__call__
 
-    def slowly(self: object, *args: object) -> object:
+    def slowly(self: object, *args: object, **more: object) -> object:
         reading.wait(0.05)
-        return forward(self, *args)  # type: ignore[arg-type]
+        return forward(self, *args, **more)  # type: ignore[arg-type]
 
     with llm, pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "__call__", slowly)

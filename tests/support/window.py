@@ -106,8 +106,10 @@ class Window:
     def start_over(self) -> None:
         """A new conversation on an empty screen of the first size."""
         self.resize(80, 24)
+        mark = len(self.sent)
         self.type("\x15/reset\r")
-        self.until("a new conversation")
+        # A prompt that reads keys takes pasted text, and says so.
+        self.until(lambda text: "a new conversation" in text and b"\x1b[?2004h" in self.sent[mark:])
         self.screen.reset()
         self.screen.history.top.clear()
         self.type("\x0c")

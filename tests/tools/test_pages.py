@@ -24,7 +24,7 @@ from mlx_gptoss.tools.browser import BrowserTool
 from mlx_gptoss.tools.pages import FetchedPages, FolderPages, Hit, Page
 
 KIB = 1024
-SECONDS = 1.0 if sys.gettrace() is None else 4.0  # of CPU, for one call; coverage slows it down
+SECONDS = 2.0 if sys.gettrace() is None else 4.0  # of CPU, for one call; coverage slows it down
 FILLER = "".join(chr(c) for c in range(0xC0, 0x250))
 
 HTML = {
