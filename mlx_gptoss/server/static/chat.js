@@ -228,8 +228,8 @@ const actions = {
   async settle(message, call, settled) {
     const calls = (message.calls ?? []).map((one) => (one.id === call.id ? { ...one, ...settled } : one));
     const changed = { ...message, calls };
-    messages.set(message.id, changed);
     await store.saveMessage(changed);
+    messages.set(message.id, changed); // only now: what was read from the store meanwhile did not know it
     if (calls.every((one) => one.result !== undefined || one.approved)) await answerTo(message.id);
     else draw();
   },
