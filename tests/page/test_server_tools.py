@@ -90,6 +90,9 @@ def test_what_is_refused_is_not_run(page: Page) -> None:
     page.say("note it")
     page.click(".call .buttons button:not(.primary)")
     page.wait(lambda: "did not allow" in last(page))
+    page.finished()
+    results = [m.content for m in page.llm.seen[-1][0].messages if m.role == "tool"]
+    assert len(results) == 1 and "did not allow" in results[0], "and not what the tool would have said"
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="`make page` fetches axe-core")
