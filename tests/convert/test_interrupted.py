@@ -98,7 +98,11 @@ def after(holder, name):
         convert(source, target)
     return run
 
-moments = [lambda s=random.random(): convert(source, target, progress=until(s)) for _ in range(20)]
+shares = sorted(random.random() for _ in range(20))
+moments = [
+    lambda share=share, workers=1 + n % 3: convert(source, target, progress=until(share), workers=workers)
+    for n, share in enumerate(shares)
+]
 moments += [before(module.ShardWriter, "sync"), before(module, "write_file")]
 moments += [before(module.Manifest, "write"), after(module.Manifest, "write")]
 moments += [before(module.os, "rename"), after(module.os, "rename")]
