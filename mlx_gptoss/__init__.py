@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         mcp_tools,
     )
     from mlx_gptoss.sampling import (
+        PromptProgress,
         SamplingParams,
         TokenLogprobs,
     )
@@ -86,6 +87,7 @@ __all__ = [
     "MessageDone",
     "ModelNotFoundError",
     "PreambleDelta",
+    "PromptProgress",
     "ReasoningDelta",
     "Reply",
     "RequestError",
@@ -117,7 +119,7 @@ _LAZY = {
     "TextDelta Tool ToolCall ToolCallDelta Usage",
     "llm": "LLM load",
     "mcp.tools": "McpTools mcp_tools",
-    "sampling": "SamplingParams TokenLogprobs",
+    "sampling": "PromptProgress SamplingParams TokenLogprobs",
 }
 _HOME = {name: home for home, names in _LAZY.items() for name in names.split()}
 

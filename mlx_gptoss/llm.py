@@ -35,7 +35,7 @@ from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.model.sweep import rows_at_once
-from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
+from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 
 # Bytes that the files of kept prefixes may take.
@@ -280,19 +280,22 @@ class LLM(Responder):
         *,
         constraint: TokenConstraint | None = None,
         sink: Sink | None = None,
+        progress: Callable[[PromptProgress], None] | None = None,
         adapter: str | None = None,
     ) -> TokenStream:
         """Queue a generation and return at once.
 
         With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
-        GptOssError; it must not block. adapter: see TurnOptions. Raises RequestError, ContextLengthError,
-        TokenizerError (for stop texts without a tokenizer) or BusyError.
+        GptOssError; it must not block. `progress` is told, on that thread too, how much of the prompt is
+        read. adapter: see TurnOptions. Raises RequestError, ContextLengthError, TokenizerError (for stop
+        texts without a tokenizer) or BusyError.
         """
         return self.engine.submit(
             token_ids,
             params,
             constraint=constraint,
             sink=sink,
+            progress=progress,
             stop_text=self._stop_text(params),
             adapter=adapter,
         )

@@ -248,6 +248,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class PromptProgress:
+    """How much of a prompt has been read, in tokens; `cached_tokens` of them were not computed."""
+
+    read_tokens: int
+    cached_tokens: int
+    prompt_tokens: int
+
+
 class TokenConstraint(Protocol):
     """What may be sampled next, for one request. Stateful, used by one thread."""
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.harmony import Conversation
+from mlx_gptoss.sampling import PromptProgress
 from mlx_gptoss.server import ServerSettings, create_app
 from tests.page.browser import Keys, Page, make_driver
 from tests.support.byte_tokenizer import byte_tokenizer

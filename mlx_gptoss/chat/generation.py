@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
-from mlx_gptoss.engine.request import Cancellable, PromptProgress, Sink, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import Cancellable, Sink, TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
     Done,
@@ -21,7 +21,7 @@ from mlx_gptoss.harmony import (
     Usage,
 )
 from mlx_gptoss.harmony.events import FinishReason
-from mlx_gptoss.sampling import TokenLogprobs
+from mlx_gptoss.sampling import PromptProgress, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 
 

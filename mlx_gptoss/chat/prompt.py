@@ -20,8 +20,9 @@ class RequestKeywords(SamplingKeywords, total=False):
 
     params: a SamplingParams in place of its single fields. max_tokens: None for the effort's own bound (see
     TurnOptions). instructions, reasoning_effort, current_date, builtin, response_name, knowledge_cutoff,
-    identity: see Conversation. tool_choice, strict_tools, reasoning_budget, adapter: see TurnOptions. regex,
-    lark, choices, json_object: what the answer must be; at most one of them, or a schema.
+    identity: see Conversation. tool_choice, strict_tools, reasoning_budget, adapter: see TurnOptions;
+    progress, too, for streams: a reply has no use for it. regex, lark, choices, json_object: what the answer
+    must be; at most one of them, or a schema.
     """
 
     params: SamplingParams | None
@@ -35,6 +36,7 @@ class RequestKeywords(SamplingKeywords, total=False):
     tool_choice: ToolChoice
     strict_tools: bool
     reasoning_budget: int | None
+    progress: bool
     adapter: str | None
     regex: str | None
     lark: str | None
@@ -45,7 +47,7 @@ class RequestKeywords(SamplingKeywords, total=False):
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams))
 _CONVERSATION = frozenset(f.name for f in fields(Conversation)) - {"messages", "response_schema"}
 _FORMATS = frozenset(("schema", "regex", "lark", "choices", "json_object"))
-_TURN = frozenset(("tool_choice", "strict_tools", "reasoning_budget", "adapter"))
+_TURN = frozenset(("tool_choice", "strict_tools", "reasoning_budget", "progress", "adapter"))
 _KNOWN = _SAMPLING | _CONVERSATION | _FORMATS | _TURN | {"params"}
 # What other libraries call them.
 _OTHER_NAMES = {

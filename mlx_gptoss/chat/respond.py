@@ -94,7 +94,8 @@ class Responder(ABC):
     ) -> Iterator[Event]:
         """Like `respond`, as events: ReasoningDelta, TextDelta, ToolCallDelta, ToolCall, .., and last Done.
 
-        The request is checked and started at once; leaving the iteration cancels it.
+        With progress=True a PromptProgress comes as each part of the prompt is read. The request is checked
+        and started at once; leaving the iteration cancels it.
         """
         return events_of(self.start(*_turn(prompt, {**request, "schema": schema, "tools": tools})))
 

@@ -29,7 +29,8 @@ class TurnOptions:
     less. response_format: what the answer must be. tool_choice: "auto", "none", "required", or ("named", a
     tool's name). strict_tools: False lets a call's arguments be any JSON object where the tool's schema
     cannot be enforced. reasoning_budget: analysis tokens at most. progress: PromptProgress comes before the
-    events. adapter: the name of the loaded adapter that answers, "base" for none (default: the engine's).
+    other events. adapter: the name of the loaded adapter that answers, "base" for none (default: the
+    engine's).
     """
 
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -92,7 +93,7 @@ def start_turn(
         params,
         constraint=constraint,
         sink=generation.take,
-        progress=options.progress,
+        progress=generation.take if options.progress else None,
         adapter=options.adapter,
     )
     generation.attach(stream)

@@ -88,7 +88,7 @@ def chat(
             if not message.strip():
                 raise RequestError("there is nothing to answer: type or pipe in a message", "prompt")
             llm = stack.enter_context(source.load())
-            events = shown_reading(llm.stats, settings.session(llm).stream(message))
+            events = shown_reading(settings.session(llm).stream(message))
             answer_once(events, show_reasoning=settings.show_reasoning)
         else:
             run_chat(stack.enter_context(source.load()), settings, console, resume=resume)

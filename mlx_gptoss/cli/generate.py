@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,12 @@ from mlx_gptoss.cli.options import (
     read_standard_input,
     sampling_options,
 )
-from mlx_gptoss.cli.prefill import shown_reading
+from mlx_gptoss.cli.prefill import reading_bar, shown_reading
 from mlx_gptoss.errors import GptOssError, RequestError
 from mlx_gptoss.harmony import Done
 
 if TYPE_CHECKING:
-    from mlx_gptoss.engine.request import TokenStream
+    from mlx_gptoss.engine.request import TokenOutput, TokenStream
     from mlx_gptoss.llm import LLM
     from mlx_gptoss.sampling import SamplingParams
 
@@ -156,7 +157,7 @@ def run_chat(llm: LLM, message: str, request: dict[str, Any], *, show_reasoning:
     """Answer a message: the text as it comes, or one JSON object with all of the reply."""
     from mlx_gptoss.cli.terminal.once import answer_once
 
-    events = shown_reading(llm.stats, llm.stream(message, **request))
+    events = shown_reading(llm.stream(message, progress=True, **request))
     if not as_json:
         answer_once(events, show_reasoning=show_reasoning)
         return
@@ -207,9 +208,11 @@ def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, a
     """Generate after `ids`, show the output as it comes (or one JSON object), then the measured line."""
     produced: list[int] = []
     text: list[str] = []
-    stream = llm.submit(ids, params)
+    with reading_bar() as show:
+        stream = llm.submit(ids, params, progress=show)
+        first = list(islice(stream, 1))
     try:
-        for piece in _pieces(llm, stream, produced, params.stop, as_ids=as_ids):
+        for piece in _pieces(llm, chain(first, stream), produced, params.stop, as_ids=as_ids):
             text.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
@@ -228,18 +231,18 @@ def run_raw(llm: LLM, ids: list[int], params: SamplingParams, *, as_ids: bool, a
 
 
 def _pieces(
-    llm: LLM, stream: TokenStream, produced: list[int], stops: tuple[str, ...], *, as_ids: bool
+    llm: LLM, outputs: Iterator[TokenOutput], produced: list[int], stops: tuple[str, ...], *, as_ids: bool
 ) -> Iterator[str]:
     """The output as it may be shown; every token id is appended to `produced`."""
     if as_ids:
-        for output in shown_reading(llm.stats, stream):
+        for output in outputs:
             produced.append(output.token_id)
             yield f"{' ' if len(produced) > 1 else ''}{output.token_id}"
         return
     from mlx_gptoss.chat.stops import UntilStop
 
     detokenizer, shown, special = llm.tokenizer.detokenizer(), UntilStop(stops), llm.tokenizer.stop_ids
-    for output in shown_reading(llm.stats, stream):
+    for output in outputs:
         produced.append(output.token_id)
         if output.token_id not in special:
             yield shown.push(detokenizer.push(output.token_id))

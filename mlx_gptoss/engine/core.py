@@ -28,7 +28,7 @@ from mlx_gptoss.engine.speculate import DrafterFactory
 from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import BusyError, ContextLengthError, GptOssError, RequestError
-from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
+from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 
 Read = TypeVar("Read")
 
@@ -208,16 +208,16 @@ class Engine:
         constraint: TokenConstraint | None = None,
         sink: Sink | None = None,
         stop_text: Callable[[int], bool] | None = None,
-        progress: bool = False,
+        progress: Callable[[PromptProgress], None] | None = None,
         adapter: str | None = None,
     ) -> TokenStream:
         """Queue a generation and return at once.
 
         With a `sink` every TokenOutput goes there, on the engine's thread, and at the end a TokensDone or a
         GptOssError; it must not block. `stop_text` is told each token, and True ends the generation.
-        `progress` has the sink told PromptProgress, too. `adapter`: the name of a loaded one, "base" for none
-        (default: `default_adapter`). `params.stop` is text and means nothing here. Raises RequestError,
-        ContextLengthError or BusyError.
+        `progress` is told, on that thread too, how much of the prompt is read. `adapter`: the name of a
+        loaded one, "base" for none (default: `default_adapter`). `params.stop` is text and means nothing
+        here. Raises RequestError, ContextLengthError or BusyError.
         """
         params = params or SamplingParams()
         tokens = self.check(token_ids, room=1)
@@ -239,7 +239,7 @@ class Engine:
             stop_ids=self.stop_ids if stops is None else frozenset(stops),
             constraint=constraint,
             stop_text=stop_text,
-            progress=progress and sink is not None,
+            progress=progress,
         )
         scheduler = self.scheduler
 

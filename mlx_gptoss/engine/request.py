@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.sampling import SamplingParams, TokenConstraint, TokenLogprobs
+from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
@@ -39,15 +39,6 @@ class TokensDone:
     completion_tokens: int
 
 
-@dataclass(frozen=True)
-class PromptProgress:
-    """How much of a prompt has been read, in tokens; `cached_tokens` of them were not computed."""
-
-    read_tokens: int
-    cached_tokens: int
-    prompt_tokens: int
-
-
 Sink = Callable[[Any], None]
 
 
@@ -61,10 +52,10 @@ class Cancellable(Protocol):
 
 
 class Request:
-    """What to generate and where to deliver it. `sink` is called on the engine's thread.
+    """What to generate and where to deliver it. `sink` and `progress` are called on the engine's thread.
 
-    It gets TokenOutputs and at the end a TokensDone or an exception, exactly one of them; with `progress`
-    also PromptProgress before the first token.
+    The sink gets TokenOutputs and at the end a TokensDone or an exception, exactly one of them; before the
+    first token `progress` is told how much of the prompt is read.
     """
 
     def __init__(
@@ -78,7 +69,7 @@ class Request:
         constraint: TokenConstraint | None = None,
         stop_text: Callable[[int], bool] | None = None,
         background: bool = False,
-        progress: bool = False,
+        progress: Callable[[PromptProgress], None] | None = None,
         adapter: int = 0,
     ) -> None:
         self.prompt = list(tokens)
@@ -103,10 +94,10 @@ class Request:
         self._sink = sink
 
     def tell_progress(self, read_tokens: int) -> None:
-        """Deliver how much of the prompt has been read, if it was asked for and is more than was told."""
-        if self.progress and self.first_token is None and read_tokens > self._told:
+        """Tell how much of the prompt has been read, if it was asked for and is more than was told."""
+        if self.progress is not None and self.first_token is None and read_tokens > self._told:
             self._told = read_tokens
-            self._send(PromptProgress(read_tokens, self.cached_tokens, len(self.prompt)))
+            self._send(PromptProgress(read_tokens, self.cached_tokens, len(self.prompt)), self.progress)
 
     def emit(self, output: TokenOutput) -> None:
         """Deliver a token; a sink that raises cancels its own request and harms no other."""
@@ -136,9 +127,9 @@ class Request:
             error = wrapped
         self._send(error)
 
-    def _send(self, item: PromptProgress | TokenOutput | TokensDone | Exception) -> None:
+    def _send(self, item: Any, to: Sink | None = None) -> None:
         try:
-            self._sink(item)
+            (to or self._sink)(item)
         except BaseException:  # SystemExit or CancelledError of a caller must not end the engine's thread
             logger.warning("a request's sink raised; the request is cancelled", exc_info=True)
             self.cancelled = True

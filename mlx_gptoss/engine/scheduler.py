@@ -405,7 +405,7 @@ class Scheduler:
         """Tell those who ask how far their prompts are read, by the steps before the one that now runs."""
         for p in pieces:
             r = p.sequence
-            if not r.request.progress or r.decoding or r not in self.running:
+            if r.request.progress is None or r.decoding or r not in self.running:
                 continue
             start = r.live.offset - p.length
             # A forward is launched long before it ends; that its window state is there shows that it has.

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mlx_gptoss.harmony.types import Message
+from mlx_gptoss.sampling import PromptProgress, TokenLogprobs
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as DefaultTypeVar
-
-    from mlx_gptoss.sampling import TokenLogprobs
 
     Parsed = DefaultTypeVar("Parsed", default=Any)
 else:
@@ -144,7 +143,15 @@ class Done:
 
 
 Event = (
-    ReasoningDelta | TextDelta | PreambleDelta | ToolCallDelta | ToolCall | MessageDone | Diagnostic | Done
+    PromptProgress
+    | ReasoningDelta
+    | TextDelta
+    | PreambleDelta
+    | ToolCallDelta
+    | ToolCall
+    | MessageDone
+    | Diagnostic
+    | Done
 )
 
 

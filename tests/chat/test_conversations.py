@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mlx_gptoss.chat.turn import MAX_TOKENS, TurnOptions
-from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import (
     Conversation,
@@ -22,7 +21,7 @@ from mlx_gptoss.harmony import (
     ToolCall,
     ToolCallDelta,
 )
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import PromptProgress, SamplingParams
 from tests.support.scripted_model import scripted_engine
 
 ANALYSIS = "<|channel|>analysis<|message|>"

@@ -28,6 +28,7 @@ from mlx_gptoss.harmony import (
     ToolCallDelta,
     Usage,
 )
+from mlx_gptoss.sampling import PromptProgress
 
 DOCUMENT = """# A title
 
@@ -218,14 +219,12 @@ def test_a_prompt_that_is_being_read_tells_how_much_and_how_long() -> None:
     ticks = iter(range(10**6))
     view = AnswerView(terminal.console, clock=lambda: float(next(ticks)))
     view.waiting()
-    view.reading(0, 12_000)
+    view.show(PromptProgress(1000, 1000, 13_000))
     assert terminal.lines() == ["reading 0 of 12,000 tokens"]
-    view.reading(3000, 12_000)
+    view.show(PromptProgress(4000, 1000, 13_000))
     assert terminal.lines() == ["reading 3,000 of 12,000 tokens, 3 s left"]
     view.show(TextDelta("Read."))
-    view.reading(12_000, 12_000)  # too late
     view.close()
-    view.reading(12_000, 12_000)
     assert terminal.lines() == ["Read."]
 
 

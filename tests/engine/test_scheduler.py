@@ -10,13 +10,13 @@ import mlx.core as mx
 import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
-from mlx_gptoss.engine.request import PromptProgress, Request, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import Request, TokenOutput, TokensDone
 from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.speculate import ModelDrafter
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import PromptProgress, SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
 from tests.support.scheduling import CHUNK, GREEDY, Client, make, prompt, run
@@ -265,7 +265,7 @@ def test_those_who_ask_are_told_how_far_their_prompt_is_read(model: Model) -> No
     tokens = prompt(60, 3000)
     for cached in (0, len(tokens) - 1):
         told: list[Any] = []
-        asked = Request(tokens, GREEDY, told.append, max_tokens=2, stop_ids=frozenset(), progress=True)
+        asked = Request(tokens, GREEDY, told.append, max_tokens=2, stop_ids=frozenset(), progress=told.append)
         scheduler.add(asked)
         silent = Client(scheduler, prompt(61, 700))
         run(scheduler)

@@ -23,12 +23,12 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.engine import pressure as pressure_module
 from mlx_gptoss.engine.options import EngineOptions
 from mlx_gptoss.engine.pressure import Pressure
-from mlx_gptoss.engine.request import PromptProgress, TokensDone
+from mlx_gptoss.engine.request import TokensDone
 from mlx_gptoss.engine.runner import LocalRunner, streamed_experts
 from mlx_gptoss.errors import CheckpointError, MemoryLimitError, RequestError
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.graph import Model
-from mlx_gptoss.sampling import SamplingParams
+from mlx_gptoss.sampling import PromptProgress, SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
 from tests.support.scheduling import Client, make, prompt, run
@@ -149,7 +149,7 @@ def test_how_far_a_long_prompt_is_read_is_told_layer_by_layer(folder: Path) -> N
             if isinstance(item, TokensDone):
                 ended.set()
 
-        llm.engine.submit(prompt(1, 90), GREEDY, sink=sink, progress=True)
+        llm.engine.submit(prompt(1, 90), GREEDY, sink=sink, progress=sink)
         assert ended.wait(30)
     read = [item.read_tokens for item in told if isinstance(item, PromptProgress)]
     assert read == [0, 30, 60, 90]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlx_gptoss.engine.request import PromptProgress
+from mlx_gptoss.sampling import PromptProgress
 from tests.page.browser import CONTROL, Keys, Page, scripted
 from tests.page.test_chat import RICH, last
 from tests.support.scripted_llm import Script

@@ -10,8 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.errors import SchemaError
+from mlx_gptoss.sampling import PromptProgress
 from tests.support.scripted_llm import Script, ScriptedLLM, answer
 from tests.support.server_help import read_events
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_gptoss.chat.stops import UntilStop
 from mlx_gptoss.chat.turn import TurnOptions
-from mlx_gptoss.engine.request import PromptProgress, TokenOutput, TokensDone
+from mlx_gptoss.engine.request import TokenOutput, TokensDone
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony import (
     Conversation,
@@ -36,7 +36,7 @@ from mlx_gptoss.harmony import (
     Usage,
 )
 from mlx_gptoss.model.config import read_config
-from mlx_gptoss.sampling import SamplingParams, TokenLogprobs
+from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.tools import BUILTIN
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.text import Text
 
+from mlx_gptoss.cli.prefill import to_read
 from mlx_gptoss.cli.terminal.markdown import TerminalMarkdown, one_line, plain, split_blocks
 from mlx_gptoss.cli.terminal.screen import Screen
 from mlx_gptoss.harmony import (
@@ -21,6 +21,7 @@ from mlx_gptoss.harmony import (
     ToolCall,
     ToolCallDelta,
 )
+from mlx_gptoss.sampling import PromptProgress
 
 FRAME_SECONDS = 0.05  # between two drawings, at least
 LONGEST_PAUSE = 0.5  # and at most
@@ -48,8 +49,6 @@ class AnswerView:
         self._screen = Screen(console)
         self._show_reasoning = show_reasoning
         self._hint = hint
-        self._lock = threading.Lock()  # of the screen: `reading` comes from another thread
-        self._closed = False
         self._reading_since: float | None = None
         self._clock = clock
         self._began = clock()
@@ -64,15 +63,14 @@ class AnswerView:
 
     def show(self, event: Event) -> None:
         """Take in an event."""
-        with self._lock:
-            self._show(event)
-
-    def _show(self, event: Event) -> None:
         if isinstance(event, ReasoningDelta | TextDelta | PreambleDelta | ToolCallDelta):
             self.tokens += 1
             if self._first is None:
                 self._first = self._clock()
         match event:
+            case PromptProgress():
+                self._reading(event)
+                return
             case ReasoningDelta():
                 self._switch("reasoning")
                 self._open += plain(event.text)
@@ -101,28 +99,13 @@ class AnswerView:
 
     def waiting(self) -> None:
         """Show that something is going on before the first token."""
-        with self._lock:
-            self._screen.draw([], [self._dim("…")])
-
-    def reading(self, read: int, total: int) -> None:
-        """Show how many tokens of the prompt are read, and how long the rest will take. From any thread."""
-        with self._lock:
-            if self._closed or self._kind:
-                return
-            now = self._clock()
-            if self._reading_since is None or read == 0:
-                self._reading_since = now
-            spent = now - self._reading_since
-            left = f", {round_seconds(spent / read * (total - read))} left" if read and spent else ""
-            self._screen.draw([""] * self._gap, [self._dim(f"reading {read:,} of {total:,} tokens{left}")])
+        self._screen.draw([], [self._dim("…")])
 
     def close(self) -> None:
         """Finish what is open, and give the cursor back."""
-        with self._lock:
-            self._closed = True
-            self._switch("")
-            self._screen.settle([])
-            self._screen.close()
+        self._switch("")
+        self._screen.settle([])
+        self._screen.close()
 
     @property
     def seconds_to_first(self) -> float | None:
@@ -135,6 +118,19 @@ class AnswerView:
         if self._first is None or self.tokens < 2:
             return None
         return (self.tokens - 1) / max(1e-9, self._clock() - self._first)
+
+    def _reading(self, progress: PromptProgress) -> None:
+        """Show how many tokens of a long prompt are read, and how long the rest will take."""
+        counts = to_read(progress)
+        if counts is None:
+            return
+        read, total = counts
+        now = self._clock()
+        if self._reading_since is None or read == 0:
+            self._reading_since = now
+        spent = now - self._reading_since
+        left = f", {round_seconds(spent / read * (total - read))} left" if read and spent else ""
+        self._screen.draw([""] * self._gap, [self._dim(f"reading {read:,} of {total:,} tokens{left}")])
 
     def _switch(self, kind: str) -> None:
         """The open part ends and one of another kind begins."""

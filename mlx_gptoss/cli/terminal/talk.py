@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_gptoss.cli.attachments import with_files
-from mlx_gptoss.cli.prefill import PrefillWatch
 from mlx_gptoss.cli.terminal.answer import AnswerView
 from mlx_gptoss.cli.terminal.markdown import one_line
 from mlx_gptoss.cli.terminal.once import CUT
@@ -49,6 +48,7 @@ class Settings:
             tools=self.tools,
             params=self.params,
             max_steps=self.max_steps,
+            progress=True,
         )
 
 
@@ -106,13 +106,12 @@ class Talk:
             hint="" if self._hinted else " · /reasoning last shows it",
         )
         done: Done | None = None
-        began, before = time.monotonic(), self.llm.stats()
+        began = time.monotonic()
         self.console.print()
         try:
             view.waiting()
             with (
                 no_echo(),
-                PrefillWatch(self.llm.stats, before, view.reading),
                 closing(cast(Any, self.session.stream(message))) as events,
             ):
                 for event in events:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import Any
 
-from mlx_gptoss.engine.request import PromptProgress
 from mlx_gptoss.harmony import events
+from mlx_gptoss.sampling import PromptProgress
 from mlx_gptoss.server.openai.chat_executed import Executed
 from mlx_gptoss.server.openai.chat_request import ChatRequest
 from mlx_gptoss.server.openai.choices import ChoicesWriter, usage_body

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlx_gptoss.engine.handoff import Handoff, Start
-from mlx_gptoss.engine.request import PromptProgress, TokensDone
+from mlx_gptoss.engine.request import TokensDone
 from mlx_gptoss.errors import BusyError
 from mlx_gptoss.harmony import Done
+from mlx_gptoss.sampling import PromptProgress
 from mlx_gptoss.server.http.errors import ApiError
 from mlx_gptoss.server.running.metrics import Metrics
 from mlx_gptoss.server.settings import ServerSettings
