@@ -29,6 +29,7 @@ FLOORS = {
     "engine": 4,
     "mcp": 4,
     "chat": 5,
+    "distributed": 5,
     "tune": 5,
     "llm": 6,
     "convert": 6,

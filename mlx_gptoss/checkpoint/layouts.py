@@ -25,6 +25,8 @@ MAX_LISTED = 10  # problems spelled out in one error
 
 PackingOf = Callable[[str], Quantization | None]
 """How the matrix at a path is packed; None when it is dense."""
+Place = tuple[str, int | None]
+"""A key, and the layer where it is of one."""
 
 
 class Form(Enum):
@@ -44,13 +46,22 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a checkpoint must hold; `packing` is that of the matrix it is a piece of."""
+    """A tensor that a checkpoint must hold: a piece of what has this key.
+
+    layer: None for what stands outside of the layers. packing: that of the matrix it is a piece of.
+    """
 
     name: str
-    part: str
+    key: str
+    layer: int | None
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOATS
     packing: Quantization | None = None
+
+    @property
+    def part(self) -> str:
+        """The part of the model that it belongs to."""
+        return part_of(self.key)
 
 
 @dataclass(frozen=True)
@@ -110,29 +121,32 @@ class Layout:
         size = sizes(config)
         for key, layer in self.places(config.num_layers):
             path, part, shape = self.path(key, layer), part_of(key), size[key]
+            place = (key, layer if "{i}" in self.paths[key] else None)
             if key == "experts.records":
-                yield TensorSpec(path, part, (config.num_experts, *shape), ("U8",), MXFP4)
+                yield TensorSpec(path, *place, (config.num_experts, *shape), ("U8",), MXFP4)
             elif part == "experts":
-                yield from self._stack(path, (config.num_experts, *shape), packing_of)
+                yield from self._stack(path, place, (config.num_experts, *shape), packing_of)
             elif len(shape) == 1:
-                yield TensorSpec(path, part, shape)
+                yield TensorSpec(path, *place, shape)
             else:
-                yield from _matrix(path, part, shape, packing_of(path))
+                yield from _matrix(path, place, shape, packing_of(path))
                 if part in ("attention", "router"):
-                    yield TensorSpec(f"{path}.bias", part, shape[:1])
+                    yield TensorSpec(f"{path}.bias", *place, shape[:1])
 
-    def _stack(self, path: str, shape: tuple[int, ...], packing_of: PackingOf) -> Iterator[TensorSpec]:
-        (count, outputs, inputs), part = shape, "experts"
+    def _stack(
+        self, path: str, place: Place, shape: tuple[int, ...], packing_of: PackingOf
+    ) -> Iterator[TensorSpec]:
+        count, outputs, inputs = shape
         packing = self.stack_packing(path, packing_of)
-        yield TensorSpec(path + self.expert_bias, part, (count, outputs))
+        yield TensorSpec(path + self.expert_bias, *place, (count, outputs))
         if self.experts is Form.BLOCKS:
             groups = (count, outputs, inputs // MXFP4.group_size)
-            yield TensorSpec(path + self.expert_weight, part, (*groups, 16), ("U8",), packing)
-            yield TensorSpec(path + self.expert_scales, part, groups, ("U8",), packing)
+            yield TensorSpec(path + self.expert_weight, *place, (*groups, 16), ("U8",), packing)
+            yield TensorSpec(path + self.expert_scales, *place, groups, ("U8",), packing)
         elif self.experts is Form.TRANSPOSED:
-            yield TensorSpec(path + self.expert_weight, part, (count, inputs, outputs))
+            yield TensorSpec(path + self.expert_weight, *place, (count, inputs, outputs))
         elif self.experts is Form.MATRICES:
-            yield from _matrix(path, part, shape, packing)
+            yield from _matrix(path, place, shape, packing)
 
     def stack_packing(self, path: str, packing_of: PackingOf) -> Quantization | None:
         """How the stack of experts at a path is packed; None when it is dense."""
@@ -142,18 +156,18 @@ class Layout:
 
 
 def _matrix(
-    path: str, part: str, shape: tuple[int, ...], packing: Quantization | None
+    path: str, place: Place, shape: tuple[int, ...], packing: Quantization | None
 ) -> Iterator[TensorSpec]:
     if packing is None:
-        yield TensorSpec(f"{path}.weight", part, shape)
+        yield TensorSpec(f"{path}.weight", *place, shape)
         return
     *rows, columns = shape
     groups = (*rows, columns // packing.group_size)
     affine = packing.mode == "affine"
-    yield TensorSpec(f"{path}.weight", part, (*rows, columns * packing.bits // 32), ("U32",), packing)
-    yield TensorSpec(f"{path}.scales", part, groups, FLOATS if affine else ("U8",), packing)
+    yield TensorSpec(f"{path}.weight", *place, (*rows, columns * packing.bits // 32), ("U32",), packing)
+    yield TensorSpec(f"{path}.scales", *place, groups, FLOATS if affine else ("U8",), packing)
     if affine:
-        yield TensorSpec(f"{path}.biases", part, groups, FLOATS, packing)
+        yield TensorSpec(f"{path}.biases", *place, groups, FLOATS, packing)
 
 
 def part_of(key: str) -> str:

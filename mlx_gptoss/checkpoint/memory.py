@@ -61,6 +61,7 @@ class MemoryPlan:
     parts: tuple[Part, ...]
     transient: int  # the largest tensor that is cast while loading: its stored form is alive beside the cast
     expert: Expert
+    layers: tuple[int, ...]  # loaded bytes of each layer
     slots: int | None = None  # experts of a layer that are in memory; None: all
     unpacked: tuple[str, ...] = ()  # quantised parts that are floats in memory
 
@@ -111,8 +112,7 @@ class MemoryPlan:
     def total(self, context: int = 0) -> int:
         """Bytes a process needs to run one sequence of `context` tokens: weights, caches, the runtime."""
         running = self.kv(context) if context else 0
-        runtime = GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
-        return self.weights + max(running, self.transient) + runtime
+        return self.weights + max(running, self.transient) + runtime_bytes()
 
     @property
     def slot(self) -> int:
@@ -146,6 +146,11 @@ class MemoryPlan:
             )
 
 
+def runtime_bytes() -> int:
+    """What a process takes beside its model, on this device."""
+    return GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
+
+
 def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
     """The plan of the checkpoint in `folder` for a compute dtype (default: the device's).
 
@@ -163,6 +168,7 @@ def plan_checkpoint(
     """
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     config, transient, expert = checkpoint.config, 0, Expert(0, 0)
+    layers = [0] * config.num_layers
     every = config.num_experts * config.num_layers
     for name, tensor in checkpoint.tensors.items():
         spec = checkpoint.specs[name]
@@ -184,6 +190,8 @@ def plan_checkpoint(
                 loaded = 0
         if whole != tensor.nbytes and loaded and (slots is None or not of_expert):
             transient = max(transient, tensor.nbytes)
+        if spec.layer is not None:
+            layers[spec.layer] += loaded
         row = sums[spec.part, _format(tensor, spec)]
         row[0] += 1
         row[1] += tensor.nbytes
@@ -196,7 +204,9 @@ def plan_checkpoint(
     parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
     one = Expert(expert.stored // every, expert.loaded // every)
     layout = checkpoint.layout.name
-    return MemoryPlan(config, layout, checkpoint.dtype, tuple(parts), transient, one, slots, unpacked)
+    return MemoryPlan(
+        config, layout, checkpoint.dtype, tuple(parts), transient, one, tuple(layers), slots, unpacked
+    )
 
 
 def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: int) -> MemoryPlan:
