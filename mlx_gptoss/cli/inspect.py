@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_gptoss.cli.options import dtype_option, model_argument, offline_option, revision_option
+from mlx_gptoss.cli.split import describe_shares, machines_of, planned_shares, show_shares
 from mlx_gptoss.cli.tables import show_table
 
 if TYPE_CHECKING:
@@ -26,8 +27,30 @@ MACS = (8, 16, 24, 32, 48, 64, 96, 128)  # GB of memory
 @dtype_option
 @revision_option
 @offline_option
+@click.option(
+    "--hosts",
+    metavar="48GB,32GB",
+    help="Also plan the model over several Macs of so much memory: who has which part.",
+)
+@click.option(
+    "--parallel",
+    type=click.Choice(["pipeline", "tensor"]),
+    default="pipeline",
+    show_default=True,
+    help="With --hosts: whole layers on each machine, or a part of every layer.",
+)
+@click.option("--split", metavar="N,N", help="With --hosts: layers (or groups of columns) of each machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, as_json: bool) -> None:
+def inspect(
+    model: str,
+    dtype: str | None,
+    revision: str | None,
+    offline: bool,
+    hosts: str | None,
+    parallel: str,
+    split: str | None,
+    as_json: bool,
+) -> None:
     """Show the architecture and layout of MODEL, its bytes by part, the bytes one decoded token reads, and
     the memory it needs, without loading it.
     """
@@ -37,10 +60,14 @@ def inspect(model: str, dtype: str | None, revision: str | None, offline: bool, 
 
     checkpoint = Checkpoint(resolve(model, revision=revision, offline=offline), dtype)
     report = describe(model, plan_checkpoint(checkpoint)) | by_memory(checkpoint)
+    shares = [] if hosts is None else planned_shares(checkpoint, machines_of(hosts), parallel, split)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
-    else:
-        _print_tables(report)
+        planned = {"hosts": describe_shares(shares)} if shares else {}
+        click.echo(json.dumps(report | planned, indent=2))
+        return
+    _print_tables(report)
+    if shares:
+        show_shares(checkpoint, shares)
 
 
 def describe(model: str, made: MemoryPlan) -> dict[str, Any]:

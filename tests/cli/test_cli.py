@@ -296,6 +296,36 @@ def test_inspect_tells_sizes_and_fit(command: Command, tmp_path: Path) -> None:
         assert fact in page
 
 
+def test_inspect_plans_a_model_over_macs_of_given_memory(command: Command, tmp_path: Path) -> None:
+    folder = write_sparse(tmp_path, SHAPES["120b"])
+    words = ("inspect", folder, "--dtype", "bfloat16", "--hosts", "64GB,48GB")
+    status, out, err = command(*words, "--json")
+    shares = json.loads(out)["hosts"]
+    assert (status, err) == (0, "")
+    assert [share["layers"][1] for share in shares][-1] == 36
+    assert shares[0]["layers"][1] == shares[1]["layers"][0] > 18  # the larger Mac has more
+    assert [share["room"] for share in shares] == [48 * 2**30, 36 * 2**30]
+    status, page, _ = command(*words, "--split", "16,20")
+    assert status == 0 and "0-15 (16)" in page and "16-35 (20)" in page
+    status, page, _ = command(*words, "--parallel", "tensor")
+    assert status == 0 and "KV heads" in page and "0-3 (4)" in page and "0-35" not in page
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--hosts", "48GB,much"], "'much': expected the memory of each Mac, as 48GB,32GB"),
+        (["--hosts", "48GB,48GB", "--split", "4"], "split is 4: expected 2 counts above 0"),
+        (["--hosts", "48GB,48GB", "--split", "x"], "split is 'x': expected a count for each machine"),
+        (["--hosts", "1GB,48GB", "--split", "3,1"], "a Mac with 1 GB: 3 layers need"),
+    ],
+)
+def test_a_plan_that_is_asked_for_wrongly_is_one_line(
+    command: Command, options: list[str], told: str
+) -> None:
+    assert told in only_line(command("inspect", "demo", *options))
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 

@@ -37,6 +37,7 @@ def shown(
     "words",
     [
         "inspect demo",
+        "inspect demo --hosts 8GB,16GB",
         "verify {0}",
         "verify {0} --source demo",
         "share {0} a/b --license mit --base-model a/c --dry-run",
