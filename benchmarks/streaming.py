@@ -30,7 +30,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gptoss.checkpoint.disk_speed import read_rate
+from mlx_gptoss.checkpoint.disk_speed import read_rates
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import plan_checkpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
@@ -139,7 +139,7 @@ def disk_costs(folder: Path) -> dict[str, float]:
     checkpoint = Checkpoint(folder)
     plan = plan_checkpoint(checkpoint)
     paths = sorted({t.path for t in checkpoint.tensors.values()}, key=lambda p: -p.stat().st_size)
-    rates = {depth: read_rate(paths[0], plan.expert.stored, depth) for depth in (1, 4, 8)}
+    rates = read_rates(paths[0], plan.expert.stored)
     slots = checkpoint.config.num_experts
     found = []
     for layer in (0, 1, 2):
@@ -181,7 +181,7 @@ def prefill(folder: Path, tokens: int) -> dict[str, float]:
                 found["waited for reads, s"] = after.expert_wait_seconds - before.expert_wait_seconds
                 size = (after.expert_read_bytes - before.expert_read_bytes) / 1e9
                 largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-                rate = read_rate(largest, checkpoint_record(checkpoint), 4)
+                rate = read_rates(largest, checkpoint_record(checkpoint), (4,))[4]
                 found["reading alone, s"] = size * 1e9 / rate
     slower = max(found["resident, s"], found["reading alone, s"])
     found["streamed, times the slower of computing and reading"] = found["streamed, s"] / slower

@@ -77,12 +77,16 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def working_set() -> int | None:
+    """Bytes that Metal lets the GPU keep resident; None without Metal."""
+    size = mx.device_info().get("max_recommended_working_set_size") if on_gpu() else None
+    return int(size) if size else None
+
+
 def available_memory() -> int:
     """Bytes that can be taken now without swapping: on a Mac with Metal, what the GPU may keep resident."""
-    if on_gpu():
-        working_set = mx.device_info().get("max_recommended_working_set_size")
-        if working_set:
-            return max(0, int(working_set) - mx.get_active_memory())
+    if (size := working_set()) is not None:
+        return max(0, size - mx.get_active_memory())
     if sys.platform.startswith("linux"):
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -153,11 +157,9 @@ def limit_memory(weights: int) -> None:
     a margin for other programs. Reuse of buffers pays for small ones; large ones would outgrow the plan.
     """
     mx.set_cache_limit(max(CACHE_MIN, min(CACHE_MAX, weights // 32)))
-    if not mx.metal.is_available():
-        return
-    working_set = mx.device_info().get("max_recommended_working_set_size")
-    if working_set:
-        mx.set_wired_limit(int(working_set) * 95 // 100)
+    size = working_set() if mx.metal.is_available() else None
+    if size is not None:
+        mx.set_wired_limit(size * 95 // 100)
 
 
 @cache

@@ -27,11 +27,16 @@ def open_uncached(path: Path) -> int:
     """
     with open_regular(path) as file:
         descriptor = os.dup(file.fileno())
+    keep_uncached(descriptor)
+    return descriptor
+
+
+def keep_uncached(descriptor: int) -> None:
+    """Let macOS keep no copy of what is read or written by this descriptor."""
     if sys.platform == "darwin":
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-    return descriptor
 
 
 def read_limited(path: Path, limit: int) -> bytes:

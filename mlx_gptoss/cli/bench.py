@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from mlx_gptoss.checkpoint.memory import MemoryPlan
     from mlx_gptoss.llm import LLM
 
-# Bytes read to measure the memory's bandwidth: more than any cache holds.
-STREAMED = 512 * 2**20
-# Reads from the disk at a time.
-DEPTHS = (1, 4, 8)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -94,6 +89,7 @@ def bench(
         raise RequestError(f"tokens is {tokens}: expected 2 or more, to tell decoding from prefill", "tokens")
     from mlx_gptoss.checkpoint.memory import plan
     from mlx_gptoss.device import describe, peak_memory
+    from mlx_gptoss.doctor.speed import measure_bandwidth
 
     source = source.local()
     folder = Path(source.model)
@@ -149,10 +145,10 @@ def traced(llm: LLM, path: Path) -> Iterator[None]:
 
 def measure_experts(llm: LLM, memory: MemoryPlan, bandwidth: float, tokens: int) -> dict[str, Any]:
     """Hits and reads of one request, its speed, and the speed that the memory and the disk would allow."""
-    from mlx_gptoss.checkpoint.disk_speed import read_rate
+    from mlx_gptoss.checkpoint.disk_speed import read_rates
 
     largest = max(llm.folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    rates = {depth: read_rate(largest, memory.expert.stored, depth) for depth in DEPTHS}
+    rates = read_rates(largest, memory.expert.stored)
     before = llm.stats()
     params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=())
     stream = llm.submit([1], params)
@@ -178,27 +174,6 @@ def _numbers(text: str, name: str) -> list[int]:
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise RequestError(f"--{name} is {text!r}: expected whole numbers such as '128,1024'", name)
     return [int(word) for word in words]
-
-
-def measure_bandwidth() -> float:
-    """Bytes a second at which the device reads memory: the best of some passes over a large array."""
-    import mlx.core as mx
-    import numpy as np
-
-    from mlx_gptoss.device import on_gpu
-
-    data = mx.ones(STREAMED // 4, mx.float32)
-    mx.eval(data)
-    host = np.asarray(data)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        if on_gpu():
-            mx.eval(mx.max(data))
-        else:
-            host.max()  # MLX's own reduction on the CPU is slower than the memory
-        best = max(best, STREAMED / (time.perf_counter() - start))
-    return best
 
 
 def measure_engine(llm: LLM, lengths: list[int], counts: list[int], tokens: int) -> Iterator[Row]:

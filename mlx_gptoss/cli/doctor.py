@@ -45,7 +45,7 @@ def doctor(report: Path | None, as_json: bool) -> None:
             report.write_text(markdown(found), encoding="utf-8")
     failed = sum(finding.verdict == "failed" for finding in found)
     if as_json:
-        click.echo(json.dumps([finding._asdict() for finding in found], indent=2))
+        click.echo(json.dumps([finding.as_data() for finding in found], indent=2))
     else:
         click.echo(f"\n{failed} of {len(found)} failed" if failed else "\neverything that applies here works")
     sys.exit(1 if failed else 0)
@@ -71,7 +71,7 @@ def _show(finding: Finding, first: bool) -> None:
 def markdown(found: Iterable[Finding]) -> str:
     """The findings as a table to paste into an issue."""
     rows = ["| | | | |", "|---|---|---|---|"]
-    for section, name, verdict, detail in found:
+    for section, name, verdict, detail, _ in found:
         cells = (cell.replace("|", r"\|") for cell in (section, name, MARKS[verdict][0], detail))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

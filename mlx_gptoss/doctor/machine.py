@@ -27,6 +27,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("machine", "packages", "info", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     yield _gpu()
     yield _memory()
+    yield _working_set()
     yield _disk()
     yield _hub()
 
@@ -40,23 +41,39 @@ def _gpu() -> Finding:
 
 def _memory() -> Finding:
     room = device.available_memory()
+    figures = {"available_bytes": room, "total_bytes": device.total_memory()}
     detail = f"{room / 1e9:.1f} GB for a model and its cache"
     if room >= NEEDED:
-        return Finding("machine", "memory", "ok", detail)
-    cure = "20b takes 11.2 GB in 4 bits"
-    if device.on_gpu() and device.total_memory() > 1.2 * NEEDED:
-        megabytes = int(device.total_memory() * 0.85) >> 20
-        cure += f"; until the next restart `sudo sysctl iogpu.wired_limit_mb={megabytes}` gives the GPU more"
-    return Finding("machine", "memory", "warning", f"{detail}; {cure}")
+        return Finding("machine", "memory", "ok", detail, figures)
+    return Finding("machine", "memory", "warning", f"{detail}; 20b takes 11.2 GB in 4 bits", figures)
 
 
-def _disk() -> Finding:
+def _working_set() -> Finding:
+    size = device.working_set()
+    if size is None:
+        told = "all memory is the CPU's" if not device.on_gpu() else "the GPU has memory of its own"
+        return Finding("machine", "working set", "none", told)
+    total = device.total_memory()
+    told = f"the GPU may keep {size / 1e9:.1f} of {total / 1e9:.1f} GB"
+    # What macOS and other programs should keep, at the least.
+    megabytes = (total - max(4 * 2**30, total // 8)) >> 20
+    if megabytes << 20 > size:
+        told += f"; until a restart `sudo sysctl iogpu.wired_limit_mb={megabytes}` lets it keep more"
+    return Finding("machine", "working set", "info", told, {"bytes": size})
+
+
+def cache_folder() -> Path:
+    """The Hub's cache, or the nearest folder above it that exists."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = Path(HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    return place
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(cache_folder()).free
     verdict: Verdict = "ok" if free > 2 * NEEDED else "warning"
     cure = "" if verdict == "ok" else "; 20b needs 13.8 GB to download, and 11.2 GB more to convert"
     return Finding("machine", "disk", verdict, f"{free / 1e9:.1f} GB free where the Hub's cache is{cure}")

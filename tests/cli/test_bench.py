@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from mlx_gptoss.cli import run
+from mlx_gptoss.doctor import speed
 from mlx_gptoss.model.trace import read_trace
 from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
 def small_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    module = importlib.import_module("mlx_gptoss.cli.bench")
-    monkeypatch.setattr(module, "STREAMED", 1 << 20)
+    monkeypatch.setattr(speed, "STREAMED", 1 << 20)
+    monkeypatch.setattr(speed, "A_WHILE", 0.01)
 
 
 def test_the_report_has_a_row_for_each_context_and_batch(

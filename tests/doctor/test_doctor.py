@@ -18,11 +18,18 @@ from click.testing import CliRunner
 from mlx_gptoss import cli, device
 from mlx_gptoss.checkpoint import hub
 from mlx_gptoss.cli import doctor as command
-from mlx_gptoss.doctor import Finding, answers, machine, sandbox
+from mlx_gptoss.doctor import Finding, answers, machine, sandbox, speed
 from mlx_gptoss.errors import ToolError
 from mlx_gptoss.tools.sandbox import selftest
 from mlx_gptoss.tools.sandbox.selftest import Check
 from scripts.make_doctor_answers import TARGET
+
+
+@pytest.fixture(autouse=True)
+def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "STREAMED", 1 << 20)
+    monkeypatch.setattr(speed, "A_WHILE", 0.01)
+    monkeypatch.setattr(speed, "EXPERT", 1 << 16)
 
 
 def by_name(found: list[Finding]) -> dict[str, Finding]:
@@ -104,6 +111,59 @@ def test_little_memory_and_disk_are_told_with_what_20b_needs(monkeypatch: pytest
     assert found["memory"].verdict == found["disk"].verdict == "warning"
     assert "5.0 GB" in found["memory"].detail and "11.2 GB" in found["memory"].detail
     assert "1.0 GB free" in found["disk"].detail
+
+
+@pytest.mark.parametrize(("chip", "raised"), [(18e9, "iogpu.wired_limit_mb"), (31e9, None)])
+def test_a_macs_working_set_is_told_with_the_way_to_raise_it(
+    monkeypatch: pytest.MonkeyPatch, chip: float, raised: str | None
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(device, "working_set", lambda: int(chip))
+    monkeypatch.setattr(device, "total_memory", lambda: 32 * 2**30)
+    told = by_name(list(machine.findings()))["working set"]
+    assert told.figures == {"bytes": chip} and f"{chip / 1e9:.1f} of 34.4 GB" in told.detail
+    if raised is None:  # no more than leaves macOS four GiB or an eighth
+        assert "sysctl" not in told.detail
+    else:
+        assert "iogpu.wired_limit_mb=28672" in told.detail
+
+
+def test_memory_and_disk_are_measured_and_what_needs_a_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
+    found = by_name(list(speed.findings()))
+    assert found["memory read"].figures["bytes_per_second"] > 0
+    assert {name.rpartition("_")[2] for name in found["disk read"].figures} == {"1", "4", "8"}
+    assert found["GPU to CPU"].verdict == ("info" if device.on_gpu() else "none")
+    assert "the Hub's cache" in found["disk read"].detail and list(tmp_path.iterdir()) == []
+
+
+def test_a_models_own_file_is_read_where_there_is_one(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 21))
+    found = by_name(list(speed.findings(weights)))["disk read"]
+    assert found.verdict == "info" and found.detail.endswith("disk of MODEL")
+
+
+def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    found = by_name(list(speed.findings(Path(__file__))))
+    assert found["memory read"].detail.startswith("the GPU reads")
+    assert found["GPU to CPU"].figures["seconds"] > 0
+
+
+def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": speed.SPARE}))
+    monkeypatch.setattr(speed, "scratch_rates", None)  # whoever calls it fails
+    told = by_name(list(speed.findings()))["disk read"]
+    assert told.verdict == "warning" and "the disk is full" in told.detail and not told.figures
+
+
+def test_a_disk_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
+    found = by_name(list(speed.findings(tmp_path / "gone")))["disk read"]
+    assert found.verdict == "warning" and found.detail == "the disk of MODEL: No such file or directory"
 
 
 def test_the_command_prints_a_report_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
