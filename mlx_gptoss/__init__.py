@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ContextLengthError,
         ConversionError,
         GptOssError,
+        HostError,
         HubError,
         MemoryLimitError,
         ModelNotFoundError,
@@ -80,6 +81,7 @@ __all__ = [
     "Done",
     "Event",
     "GptOssError",
+    "HostError",
     "HubError",
     "McpTools",
     "MemoryLimitError",
@@ -113,8 +115,8 @@ raise_limits()
 _LAZY = {
     "chat.session": "Session",
     "errors": "BatchError BusyError CheckpointError ConfigError ContextLengthError ConversionError "
-    "GptOssError HubError MemoryLimitError ModelNotFoundError RequestError SchemaError TokenizerError "
-    "ToolError VerificationError",
+    "GptOssError HostError HubError MemoryLimitError ModelNotFoundError RequestError SchemaError "
+    "TokenizerError ToolError VerificationError",
     "harmony": "Conversation Diagnostic Done Event Message MessageDone PreambleDelta ReasoningDelta Reply "
     "TextDelta Tool ToolCall ToolCallDelta Usage",
     "llm": "LLM load",

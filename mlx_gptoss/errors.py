@@ -13,6 +13,7 @@ GptOssError
  ├ TuneError               examples or settings of a training that cannot be used, or a loss that is NaN
  ├ MemoryLimitError        it does not fit in memory; `.needed` and `.available` in bytes
  ├ BusyError               the queue is full; `.retry_after` in seconds
+ ├ HostError               a machine that runs a part of the model failed; `.retry_after` in seconds
  ├ BatchError              some of many prompts failed; `.errors` has each by its index
  ├ ConversionError         a conversion's source or target cannot be used
  │  └ VerificationError    a converted folder differs from its manifest or its source
@@ -106,6 +107,17 @@ class MemoryLimitError(GptOssError):
 
 class BusyError(GptOssError):
     """The queue is full. `retry_after` is a suggestion in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class HostError(GptOssError):
+    """A machine that runs a part of the model failed, or cannot take part.
+
+    `retry_after` is a suggestion in seconds; None when trying again will not help.
+    """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

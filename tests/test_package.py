@@ -27,6 +27,7 @@ PUBLIC = [
     "Done",
     "Event",
     "GptOssError",
+    "HostError",
     "HubError",
     "LLM",
     "McpTools",

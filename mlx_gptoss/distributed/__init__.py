@@ -1,3 +1,3 @@
-"""One model over several machines: who has what of it, and how they are found, started and asked."""
+"""One model on several machines: rank 0 decides everything, the others do it on their own layers."""
 
 __all__: list[str] = []  # its modules are imported by name

@@ -18,6 +18,7 @@ from mlx_gptoss.errors import (
     BusyError,
     ConfigError,
     ContextLengthError,
+    HostError,
     MemoryLimitError,
     ModelNotFoundError,
     RequestError,
@@ -193,6 +194,7 @@ def test_what_cannot_be_loaded_stops_the_server() -> None:
         (SchemaError("m", "tools"), 400, "invalid_schema", "tools"),
         (ToolError("m", "tools"), 400, "invalid_tool", "tools"),
         (BusyError("m", 2.5), 429, "rate_limit_exceeded", None),
+        (HostError("m", 2.5), 503, "host_lost", None),
         (MemoryLimitError("m"), 503, "insufficient_memory", None),
         (TokenizerError("m"), 503, "no_tokenizer", None),
         (ConfigError("m"), 500, "engine_error", None),
@@ -203,7 +205,7 @@ def test_every_error_has_a_status(error: Exception, status: int, code: str, para
     api = as_api_error(error)
     assert (api.status, api.code, api.param) == (status, code, param)
     assert "secret" not in api.message
-    if isinstance(error, BusyError):
+    if isinstance(error, BusyError | HostError):
         assert api.headers["Retry-After"] == "3"
     if isinstance(error, ContextLengthError):
         assert "5,000" in api.message and "4,096" in api.message

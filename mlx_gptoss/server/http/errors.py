@@ -22,6 +22,7 @@ from mlx_gptoss.errors import (
     BusyError,
     ContextLengthError,
     GptOssError,
+    HostError,
     MemoryLimitError,
     RequestError,
     SchemaError,
@@ -56,6 +57,7 @@ STATUS_OF: tuple[tuple[type[GptOssError], int, str | None], ...] = (
     (ToolError, 400, "invalid_tool"),
     (RequestError, 400, "invalid_value"),
     (BusyError, 429, "rate_limit_exceeded"),
+    (HostError, 503, "host_lost"),
     (MemoryLimitError, 503, "insufficient_memory"),
     (TokenizerError, 503, "no_tokenizer"),
     (GptOssError, 500, "engine_error"),
@@ -87,7 +89,7 @@ def as_api_error(error: BaseException) -> ApiError:
     for cls, status, code in STATUS_OF:
         if isinstance(error, cls):
             api = ApiError(status, str(error), code=code, param=getattr(error, "field", None))
-            if isinstance(error, BusyError):
+            if isinstance(error, BusyError) or (isinstance(error, HostError) and error.retry_after):
                 api.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
             return api
     return ApiError(
