@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.engine.prefix_disk import PrefixDisk, Span
-from mlx_gptoss.engine.runner import KVCache, Spans
-from mlx_gptoss.model.cache import WindowState
+from mlx_gptoss.engine.runner import KVCache
+from mlx_gptoss.model.cache import KVSpan, WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
@@ -32,6 +32,8 @@ PINNED_SHARE = 0.25
 
 # Whether parts of so many tokens, and window states, are of the model that is to use them.
 Fits = Callable[[int, Sequence[mx.array], Iterable[WindowState]], bool]
+# What was read from a file, as the model's caches take it.
+Adopt = Callable[[Sequence[mx.array], Mapping[int, WindowState]], tuple[KVSpan, dict[int, WindowState]]]
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -40,12 +42,12 @@ _NOTHING = np.zeros(0, np.int32)
 class Node:
     """`tokens` at positions [start, end) and the KV of them, after those of the parents.
 
-    `parts` is what SequenceCache.export gives for them. `states` end within (start, end].
+    `parts` is what KVCache.export gives for them. `states` end within (start, end].
     """
 
     tokens: np.ndarray
     start: int
-    parts: list[mx.array]
+    parts: KVSpan
     parent: Node | None = None
     children: dict[int, Node] = field(default_factory=dict)
     states: dict[int, WindowState] = field(default_factory=dict)  # by end
@@ -66,7 +68,7 @@ class Node:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(int(p.nbytes) for p in self.parts)
+        return self.parts.nbytes
 
     @property
     def state_bytes(self) -> int:
@@ -78,23 +80,29 @@ class Match:
     """The longest prefix held: `length` tokens, their KV in order, and the window states along them."""
 
     length: int = 0
-    spans: Spans = field(default_factory=list)
+    spans: list[KVSpan] = field(default_factory=list)
     states: list[WindowState] = field(default_factory=list)
 
 
 class PrefixStore:
     """Timelines by their tokens, at most `limit` bytes of them. Used by the engine's thread only.
 
-    fits: judges what is read from disk (see ModelRunner.fits).
+    fits, adopt: judge what is read from disk, and take it in (see ModelRunner).
     """
 
-    def __init__(self, limit: int, disk: PrefixDisk | None = None, fits: Fits = lambda *_: True) -> None:
+    def __init__(
+        self,
+        limit: int,
+        disk: PrefixDisk | None = None,
+        fits: Fits = lambda *_: True,
+        adopt: Adopt = lambda parts, states: (KVSpan(parts), dict(states)),
+    ) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._roots = {0: Node(_NOTHING, 0, [])}  # by the adapter that the KV is computed with
+        self._roots = {0: Node(_NOTHING, 0, KVSpan())}  # by the adapter that the KV is computed with
         self._clock = 0
         self._disk = disk
-        self._fits = fits
+        self._fits, self._adopt_span = fits, adopt
         self._unsaved: list[Node] = []
         if disk is not None:
             self._adopt(disk)
@@ -119,10 +127,10 @@ class PrefixStore:
     def match(self, tokens: np.ndarray, adapter: int = 0) -> Match:
         """The longest common prefix of `tokens`, int32 [n], with anything held; counts as a use."""
         path = self._loaded(self._walk(tokens, adapter))
-        spans: Spans = []
+        spans: list[KVSpan] = []
         states: list[WindowState] = []
         for node, n in path:
-            spans.append([p[:, :, :n] for p in node.parts] if n < len(node.tokens) else list(node.parts))
+            spans.append(node.parts.cut(0, n))
             states.extend(node.states.values())
         if not path:
             return Match()
@@ -146,7 +154,7 @@ class PrefixStore:
         The first `pinned` tokens are evicted last. The cache is used up: its slabs are freed on the way.
         """
         path = self._loaded(self._walk(tokens, adapter))
-        node, held = self._roots.setdefault(adapter, Node(_NOTHING, 0, [])), 0
+        node, held = self._roots.setdefault(adapter, Node(_NOTHING, 0, KVSpan())), 0
         if path:
             node, n = path[-1]
             held = node.start + n
@@ -157,7 +165,7 @@ class PrefixStore:
         fresh: list[Node] = []
         while held < len(tokens):
             end = min(len(tokens), held + SPAN, pinned if held < pinned else len(tokens))
-            child = Node(tokens[held:end].copy(), held, [], parent=node)
+            child = Node(tokens[held:end].copy(), held, KVSpan(), parent=node)
             node.children[int(tokens[held])] = child
             fresh.append(child)
             node, held = child, end
@@ -222,7 +230,8 @@ class PrefixStore:
             if node.saved or not node.loaded:
                 continue
             before = [n.tokens for n in reversed(list(self._lineage(node)))][:-1]
-            span = Span(node.tokens, node.parts, node.states)
+            states = {end: state.whole() for end, state in node.states.items()}
+            span = Span(node.tokens, node.parts.whole(), states)
             try:
                 node.path = self._disk.write(np.concatenate([_NOTHING, *before]), node.start, span)
             except OSError as error:
@@ -255,7 +264,7 @@ class PrefixStore:
             first = int(saved.tokens[0])
             if parent is None or parent.end != saved.start or first in parent.children:
                 continue  # what it continued is gone or was split; or another process holds it otherwise
-            node = Node(saved.tokens, saved.start, [], parent=parent, path=saved.path, loaded=False)
+            node = Node(saved.tokens, saved.start, KVSpan(), parent=parent, path=saved.path, loaded=False)
             parent.children[first] = by_name[saved.upto] = node
 
     def _loaded(self, path: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
@@ -281,7 +290,8 @@ class PrefixStore:
             if span is None or not self._holds(span, node):
                 self._forget(node)
                 return path[:i]
-            node.parts, node.states, node.loaded = span.parts, span.states, True
+            node.parts, node.states = self._adopt_span(span.parts, span.states)
+            node.loaded = True
             node.saved_states = frozenset(span.states)
             self.nbytes += node.kv_bytes + node.state_bytes
         return path
@@ -305,13 +315,13 @@ class PrefixStore:
         if node.loaded:
             self.nbytes -= node.kv_bytes + node.state_bytes
         # It may still be in line to be saved, and must not keep its memory there.
-        node.parts, node.states, node.loaded = [], {}, False
+        node.parts, node.states, node.loaded = KVSpan(), {}, False
         del node.parent.children[int(node.tokens[0])]
 
     def _walk(self, tokens: np.ndarray, adapter: int) -> list[tuple[Node, int]]:
         """The nodes that `tokens` runs through, each with how many of its tokens agree (>= 1)."""
         path: list[tuple[Node, int]] = []
-        node, at = self._roots.get(adapter, Node(_NOTHING, 0, [])), 0
+        node, at = self._roots.get(adapter, Node(_NOTHING, 0, KVSpan())), 0
         while at < len(tokens):
             child = node.children.get(int(tokens[at]))
             if child is None:
@@ -339,11 +349,11 @@ class PrefixStore:
         assert node.parent is not None
         middle = node.start + n
         # Compact copies: a view would keep the whole span alive after one half is dropped.
-        head = Node(node.tokens[:n].copy(), node.start, [mx.contiguous(p[:, :, :n]) for p in node.parts])
+        head = Node(node.tokens[:n].copy(), node.start, node.parts.cut(0, n, compact=True))
         head.parent, head.used, head.pinned = node.parent, node.used, node.pinned
         head.states = {e: s for e, s in node.states.items() if e <= middle}
         node.parent.children[int(head.tokens[0])] = head
-        node.parts = [mx.contiguous(p[:, :, n:]) for p in node.parts]
+        node.parts = node.parts.cut(n, len(node.tokens), compact=True)
         node.tokens, node.start, node.parent = node.tokens[n:].copy(), middle, head
         node.states = {e: s for e, s in node.states.items() if e > middle}
         if node.path is not None:
@@ -362,7 +372,7 @@ class PrefixStore:
             self._forget(leaf)
         else:
             self.nbytes -= leaf.kv_bytes + leaf.state_bytes
-            leaf.parts, leaf.states, leaf.loaded = [], {}, False
+            leaf.parts, leaf.states, leaf.loaded = KVSpan(), {}, False
         return leaf.parent
 
     def _thin_states(self, held: int, limit: float) -> None:

@@ -6,23 +6,21 @@ its caches stand for those that the other machines hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import GROW_MIN, KVBits, SequenceCache, WindowState
+from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
 from mlx_gptoss.model.trace import Write, tell_choices
-
-Spans: TypeAlias = list[list[mx.array]]
 
 
 class KVCache(Protocol):
@@ -51,9 +49,9 @@ class KVCache(Protocol):
 
     def snapshot(self, end: int | None = None, history: int | None = None) -> WindowState | None: ...
 
-    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> Spans: ...
+    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[KVSpan]: ...
 
-    def load(self, spans: Sequence[list[mx.array]], states: Iterable[WindowState] = ()) -> int: ...
+    def load(self, spans: Sequence[KVSpan], states: Iterable[WindowState] = ()) -> int: ...
 
     def arrays(self) -> list[mx.array]: ...
 
@@ -78,6 +76,12 @@ class ModelRunner(Protocol):
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
         """Whether exported parts of so many tokens, and window states, are of this model's caches."""
+        ...
+
+    def adopt(
+        self, parts: Sequence[mx.array], states: Mapping[int, WindowState]
+    ) -> tuple[KVSpan, dict[int, WindowState]]:
+        """Parts and states that fit, read from a file, as its caches take them."""
         ...
 
     def forward(
@@ -192,12 +196,17 @@ class LocalRunner:
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         if self.streamed:
             chunk = min(chunk, self._block)
-        return self._empty.nbytes_at(-(-tokens // GROW_MIN) * GROW_MIN, chunk)
+        return self._empty.nbytes_at(in_steps(tokens), chunk)
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
         (wanted,) = self._empty.export([(0, 0)])
         same = [(w.dtype, (*w.shape[:2], tokens, w.shape[3])) for w in wanted]
         return same == [(p.dtype, p.shape) for p in parts] and all(map(self._empty.takes, states))
+
+    def adopt(
+        self, parts: Sequence[mx.array], states: Mapping[int, WindowState]
+    ) -> tuple[KVSpan, dict[int, WindowState]]:
+        return KVSpan(parts), dict(states)
 
     def forward(
         self,

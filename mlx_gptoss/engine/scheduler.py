@@ -72,7 +72,7 @@ class Scheduler:
         self.budget = budget
         self.chunk = chunk
         self.max_running = max_running
-        self.store = PrefixStore(budget, disk, runner.fits)
+        self.store = PrefixStore(budget, disk, runner.fits, runner.adopt)
         # What to do when there is nothing to do: each gives a background request, or None.
         self.preparations: deque[Callable[[], Request | None]] = deque(maxlen=8)
         self.counters = Counters()

@@ -32,6 +32,16 @@ SPARE = 256
 VECTOR_QUERIES, VECTOR_ROWS = 8, 32
 
 
+def in_steps(tokens: int) -> int:
+    """The room of a full layer's slab, tokens, that is made for so many."""
+    return -(-tokens // GROW_MIN) * GROW_MIN
+
+
+def grown(capacity: int, length: int, tokens: int) -> int:
+    """That of a slab which holds `length` tokens once it holds `tokens`, if that is one step from now."""
+    return capacity if tokens <= capacity else in_steps(tokens + min(max(length, GROW_MIN), GROW_MAX))
+
+
 class LayerCache:
     """Keys and values of one layer, in slabs [1, H, capacity, D] with room for more tokens."""
 
@@ -130,14 +140,11 @@ class FullCache(LayerCache):
 
     def capacity_for(self, tokens: int) -> int:
         """The capacity the slab has once it holds `tokens` tokens, if it holds them one step from now."""
-        if tokens <= self.capacity:
-            return self.capacity
-        room = tokens + min(max(self.length, GROW_MIN), GROW_MAX)
-        return -(-room // GROW_MIN) * GROW_MIN
+        return grown(self.capacity, self.length, tokens)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
-        tokens = -(-tokens // GROW_MIN) * GROW_MIN
+        tokens = in_steps(tokens)
         if tokens <= self.capacity:
             return
         for i, slab in enumerate(self._slabs):
@@ -309,6 +316,27 @@ class SlidingCache(LayerCache):
         return keys[:, :, start:end], values[:, :, start:end]
 
 
+class KVSpan(list[mx.array]):
+    """The full layers' KV of a run of tokens, apart from any cache: layer after layer its stored parts (keys,
+    values; more when quantised), [1, H, n, D].
+    """
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(part.nbytes) for part in self)
+
+    def cut(self, start: int, end: int, *, compact: bool = False) -> KVSpan:
+        """Its tokens [start, end): views into its arrays, or copies that do not keep those alive."""
+        if not compact and self and (start, end) == (0, self[0].shape[2]):
+            return KVSpan(self)
+        parts = [part[:, :, start:end] for part in self]
+        return KVSpan(map(mx.contiguous, parts) if compact else parts)
+
+    def whole(self) -> list[mx.array]:
+        """The parts of every full layer of the model, wherever they are: for a file."""
+        return list(self)
+
+
 @dataclass(frozen=True)
 class WindowState:
     """A copy of the sliding layers' keys and values of positions [start, end).
@@ -330,6 +358,24 @@ class WindowState:
         at = min(position, self.end)
         return at if self.start <= max(0, at - reach) else None
 
+    def whole(self) -> WindowState:
+        """With the windows of every sliding layer of the model, wherever they are: for a file."""
+        return self
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """How caches go back to `position`: tokens are fed again from `at` on.
+
+    kept: the sliding slabs still hold the window before `position`. Else they start from `state`, or with
+    none from nothing, to be filled by a replay.
+    """
+
+    position: int
+    at: int
+    kept: bool = False
+    state: WindowState | None = None
+
 
 class SequenceCache:
     """The caches of every layer of one sequence, moved together.
@@ -337,14 +383,23 @@ class SequenceCache:
     `offset` is the position of the next token to compute; `length` >= offset counts the tokens whose
     full-attention KV is stored. They differ only while a rewind is being replayed. `kv_bits` quantises the
     full layers' keys and values; the sliding layers' are small and stay as they are. adapter: the number of
-    the adapter that they are computed with, 0 for none (see low_rank.py).
+    the adapter that they are computed with, 0 for none (see low_rank.py). layers: those of the model's layers
+    that these caches are for, where the others are elsewhere.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: mx.Dtype, kv_bits: KVBits = (None, None), adapter: int = 0
+        self,
+        config: ModelConfig,
+        dtype: mx.Dtype,
+        kv_bits: KVBits = (None, None),
+        adapter: int = 0,
+        layers: range | None = None,
     ) -> None:
         self.adapter = adapter
         self._reach = config.sliding_window - 1
+        kinds = config.layer_types
+        # Layer by layer a sliding window settles one reach later than the one below it, wherever that is.
+        self._replay = self._reach * kinds.count(SLIDING)
 
         def made(kind: str) -> FullCache | SlidingCache:
             if kind == SLIDING:
@@ -352,7 +407,9 @@ class SequenceCache:
             dense = kv_bits == (None, None)
             return FullCache(config, dtype) if dense else QuantizedFullCache(config, dtype, kv_bits)
 
-        self.layers = [made(kind) for kind in config.layer_types]
+        self.layers = [
+            made(kind) for kind in (kinds if layers is None else kinds[layers.start : layers.stop])
+        ]
         self.full = [layer for layer in self.layers if isinstance(layer, FullCache)]
         self.sliding = [layer for layer in self.layers if isinstance(layer, SlidingCache)]
         self.offset = 0
@@ -419,26 +476,32 @@ class SequenceCache:
         everything from `position` on exactly what a fresh computation gives. Raises ValueError when
         `position` is not within the sequence.
         """
+        way = self.way_back(position, states)
+        self.go_back(way)
+        return way.at
+
+    def way_back(self, position: int, states: Iterable[WindowState] = ()) -> WayBack:
+        """What `rewind` would do; nothing moves."""
         if not 0 <= position <= self.length:
             raise ValueError(f"position is {position}: expected 0 to {self.length}")
         oldest = max(self.sliding[0].start, self._exact_from) if self.sliding else 0
         if position <= self.offset and oldest <= max(0, position - self._reach):
-            self._seek(position, position)
-            return position
+            return WayBack(position, position, kept=True)
         points = [(at, s) for s in states if (at := s.resume_point(position, self._reach)) is not None]
         best, state = max(points, key=lambda p: p[0], default=(-1, None))
-        # Layer by layer a sliding window settles one reach later than the one below it.
-        replay = max(0, position - self._reach * len(self.sliding))
-        if state is not None and best >= replay:
-            self._restore(state, best)
-            self._exact_from = state.start
-        else:
-            best = replay
+        replay = max(0, position - self._replay)
+        return WayBack(position, best, state=state) if best >= replay else WayBack(position, replay)
+
+    def go_back(self, way: WayBack) -> None:
+        """Do what was decided, here or by other caches of the same sequence."""
+        if way.state is not None:
+            self._restore(way.state, way.at)
+            self._exact_from = way.state.start
+        elif not way.kept:
             for layer in self.sliding:
-                layer.restart(replay)
-            self._exact_from = max(0, position - self._reach) if replay else 0
-        self._seek(best, position)
-        return best
+                layer.restart(way.at)
+            self._exact_from = max(0, way.position - self._reach) if way.at else 0
+        self._seek(way.at, way.position)
 
     def _seek(self, offset: int, length: int) -> None:
         for full in self.full:
@@ -470,11 +533,14 @@ class SequenceCache:
         needed = max(0, end - self._reach)
         if end > self.offset or oldest > needed:
             return None
-        start = max(oldest, min(needed, end - (history or 0)))
+        return self.copy_window(max(oldest, min(needed, end - (history or 0))), end)
+
+    def copy_window(self, start: int, end: int) -> WindowState:
+        """A copy of the sliding layers' keys and values of positions [start, end), which the slabs hold."""
         if start == end:
             return WindowState(0, 0, None)
         pieces = [a for layer in self.sliding for a in layer.window(start, end)]
-        return WindowState(start, end, mx.concatenate(pieces, axis=0))
+        return WindowState(start, end, mx.concatenate(pieces, axis=0) if pieces else None)
 
     def takes(self, state: WindowState) -> bool:
         """Whether a state's shape and dtype are those of these caches."""
@@ -484,19 +550,18 @@ class SequenceCache:
         shape = (2 * len(self.sliding), keys.shape[1], state.end - state.start, keys.shape[3])
         return 0 <= state.start < state.end and (state.data.dtype, state.data.shape) == (keys.dtype, shape)
 
-    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[list[mx.array]]:
+    def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[KVSpan]:
         """Compact copies of the full layers' KV of the token ranges [start, end), for `load`.
 
-        A list for each range: layer after layer its stored parts (keys, values; more when quantised),
-        [1, H, end - start, D]. `release` frees each layer's slab once it is copied: the caches end there, and
+        `release` frees each layer's slab once it is copied: the caches end there, and
         there is never a second copy of more than one layer.
         """
-        spans: list[list[mx.array]] = [[] for _ in ranges]
+        spans = [KVSpan() for _ in ranges]
         for layer in self.full:
             copies = [[mx.contiguous(part) for part in layer.parts(start, end)] for start, end in ranges]
             mx.eval(copies)
             for span, parts in zip(spans, copies, strict=True):
-                span += parts
+                span.extend(parts)
             if release:
                 layer.release()
         return spans
@@ -508,6 +573,11 @@ class SequenceCache:
         `rewind`.
         """
         total = sum(int(span[0].shape[2]) for span in spans) if self.full else 0
+        self.fill(spans, total)
+        return self.rewind(total, states)
+
+    def fill(self, spans: Sequence[list[mx.array]], total: int) -> None:
+        """`load` without the going back: `total` tokens are stored, and no window is known."""
         self.reserve(total)
         for layer in self.full:
             count = len(layer.arrays())
@@ -520,4 +590,3 @@ class SequenceCache:
         for sliding in self.sliding:
             sliding.start = sliding.offset = total
         self.offset = total
-        return self.rewind(total, states)

@@ -200,6 +200,21 @@ class Layer:
         return [*self.attention.arrays(), *self.moe.arrays()]
 
 
+def run_layers(
+    layers: Sequence[Layer], x: mx.array, segments: Sequence[Segment], k: int, *, awaited: bool = False
+) -> mx.array:
+    """The segments' rows x [T, D] through these layers -> [T, D]; moves their caches. k: experts a token."""
+    batch = Batch(segments, k)
+    pace = Pace(batch, awaited=awaited)
+    for layer in layers:
+        x = layer(x, batch)
+        pace.built(x)
+    batch.settle()
+    for segment in segments:
+        segment.cache.advance(segment.length)
+    return x
+
+
 class Model:
     """Embedding, layers, final norm and head."""
 
@@ -231,15 +246,8 @@ class Model:
         in the compute dtype, or None when R is 0. Lazy: evaluate the result, or the caches' arrays when there
         is none.
         """
-        batch = Batch(segments, self.config.experts_per_token)
-        pace = Pace(batch, awaited=awaited)
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, batch)
-            pace.built(x)
-        batch.settle()
-        for segment in segments:
-            segment.cache.advance(segment.length)
+        x = run_layers(self.layers, x, segments, self.config.experts_per_token, awaited=awaited)
         return self.logits(x, rows)
 
     def logits(self, x: mx.array, rows: Sequence[int] | None = None) -> mx.array | None:
