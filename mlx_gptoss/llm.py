@@ -20,7 +20,7 @@ from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.hub import resolve, resolve_adapter
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
-from mlx_gptoss.device import available_memory, limit_memory
+from mlx_gptoss.device import available_memory, limit_memory, on_gpu
 from mlx_gptoss.engine.core import Engine
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.engine.options import LOOKUP, MIN_CONTEXT, EngineKeywords, EngineOptions
@@ -34,6 +34,7 @@ from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError, did_y
 from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
+from mlx_gptoss.model.experts import grouped_rows
 from mlx_gptoss.model.sweep import rows_at_once
 from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
@@ -190,6 +191,7 @@ def _engine(
         kv_budget=plan.kv_budget,
         max_context=plan.max_context,
         stop_ids=tokenizer.stop_ids if tokenizer else stops,
+        grouped_rows=grouped_rows(checkpoint.config) if on_gpu() and not streamed else 0,
         disk=disk,
         drafters=drafters,
         message_start=tokenizer.special.start if tokenizer else None,

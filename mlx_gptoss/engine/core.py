@@ -41,8 +41,8 @@ class Engine:
 
     worker: the thread that made the runner's arrays. kv_budget: bytes for KV caches and kept prefixes;
     max_context: tokens of a prompt and its output. stop_ids: the tokens that end a generation unless its
-    request names others. message_start, pinned_tokens: see Scheduler. `scheduler` belongs to the worker's
-    thread; what others ask of it goes through `worker.call`.
+    request names others. grouped_rows, message_start, pinned_tokens: see Scheduler. `scheduler` belongs
+    to the worker's thread; what others ask of it goes through `worker.call`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Engine:
         kv_budget: int,
         max_context: int,
         stop_ids: frozenset[int],
+        grouped_rows: int = 0,
         disk: PrefixDisk | None = None,
         drafters: DrafterFactory | None = None,
         message_start: int | None = None,
@@ -72,6 +73,7 @@ class Engine:
             runner,
             budget=kv_budget,
             chunk=options.prefill_chunk,
+            grouped_rows=grouped_rows,
             disk=disk,
             max_running=options.max_running,
             drafters=drafters,

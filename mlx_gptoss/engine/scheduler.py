@@ -51,6 +51,7 @@ class Scheduler:
     """Runs requests to their ends, one `step` after the other.
 
     budget: bytes for the KV of running sequences and the prefix store together. chunk: prompt tokens a step.
+    grouped_rows: from so many rows on a forward reads each expert once, not once a row (0: always).
     message_start: id of the token that begins a message, where window states are worth taking.
     pinned_tokens: how many leading tokens of a prompt (system message and tools) to keep longest.
     """
@@ -61,6 +62,7 @@ class Scheduler:
         *,
         budget: int,
         chunk: int,
+        grouped_rows: int = 0,
         disk: PrefixDisk | None = None,
         max_running: int,
         drafters: DrafterFactory | None = None,
@@ -71,6 +73,7 @@ class Scheduler:
         self.runner = runner
         self.budget = budget
         self.chunk = chunk
+        self._grouped_rows = grouped_rows
         self.max_running = max_running
         self.store = PrefixStore(budget, disk, runner.fits, runner.adopt)
         # What to do when there is nothing to do: each gives a background request, or None.
@@ -269,7 +272,7 @@ class Scheduler:
             if r.next is not None and r.sampled < r.request.max_tokens:
                 pieces.append(Piece(r, r.next, 1, True))
         reading = [r for r in self.running if r.next is None]
-        left = self.chunk
+        left = self._share(sum(len(r.tokens) - r.live.offset for r in reading))
         # Those who need least first: what they leave is shared among the others.
         for i, r in enumerate(sorted(reading, key=lambda r: len(r.tokens) - r.live.offset)):
             start = r.live.offset
@@ -282,6 +285,11 @@ class Scheduler:
                 draft = tuple(r.speculation.propose(r.tokens, room))
             pieces.append(Piece(r, mx.array([*tokens, *draft], mx.int32), n + len(draft), ends, draft))
         return self._make_room(pieces)
+
+    def _share(self, unread: int) -> int:
+        """How many of the unread prompt tokens this forward takes: it leaves the last one enough."""
+        share = min(self.chunk, unread - self._grouped_rows)
+        return share if share >= max(1, self._grouped_rows) and self.chunk < unread else self.chunk
 
     def _make_room(self, pieces: list[Piece]) -> list[Piece]:
         """Shrink the store, and then send the youngest sequences back to wait, until the forward fits."""

@@ -13,10 +13,17 @@ import mlx.core as mx
 
 from mlx_gptoss.device import fuse
 from mlx_gptoss.model.batch import Batch, Pairs
+from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.matrix import Matrix
 
-# Below this many (token, expert) pairs, sorting the pairs by expert costs a GPU more than it saves.
-SORT_FROM = 64
+# From so many (token, expert) pairs an expert on, MLX multiplies each expert's rows together on Metal if they
+# are sorted (GatherQMM::eval_gpu). With fewer, sorting costs a GPU about what it saves.
+SORT_FROM = 4
+
+
+def grouped_rows(config: ModelConfig) -> int:
+    """From how many rows on each expert's are multiplied together, where all experts are in memory."""
+    return SORT_FROM * config.num_experts // config.experts_per_token
 
 
 class Experts(Protocol):
@@ -109,7 +116,8 @@ class ResidentExperts:
         return self.way(x, chosen)(x, chosen, batch)
 
     def way(self, x: mx.array, chosen: mx.array) -> Way:
-        return self._as_they_come if chosen.size < SORT_FROM else self._in_order
+        few = chosen.size < SORT_FROM * self.weights.gate_up.weight.shape[0]
+        return self._as_they_come if few else self._in_order
 
     def _as_they_come(self, x: mx.array, chosen: mx.array, batch: Pairs) -> mx.array:
         return by_pair(self.weights, self.weights.gate_up, self.weights.down, x, chosen, batch)

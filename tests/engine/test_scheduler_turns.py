@@ -44,6 +44,25 @@ def test_the_chunk_is_shared_evenly_and_used_up(lengths: list[int], chunk: int) 
     assert [c.tokens for c in clients] == [expected(p, 1) for p in prompts]
 
 
+@pytest.mark.parametrize(
+    ("length", "forwards"),
+    [(32, [32]), (33, [21, 12]), (43, [31, 12]), (44, [32, 12]), (50, [32, 18]), (70, [32, 26, 12])],
+)
+def test_a_prompt_ends_with_enough_rows_to_read_each_expert_once(length: int, forwards: list[int]) -> None:
+    model = HashModel()
+    client = Client(scheduler := make(model, chunk=32, grouped_rows=12), prompt(1, length), max_tokens=1)
+    run(scheduler)
+    assert [len(tokens) for ((_, tokens),) in model.forwards] == forwards
+    assert client.tokens == expected(prompt(1, length), 1)
+
+
+def test_a_chunk_too_short_to_give_anything_up_is_used_up() -> None:
+    model = HashModel()
+    Client(scheduler := make(model, chunk=20, grouped_rows=12), prompt(1, 23), max_tokens=1)
+    run(scheduler)
+    assert [len(tokens) for ((_, tokens),) in model.forwards] == [20, 3]
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 def test_tokens_are_read_while_the_next_forward_runs(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     """But a CPU works on a chunk of prompt while it launches it: beside one they are read before."""
