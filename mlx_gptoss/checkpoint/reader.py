@@ -50,6 +50,9 @@ class Checkpoint:
         self.tensors = read_folder(folder)
         self.layout = detect_layout(self.tensors, folder)
         self._quantization = _read_quantization(self.raw_config)
+        self.part_config = self.config  # the shape of the layers that are made
+        self.make_attention: Callable[..., Attention] = Attention
+        self.make_experts: Callable[..., MixtureOfExperts] = MixtureOfExperts
         self.streaming: Streaming | None = None  # set where not all experts are to be in memory
         self.unpacked: tuple[str, ...] = ()  # quantised parts that are to be floats in memory
         self._unchecked: list[tuple[str, mx.array]] = []
@@ -87,8 +90,8 @@ class Checkpoint:
         """The graph of one layer with its weights, lazily: evaluate `arrays()` to read them."""
         path = {key: self.layout.path(key, index) for key in self.layout.paths}
         qkv = self.layout.qkv
-        attention = Attention(
-            self.config,
+        attention = self.make_attention(
+            self.part_config,
             index,
             norm=self._floats(path["norms.attention"]),
             qkv=self.projection(*qkv, layer=index),
@@ -97,8 +100,8 @@ class Checkpoint:
             out_bias=self._floats(path["attention.out"] + ".bias"),
             sinks=self._floats(path["attention.sinks"]),
         )
-        moe = MixtureOfExperts(
-            self.config,
+        moe = self.make_experts(
+            self.part_config,
             norm=self._floats(path["norms.experts"]),
             router=self.projection("router", layer=index, bias=self._floats(path["router"] + ".bias")),
             experts=self.experts(index),

@@ -163,6 +163,28 @@ def read_rows(info: TensorInfo, first: int = 0, last: int | None = None) -> np.n
     return values.reshape((last - first, *info.shape[1:]) if info.shape else ())
 
 
+def read_part(info: TensorInfo, axis: int, start: int, end: int) -> np.ndarray:
+    """Entries ``start`` to ``end`` along an axis, as raw numpy values; see read_rows.
+
+    Along the first axis, or the second of three or more, only their bytes are read.
+    """
+    if axis == 0:
+        return read_rows(info, start, end)
+    here = (slice(None),) * (axis - 1) + (slice(start, end),)
+    if len(info.shape) == 2:
+        return np.ascontiguousarray(read_rows(info)[:, start:end])
+    count, rows, *rest = info.shape
+    part = np.empty((*info.shape[:axis], end - start, *info.shape[axis + 1 :]), DTYPES[info.dtype])
+    size = info.nbytes // (count * rows)
+    for i in range(count):
+        if axis == 1:
+            values = read_bytes(info, (i * rows + start) * size, (end - start) * size)
+            part[i] = values.view(part.dtype).reshape(end - start, *rest)
+        else:
+            part[i] = read_rows(info, i, i + 1)[0][here]
+    return part
+
+
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """uint16 bits of bfloat16 values -> float32, same shape."""
     wide = bits.astype(np.uint32)

@@ -404,7 +404,7 @@ class SequenceCache:
         def made(kind: str) -> FullCache | SlidingCache:
             if kind == SLIDING:
                 return SlidingCache(config, dtype)
-            dense = kv_bits == (None, None)
+            dense = kv_bits == (None, None) or not config.num_kv_heads
             return FullCache(config, dtype) if dense else QuantizedFullCache(config, dtype, kv_bits)
 
         self.layers = [

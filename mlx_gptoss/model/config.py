@@ -304,7 +304,7 @@ def _layer_types(raw: Any, layers: int) -> tuple[str, ...]:
 
 def _check_shape(c: ModelConfig) -> None:
     """Relations between sizes that the graph depends on."""
-    if c.num_attention_heads % c.num_kv_heads:
+    if c.num_attention_heads % max(1, c.num_kv_heads):  # a part of a layer may have none of them
         raise ConfigError(
             f"config.json: num_attention_heads is {c.num_attention_heads}: expected a multiple of "
             f"num_key_value_heads, {c.num_kv_heads}"
