@@ -36,6 +36,7 @@ PUBLIC = [
     "MessageDone",
     "ModelNotFoundError",
     "PreambleDelta",
+    "PromptProgress",
     "ReasoningDelta",
     "Reply",
     "RequestError",
