@@ -5,13 +5,13 @@ python scripts/make_doctor_answers.py
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import mlx_gptoss
 from mlx_gptoss import device
-from mlx_gptoss.doctor.answers import PROMPTS, as_data, compute
+from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
+from mlx_gptoss.doctor.answers import PROMPTS, compute
 from mlx_gptoss.harmony import Conversation, Message, render
+from mlx_gptoss.tokenizer import Tokenizer
 
 TARGET = Path(__file__).resolve().parent.parent / "mlx_gptoss" / "doctor" / "answers.json"
 DATE = "2025-08-05"  # the system message tells one
@@ -21,10 +21,10 @@ def main() -> None:
     """Compute and write."""
     if device.on_gpu():
         raise SystemExit("the stored answers are the CPU backend's: run this where MLX has no GPU")
-    with mlx_gptoss.load("demo", dtype="float32") as llm:
-        conversations = [Conversation([Message.user(text)], current_date=DATE) for text in PROMPTS]
-        answers = [compute(llm, render(conversation, llm.tokenizer)) for conversation in conversations]
-    TARGET.write_text(json.dumps(as_data(answers)) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
+    conversations = [Conversation([Message.user(text)], current_date=DATE) for text in PROMPTS]
+    answers = compute([render(conversation, tokenizer) for conversation in conversations])
+    TARGET.write_text(answers.as_json() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
