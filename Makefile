@@ -24,6 +24,7 @@ check: $(VENV)/.installed-dev
 	sh scripts/typecheck.sh $(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/make_cli_docs.py --check
+	$(BIN)/python scripts/make_results.py --check
 	$(BIN)/python scripts/check_dist.py build/dist
 	if [ -x tests/page/node_modules/.bin/tsc ]; then tests/page/node_modules/.bin/tsc -p tests/page/tsconfig.json; fi
 
@@ -59,9 +60,10 @@ streaming: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 6GB
 	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 4GB
 
-# Write docs/cli.md again from the commands' own help.
+# Write docs/cli.md again from the commands' own help, and the page and schema of docs/results.
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/make_cli_docs.py
+	$(BIN)/python scripts/make_results.py
 
 # Compute tests/support/golden again; the only thing here that needs PyTorch.
 golden: $(VENV)/.installed-test

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from mlx_gptoss.cli.options import ModelSource, model_options
+from mlx_gptoss.cli.options import ModelSource, NewFile, model_options
 from mlx_gptoss.cli.tables import show_table
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.sampling import SamplingParams
@@ -64,8 +64,14 @@ UNITS = (
 @click.option("--compare", type=click.Choice(["mlx-lm"]), help="Measure this runtime as well.")
 @click.option(
     "--trace",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Write to this file which experts were chosen; see docs/memory.md.",
+)
+@click.option(
+    "--submit",
+    type=NewFile(),
+    metavar="FILE",
+    help="Write the result to attach to the project, without personal data; see docs/results.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @model_options
@@ -76,6 +82,7 @@ def bench(
     tokens: int,
     compare: str | None,
     trace: Path | None,
+    submit: Path | None,
     as_json: bool,
 ) -> None:
     """Measure MODEL's speed on this machine.
@@ -125,6 +132,11 @@ def bench(
         click.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+    if submit is not None:
+        from mlx_gptoss.cli.submission import submission
+
+        submit.write_text(submission(report, memory, source, tokens).text(), encoding="utf-8")
+        click.echo(f"wrote {submit}: docs/results tells how to attach it", err=True)
 
 
 @contextmanager

@@ -54,6 +54,19 @@ def whole(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     return None if value is None else int(value)
 
 
+class NewFile(click.Path):
+    """A file that a command writes at its end: that its folder is there is known at the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = cast(Path, super().convert(value, param, ctx))
+        if not path.parent.is_dir():
+            self.fail(f"{str(path)!r}: there is no folder {str(path.parent)!r}", param, ctx)
+        return path
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model to load and how: MODEL and the loading options. `name`: MODEL where it became a folder."""
