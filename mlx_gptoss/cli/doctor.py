@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_gptoss.cli.options import NewFile, optional_model_argument
+
 if TYPE_CHECKING:
     from mlx_gptoss.doctor import Finding
 
@@ -24,30 +26,37 @@ MARKS = {
 
 
 @click.command()
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a Markdown report.")
+@optional_model_argument
+@click.option("--report", type=NewFile(), metavar="FILE", help="Write a Markdown report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def doctor(report: Path | None, as_json: bool) -> None:
-    """Examine this machine: memory, disk, versions, the demo model's answers, the sandbox.
+def doctor(model: str | None, report: Path | None, as_json: bool) -> None:
+    """Examine this machine: memory, disk and their speed, versions, the demo model's answers, the sandbox.
 
-    Takes some seconds. The exit status is 1 when something has failed. The report holds no names of people
-    or folders: it can be pasted into an issue.
+    With MODEL, which must be on this machine, also whether its files are whole, whether it fits in memory,
+    and what the memory's bandwidth allows; the disk's speed is then that of its files.
+
+    Takes some seconds. The exit status is 1 when something has failed. Report and JSON hold no names of
+    people, machines or folders: they can be pasted into an issue.
     """
     from mlx_gptoss.doctor import examine
+    from mlx_gptoss.doctor.private import without_names
 
-    found = []
+    findings, found = examine(model), []
     try:
-        for finding in examine():
+        for finding in findings:
             found.append(finding)
             if not as_json:
                 _show(finding, first=len(found) == 1 or found[-2].section != finding.section)
     finally:
+        public = [f._replace(detail=without_names(f.detail, model)) for f in found]
         if report is not None and found:
-            report.write_text(markdown(found), encoding="utf-8")
+            report.write_text(markdown(public), encoding="utf-8")
     failed = sum(finding.verdict == "failed" for finding in found)
     if as_json:
-        click.echo(json.dumps([finding.as_data() for finding in found], indent=2))
+        click.echo(json.dumps([finding.as_data() for finding in public], indent=2))
     else:
-        click.echo(f"\n{failed} of {len(found)} failed" if failed else "\neverything that applies here works")
+        told = f"{failed} of {len(found)} failed" if failed else "everything that applies here works"
+        click.secho(told, fg="red" if failed else "green", bold=True)
     sys.exit(1 if failed else 0)
 
 

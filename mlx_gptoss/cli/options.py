@@ -193,14 +193,12 @@ def names_here() -> list[str]:
     return [*(folder.name for folder in registry.remembered()), *downloaded_names()]
 
 
-model_argument = click.argument(
-    "model",
-    metavar="MODEL",
-    type=ModelName(
-        lambda: [DEMO, *SHORT_NAMES, *names_here()],
-        "a folder, a Hub id, 20b, 120b or demo; `mlx-gptoss models` lists what is here",
-    ),
+_any_model = ModelName(
+    lambda: [DEMO, *SHORT_NAMES, *names_here()],
+    "a folder, a Hub id, 20b, 120b or demo; `mlx-gptoss models` lists what is here",
 )
+model_argument = click.argument("model", metavar="MODEL", type=_any_model)
+optional_model_argument = click.argument("model", metavar="[MODEL]", type=_any_model, required=False)
 source_argument = click.argument(
     "source",
     metavar="SOURCE",

@@ -22,8 +22,7 @@ def findings() -> Iterator[Finding]:
     facts = device.describe()
     told = f"{facts['chip']}, {facts['cores']} cores, {facts['memory_gb']} GB"
     yield Finding("machine", "chip", "info", told)
-    yield Finding("machine", "system", "info", facts["system"])
-    yield Finding("machine", "Python", "info", facts["python"])
+    yield Finding("machine", "system", "info", f"{facts['system']}, Python {facts['python']}")
     yield Finding("machine", "packages", "info", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     yield _gpu()
     yield _memory()
@@ -35,7 +34,7 @@ def findings() -> Iterator[Finding]:
 def _gpu() -> Finding:
     if device.on_gpu():
         return Finding("machine", "GPU", "ok", "MLX computes on it")
-    told = "MLX has none here and computes on the CPU; Apple Silicon has Metal"
+    told = "MLX has none here and computes on the CPU"
     return Finding("machine", "GPU", "none", told)
 
 
@@ -83,12 +82,12 @@ def _hub() -> Finding:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        return Finding("machine", "Hub", "none", "HF_HUB_OFFLINE is set: models that are here are used")
+        return Finding("machine", "Hub", "none", "HF_HUB_OFFLINE is set: not asked")
     where = urlsplit(ENDPOINT)
     port = where.port or (80 if where.scheme == "http" else 443)
     try:
         socket.create_connection((where.hostname or "", port), PATIENCE).close()
     except OSError as error:
-        told = f"not reachable ({error.strerror or error}); models that are here work without it"
+        told = f"not reachable: {error.strerror or error}"
         return Finding("machine", "Hub", "warning", told)
     return Finding("machine", "Hub", "ok", "reachable")

@@ -29,6 +29,7 @@ READS = 16  # of one expert each
 # Bytes that must be left on a disk that is written to.
 SPARE = 4 * 2**30
 CROSSINGS = 200
+BANDWIDTH = "bytes_per_second"  # the figure's name
 A_WHILE = 0.5  # seconds
 
 
@@ -36,14 +37,14 @@ def findings(weights: Path | None = None) -> Iterator[Finding]:
     """The figures. weights: a file to read from; without one, one is made where the Hub's cache is."""
     rate = measure_bandwidth()
     what = "the GPU reads" if device.on_gpu() else "all cores together read"
-    figures = {"bytes_per_second": rate}
-    yield Finding("speed", "memory read", "info", f"{what} {rate / 1e9:,.0f} GB/s", figures)
+    told = f"{what} {rate / 1e9:,.3g} GB/s"
+    yield Finding("speed", "memory read", "info", told, {BANDWIDTH: rate})
     yield _disk(weights)
     yield _crossing()
 
 
 def _disk(weights: Path | None) -> Finding:
-    where = "of the Hub's cache" if weights is None else "of MODEL"
+    where = "Hub's cache" if weights is None else "MODEL"
     try:
         if weights is not None:
             rates = read_rates(weights, EXPERT, reads=READS)
@@ -55,10 +56,10 @@ def _disk(weights: Path | None) -> Finding:
                 return Finding("speed", "disk read", "warning", told)
             rates = scratch_rates(folder, EXPERT, reads=READS)
     except OSError as error:
-        told = f"the disk {where}: {error.strerror or error}"
+        told = f"{where}: {error.strerror or error}"
         return Finding("speed", "disk read", "warning", told)
     told = ", ".join(f"{rate / 1e9:.1f}" for rate in rates.values())
-    told = f"{told} GB/s at {', '.join(map(str, rates))} reads at a time, disk {where}"
+    told = f"{told} GB/s by {', '.join(map(str, rates))} reads at a time, {where}"
     figures = {f"bytes_per_second_at_{depth}": rate for depth, rate in rates.items()}
     return Finding("speed", "disk read", "info", told, figures)
 

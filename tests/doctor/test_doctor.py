@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import json
+import socket
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from click.testing import CliRunner
 
 from mlx_gptoss import cli, device
 from mlx_gptoss.cli import doctor as command
-from mlx_gptoss.doctor import Finding, machine, sandbox, speed
+from mlx_gptoss.doctor import Finding, answers, chosen, machine, sandbox, speed
+from mlx_gptoss.doctor.private import without_names
 from mlx_gptoss.errors import ToolError
 from mlx_gptoss.tools.sandbox import selftest
 from mlx_gptoss.tools.sandbox.selftest import Check
+from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +27,7 @@ def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "STREAMED", 1 << 20)
     monkeypatch.setattr(speed, "A_WHILE", 0.01)
     monkeypatch.setattr(speed, "EXPERT", 1 << 16)
+    monkeypatch.setattr(speed, "SPARE", 0)
 
 
 def by_name(found: list[Finding]) -> dict[str, Finding]:
@@ -83,14 +88,14 @@ def test_memory_and_disk_are_measured_and_what_needs_a_gpu_says_so(
     assert found["memory read"].figures["bytes_per_second"] > 0
     assert {name.rpartition("_")[2] for name in found["disk read"].figures} == {"1", "4", "8"}
     assert found["GPU to CPU"].verdict == ("info" if device.on_gpu() else "none")
-    assert "the Hub's cache" in found["disk read"].detail and list(tmp_path.iterdir()) == []
+    assert found["disk read"].detail.endswith("Hub's cache") and list(tmp_path.iterdir()) == []
 
 
 def test_a_models_own_file_is_read_where_there_is_one(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(1 << 21))
     found = by_name(list(speed.findings(weights)))["disk read"]
-    assert found.verdict == "info" and found.detail.endswith("disk of MODEL")
+    assert found.verdict == "info" and found.detail.endswith(", MODEL")
 
 
 def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +107,7 @@ def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": speed.SPARE}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1}))
     monkeypatch.setattr(speed, "scratch_rates", None)  # whoever calls it fails
     told = by_name(list(speed.findings()))["disk read"]
     assert told.verdict == "warning" and "the disk is full" in told.detail and not told.figures
@@ -110,21 +115,115 @@ def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_disk_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     found = by_name(list(speed.findings(tmp_path / "gone")))["disk read"]
-    assert found.verdict == "warning" and found.detail == "the disk of MODEL: No such file or directory"
+    assert found.verdict == "warning" and found.detail == "MODEL: No such file or directory"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds, and is tested elsewhere, passes."""
+    monkeypatch.setattr(selftest, "run", lambda: [Check("reads a file", True, "", True)])
+    monkeypatch.setattr(answers, "findings", lambda: iter([Finding("demo model", "logits", "ok", "right")]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_the_command_prints_a_report_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(selftest, "run", lambda: [Check("reads a file", True, "", True)])
     report = tmp_path / "report.md"
-    shown = CliRunner().invoke(cli.cli, ["doctor", "--report", str(report)])
+    shown = CliRunner().invoke(cli.cli, ["doctor", "--report", str(report)], env={"COLUMNS": "80"})
     assert shown.exit_code == 0 and "everything that applies here works" in shown.output
+    lines = shown.output.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80  # one screen
     written = report.read_text()
-    for told in (f"mlx {version('mlx')}", "greedy replies", "python tool"):
+    for told in (f"mlx {version('mlx')}", "memory read", "greedy replies", "python tool"):
         assert told in written
     for private in (str(Path.home()), str(tmp_path), f" {getpass.getuser()} "):
         assert private not in written
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_fails_is_told_without_whose_machine_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> Iterator[Finding]:
+        raise OSError(
+            f"{tmp_path}/secret folder/x of {getpass.getuser()} on {socket.gethostname()}: no\nmore"
+        )
+
+    monkeypatch.setattr(answers, "findings", fail)
+    report = tmp_path / "report.md"
+    shown = CliRunner().invoke(cli.cli, ["doctor", "--json", "--report", str(report)])
+    assert shown.exit_code == 1
+    (failed,) = (entry for entry in json.loads(shown.output) if entry["verdict"] == "failed")
+    assert failed["section"] == "demo model" and failed["detail"].startswith("OSError: PATH folder/x of ")
+    for text in (report.read_text(), failed["detail"]):
+        assert str(tmp_path) not in text and "no" in text and "more" not in text
+        assert "of USER on HOST" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "public"),
+    [
+        ("~/models/x is gone", None, "PATH is gone"),
+        (f"{Path.home()}/a b/model.safetensors: cut", f"{Path.home()}/a b", "PATH: cut"),
+        ("alice/tuned/model.safetensors: cut", "alice/tuned", "PATH: cut"),
+        ("no folder 'alice/tuned'", "alice/tuned", "no folder 'MODEL'"),
+        ("demo model: 5 GB/s, 5/6, https://huggingface.co/x", "demo", None),
+    ],
+)
+def test_paths_and_models_are_taken_out_of_a_text(text: str, model: str | None, public: str | None) -> None:
+    assert without_names(text, model) == (text if public is None else public)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_is_examined_too(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "mine")
+    shown = CliRunner().invoke(cli.cli, ["doctor", str(folder), "--json"])
+    found = {(entry["section"], entry["name"]): entry for entry in json.loads(shown.output)}
+    assert shown.exit_code == 0
+    assert found["model", "files"]["verdict"] == found["model", "memory"]["verdict"] == "ok"
+    assert found["model", "decode"]["figures"]["most_tokens_per_second"] > 0
+    assert found["speed", "disk read"]["detail"].endswith(", MODEL")
+    weights = min(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    shown = CliRunner().invoke(cli.cli, ["doctor", str(folder), "--json"])
+    (failed,) = (entry for entry in json.loads(shown.output) if entry["verdict"] == "failed")
+    assert failed["name"] == "files" and shown.exit_code == 1 and "mine" not in failed["detail"]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [("20b", "mlx-gptoss pull 20b"), ("./nowhere", "no folder './nowhere'"), ("dem", "did you mean 'demo'")],
+)
+def test_a_model_that_is_not_here_is_told_before_anything_is_examined(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, told: str
+) -> None:
+    monkeypatch.setattr(machine, "findings", None)  # whoever calls it fails
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cli.run(["doctor", model]) == 1
+    captured = capsys.readouterr()
+    assert told in captured.err and captured.out == ""
+
+
+def test_what_of_a_model_fits_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    needed = by_name(list(chosen.findings(folder, None)))["memory"].figures["needed_bytes"]
+    few = int(needed) + (1 << 20)
+    monkeypatch.setattr(chosen, "available_memory", lambda: few)
+    monkeypatch.setattr(chosen, "SCRATCH", 10 << 20)
+    found = by_name(list(chosen.findings(folder, 1e9)))
+    assert found["memory"].verdict == "warning" and "experts a layer fit" in found["memory"].detail
+    assert "of the disk" in found["decode"].detail
+    monkeypatch.setattr(chosen, "available_memory", lambda: 1000)
+    (_, failed) = chosen.findings(folder, 1e9)
+    assert failed.verdict == "failed" and "are free" in failed.detail
+
+
+def test_a_report_without_a_folder_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["doctor", "--report", "/nowhere/report.md"]) == 2
+    assert "there is no folder '/nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_failure_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "run", lambda: [Check("kills a process", False, "it was killed", True)])
     shown = CliRunner().invoke(cli.cli, ["doctor", "--json"])
