@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-dev.lock
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint $(LOCK)
 
-.PHONY: demo test check coverage lowest lock fuzz mutants streaming docs golden clients page clean
+.PHONY: demo test check coverage lowest lock fuzz mutants streaming bits docs golden clients page clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -59,6 +59,13 @@ streaming: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/20b --limit 9GB
 	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 6GB
 	$(BIN)/python -m benchmarks.streaming fit $(STREAMED)/q4 --limit 4GB
+
+# Streamed logits against resident ones, bit by bit, on four layers of each true shape (9.3 GB at a time).
+bits: $(VENV)/.installed-test
+	for shape in 20b 120b; do \
+		$(BIN)/python -m tests.support.checkpoints --shape $$shape --layers 4 --out $(STREAMED)/$$shape-4 && \
+		$(BIN)/python -m benchmarks.streaming same $(STREAMED)/$$shape-4 && rm -r $(STREAMED)/$$shape-4 || exit 1; \
+	done
 
 # Write docs/cli.md again from the commands' own help, and the page and schema of docs/results.
 docs: $(VENV)/.installed

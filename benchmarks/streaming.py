@@ -35,6 +35,7 @@ from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import plan_checkpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import limit_memory, peak_rss
+from mlx_gptoss.engine.runner import streamed_experts
 from mlx_gptoss.llm import load
 from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.cache import SequenceCache
@@ -217,20 +218,24 @@ def logits(model: Model) -> list[np.ndarray]:
 
 
 def same(folder: Path) -> dict[str, Any]:
-    """Logits by slots against those with every expert in memory."""
+    """Logits by slots against those with every expert in memory; ends with status 1 where a bit differs."""
     expected = logits(read_model(Checkpoint(folder)))
-    found: dict[str, Any] = {}
-    count, k = Checkpoint(folder).config.num_experts, Checkpoint(folder).config.experts_per_token
-    for slots in sorted({count, 16, 8, k}, reverse=True):
+    config = Checkpoint(folder).config
+    count, differ = config.num_experts, False
+    for slots in sorted({count, 16, 8, config.experts_per_token}, reverse=True):
         checkpoint = Checkpoint(folder)
         checkpoint.streaming = ExpertFiles(checkpoint, slots)
-        rows = logits(read_model(checkpoint))
-        found[f"{slots} of {count} slots"] = (
-            "the same bits"
-            if all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
-            else f"off by {max(float(np.abs(a - b).max()) for a, b in zip(rows, expected, strict=True))}"
-        )
-    return found
+        rows = logits(model := read_model(checkpoint))
+        off = max(float(np.abs(a - b).max()) for a, b in zip(rows, expected, strict=True))
+        equal = all(np.array_equal(a, b) for a, b in zip(rows, expected, strict=True))
+        misses = sum(e.counts.misses for e in streamed_experts(model))
+        told = "the same bits" if equal else f"off by {off}"
+        print(f"{slots} of {count} slots, {config.num_layers} layers: {told} ({misses} reads)", flush=True)
+        differ |= not equal
+        del model, checkpoint
+    if differ:
+        raise SystemExit(1)
+    return {}
 
 
 @contextlib.contextmanager
