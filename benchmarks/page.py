@@ -34,10 +34,11 @@ from mlx_gptoss.markdown.document import blocks
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.server.run import make_server
 from tests.page.browser import Keys, Page, make_driver, scripted
-from tests.page.streaming import ANSWER, longest_and_last
+from tests.page.streaming import long_answer
 from tests.support.byte_tokenizer import byte_tokenizer
 from tests.support.scripted_llm import Script, ScriptedLLM
 
+ANSWER = long_answer(60)  # about 5,000 deltas
 PROMPT = "What is 358 + 267?"
 PAUSE = 0.1  # seconds between two renderings, as in markdown.js
 CHARACTERS = 4  # a token has of them, about
@@ -170,6 +171,37 @@ def by_page(page: Page, fields: dict[str, Any]) -> float:
     page.write(PROMPT + Keys.ENTER)
     page.wait(lambda: page.find(".turn.assistant[aria-busy=false]"), seconds=300)
     return float(page.text(".turn.assistant .rate").split()[0].replace(",", ""))
+
+
+def longest_and_last(page: Page) -> tuple[float, float]:
+    """Milliseconds: the page's longest task, and from the last delta's arrival until it is on the screen."""
+    page.open()
+    page.wait(lambda: page.find("[data-server=ready]"))
+    page.js(
+        "window.long = [0];"
+        "new PerformanceObserver(list => long.push(...list.getEntries().map(e => e.duration)))"
+        " .observe({entryTypes: ['longtask']});"
+        "const read = ReadableStreamDefaultReader.prototype.read;"
+        "ReadableStreamDefaultReader.prototype.read = async function() {"
+        " const part = await read.call(this);"
+        " const text = part.value ? new TextDecoder().decode(part.value) : '';"
+        " if (text.includes('finish_reason\":\"stop')) window.came ??= performance.now();"
+        " return part }"
+    )
+    page.write("go" + Keys.ENTER)
+    page.wait(lambda: page.text(".turn.assistant").count("Part") > 3)
+    page.js(
+        "const look = () => {"
+        " const last = document.querySelector('.turn.assistant .body').lastElementChild;"
+        " if (last?.textContent.includes('THE END')) window.shown ??= performance.now();"
+        " else setTimeout(look, 5) };"
+        "look()"
+    )
+    page.wait(lambda: page.js("return window.shown"), seconds=120)
+    page.finished()
+    assert page.js("return document.querySelectorAll('.body math mfrac').length") == 120
+    assert page.js("return document.querySelectorAll('.body figure.code').length") == 60
+    return max(page.js("return window.long")), page.js("return window.shown - window.came")
 
 
 def page_lag(runs: int, speed: float, told: Callable[[str, float], None]) -> None:
