@@ -28,6 +28,7 @@ from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
 from mlx_gptoss.checkpoint.memory import plan
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import describe, peak_rss
+from mlx_gptoss.model import cpu
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cpu import HostExperts, HostProjection
 from mlx_gptoss.model.experts import Experts, ResidentExperts
@@ -81,6 +82,8 @@ def random_examples(vocab: int, count: int, length: int) -> list[Example]:
 
 def ours(folder: Path, examples: list[Example], tokens: int, steps: int, plain: bool) -> dict[str, float]:
     """Learned tokens a second without the first two steps, and the peak beyond the weights."""
+    if plain:
+        cpu.leaves_mlx = lambda dtype: False
     base = Base((Plain if plain else Checkpoint)(folder, "float32"))
     tree: Any = base.new_parameters(range(base.config.num_layers), ATTENTION, RANK, 0)
     optimizer = make_optimizer(TuneOptions(rank=RANK), steps)

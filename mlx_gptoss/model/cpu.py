@@ -6,8 +6,9 @@ MLX's Linux wheel is linked with, so dense products go through it, and for many 
 well, expert by expert; and a stream is one core, so large quantised matrices are applied by halves on two
 streams. Nothing here runs on a GPU.
 
-The products that leave MLX have gradients of their own (`mx.custom_function`), in the activations alone:
-weights are constants there. Without them the gradient would be zero, and nothing would say so.
+The products that leave MLX have gradients of their own (`mx.custom_function`): of a model's weights in the
+activations alone, which are constants there, of an adapter's in all. Without them the gradient would be zero,
+and nothing would say so. Attention has one as well, since MLX's takes its products.
 
 Large products are shared among threads of our own, and the BLAS keeps to one: its threads spin for some
 20 ms after each product, on the cores that MLX's streams then need. That alone makes decoding a third slower.
@@ -16,9 +17,8 @@ Large products are shared among threads of our own, and the BLAS keeps to one: i
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import cast
@@ -27,7 +27,9 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from mlx_gptoss.device import on_gpu
 from mlx_gptoss.model.batch import Batch, Pairs
+from mlx_gptoss.model.cache import Mask
 from mlx_gptoss.model.experts import ExpertWeights, Way, by_pair
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
@@ -35,11 +37,13 @@ from mlx_gptoss.model.quantization import FP4_VALUES, MXFP4
 # Switching streams, or waiting for the array that the BLAS reads, costs about 25 us: for one row it pays from
 # this many values on.
 LARGE = 1 << 20
-# Matrices (or stacks) of fewer values stay with MLX, which is as fast there for several rows.
+# Matrices (or stacks) of fewer values stay with MLX, which is as fast there for several rows; not for so many
+# that rows times values reach LARGE.
 SMALL = 1 << 16
+# Rows from which an adapter's two thin products pay.
+LOW_RANK_FROM = 16
 # Rows an expert must have, on average, before unpacking its whole matrix beats reading it row by row.
 UNPACK_FROM = 4
-NEVER = sys.maxsize
 # Rows of a matrix that a core unpacks and multiplies at a time: they fit in its cache.
 UNPACK_ROWS = 128
 
@@ -107,8 +111,9 @@ class HostProjection:
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self._parts = _halves(matrix) if _is_large(matrix) else None
-        small = matrix.outputs * matrix.inputs < SMALL
-        self._blas_from = 1 if self._parts else NEVER if small else 2  # rows for which the BLAS pays
+        values = matrix.outputs * matrix.inputs
+        # Rows for which the BLAS pays.
+        self._blas_from = 1 if self._parts else 2 if values >= SMALL else LARGE // values
         weight = matrix.weight
         self._by_blas = _with_gradient(
             lambda x: product(x, np.asarray(weight)), lambda g: product(g, np.asarray(weight).T)
@@ -126,6 +131,94 @@ class HostProjection:
 
     def arrays(self) -> list[mx.array]:
         return self.matrix.arrays()
+
+
+def leaves_mlx(dtype: mx.Dtype) -> bool:
+    """Whether products of this dtype may be made by the host's BLAS."""
+    return dtype == mx.float32 and not on_gpu()
+
+
+def low_rank(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """What an adapter adds to a projection: x [N, I], a [r, I], b [O, r] -> x @ a.T @ b.T [N, O]."""
+    if len(x) < LOW_RANK_FROM or not leaves_mlx(x.dtype):
+        return (x @ a.T) @ b.T
+    return cast(mx.array, _low_rank(x, a, b))
+
+
+@mx.custom_function
+def _low_rank(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    rows, inner, outer = (np.asarray(array) for array in (x, a, b))
+    return mx.array(product(product(rows, inner), outer))
+
+
+@_low_rank.vjp
+def _low_rank_gradient(
+    primals: Sequence[mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, ...]:
+    x, a, b, g = (np.asarray(array) for array in (*primals, cotangent))
+    inner, outer = product(x, a), product(g, b.T)  # [N, r]
+    found = product(outer, a.T), product(outer.T, x.T), product(g.T, inner.T)
+    return tuple(map(mx.array, found))
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
+) -> mx.array:
+    """MLX's attention over one sequence, q [1, Hq, t, C], k and v [1, H, t, C]; on the CPU with a gradient of
+    its own, none for the sinks, which are weights.
+    """
+
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+    if not leaves_mlx(q.dtype):
+        return forward(q, k, v)
+    made = mx.custom_function(forward)
+
+    def back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        qs, ks, vs, g = (np.asarray(array)[0] for array in (*primals, cotangent))
+        found = _attention_gradient(qs, ks, vs, g, np.asarray(sinks), scale, mask)
+        return tuple(mx.array(array[None]) for array in found)
+
+    made.vjp(back)
+    return cast(mx.array, made(q, k, v))
+
+
+def _attention_gradient(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, sinks: np.ndarray, scale: float, mask: Mask
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradients of attention in q [Hq, t, C], k and v [H, t, C], given that in its output g [Hq, t, C].
+
+    The scores are made again, those of one key-value head at a time on each core.
+    """
+    heads, t, channels = k.shape
+    shared = len(q) // heads
+    shown = np.tri(t, dtype=bool) if isinstance(mask, str) else None if mask is None else np.asarray(mask)
+    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+
+    def head(h: int) -> None:
+        own = slice(h * shared, (h + 1) * shared)
+        rows, back = (array[own].reshape(-1, channels) for array in (q, g))
+        p = (rows @ k[h].T).reshape(shared, t, t)
+        p *= scale
+        if shown is not None:
+            np.putmask(p, np.broadcast_to(~shown, p.shape), -np.inf)
+        sink = sinks[own, None, None]
+        top = np.maximum(p.max(axis=-1, keepdims=True), sink)
+        np.exp(np.subtract(p, top, out=p), out=p)
+        p /= p.sum(axis=-1, keepdims=True) + np.exp(sink - top)
+        p = p.reshape(-1, t)
+        dv[h] = p.T @ back
+        scores = back @ v[h].T
+        scores -= np.einsum("ij,ij->i", scores, p)[:, None]
+        scores *= p
+        scores *= scale
+        dq[own] = (scores @ k[h]).reshape(shared, t, channels)
+        dk[h] = scores.T @ rows
+
+    with _blas().limit(limits=1):
+        list(_workers().map(head, range(heads)))
+    return dq, dk, dv
 
 
 class HostExperts:

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_gptoss.model.batch import Batch, Pairs
 from mlx_gptoss.model.config import ModelConfig
+from mlx_gptoss.model.cpu import low_rank
 from mlx_gptoss.model.graph import Layer
 from mlx_gptoss.model.projection import Projection, replayable
 
@@ -113,7 +114,7 @@ class AdaptedProjection:
             return y
         uniform, pair = self.pairs.only(batch)
         if uniform:
-            return y if pair is None else y + (x @ pair.a.T) @ pair.b.T
+            return y if pair is None else y + low_rank(x, pair.a, pair.b)
         stack, numbers = self.pairs.stack, _within(batch, self.pairs.stack)
         z = mx.gather_mm(x[:, None], stack.a.swapaxes(-1, -2), rhs_indices=numbers)
         return y + mx.gather_mm(z, stack.b.swapaxes(-1, -2), rhs_indices=numbers).squeeze(1)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import Mask
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig
+from mlx_gptoss.model.cpu import attention
 
 
 class Whole:
@@ -38,7 +39,7 @@ class Whole:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
     ) -> mx.array:
         """As LayerCache.attend, without appending: q [1, Hq, t, D] -> [1, Hq, t, D]."""
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        return attention(q, k, v, scale=scale, sinks=sinks, mask=mask)
 
     def advance(self, t: int) -> None:
         """Nothing moves."""

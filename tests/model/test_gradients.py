@@ -13,6 +13,7 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.model import cpu
 from mlx_gptoss.model.batch import Batch, Segment
+from mlx_gptoss.model.cache import Mask
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.experts import Experts, ExpertWeights, ResidentExperts
 from mlx_gptoss.model.graph import Model
@@ -45,7 +46,7 @@ def affine(*shape: int) -> Matrix:
 
 def thresholds(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     """Let every matrix count as large, small or neither."""
-    large, small = {"large": (1, 1), "small": (1 << 30, 1), "tiny": (1 << 30, 1 << 30)}[size]
+    large, small = {"large": (1, 1), "small": (1 << 30, 1), "tiny": (1 << 20, 1 << 30)}[size]
     monkeypatch.setattr(cpu, "LARGE", large)
     monkeypatch.setattr(cpu, "SMALL", small)
 
@@ -72,7 +73,7 @@ def test_a_product_made_outside_of_mlx_has_a_gradient_of_zero_and_nobody_is_told
 
 @host
 @pytest.mark.parametrize("size", ["large", "small", "tiny"])
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [1, 7, 60])
 @pytest.mark.parametrize("make", [lambda: Matrix(normal(OUT, IN)), lambda: affine(OUT, IN)])
 def test_a_projection_has_the_gradient_of_mlx(
     make: Callable[[], Matrix], rows: int, size: str, monkeypatch: pytest.MonkeyPatch
@@ -109,6 +110,47 @@ def test_experts_have_the_gradient_of_a_gpus_way(
     assert expected.any() and close(
         gradient(lambda x: cpu.HostExperts(weights)(x, chosen, batch), x), expected
     )
+
+
+@host
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_an_adapter_adds_has_the_gradients_of_mlx(rows: int) -> None:
+    arrays = normal(rows, IN), normal(4, IN), normal(OUT, 4)
+    weights = normal(rows, OUT)
+
+    def loss(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return (weights * ((x @ a.T) @ b.T)).sum()
+
+    def hosts(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return (weights * cpu.low_rank(x, a, b)).sum()
+
+    value, expected = mx.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+    again, found = mx.value_and_grad(hosts, argnums=(0, 1, 2))(*arrays)
+    assert np.array(again) == pytest.approx(np.array(value), rel=1e-5)
+    assert all(close(np.array(f), np.array(e)) for f, e in zip(found, expected, strict=True))
+
+
+@host
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_attention_has_the_gradients_of_mlx(length: int) -> None:
+    """Over everything, and over a window where it is shorter than the sequence."""
+    config = ModelConfig.from_hf(hf_config(Shape(window=16)))
+    (segment,) = whole_segments(config, [length])
+    q, g = normal(1, 4, length, 32), normal(1, 4, length, 32)
+    k, v, sinks = normal(1, 2, length, 32), normal(1, 2, length, 32), normal(4)
+    for mask in segment.cache.masks(length).values():
+
+        def mlx(q: mx.array, k: mx.array, v: mx.array, mask: Mask = mask) -> mx.array:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask, sinks=sinks)
+
+        def ours(q: mx.array, k: mx.array, v: mx.array, mask: Mask = mask) -> mx.array:
+            return cpu.attention(q, k, v, scale=0.3, sinks=sinks, mask=mask)
+
+        (value,), expected = mx.vjp(mlx, [q, k, v], [g])
+        (again,), found = mx.vjp(ours, [q, k, v], [g])
+        assert np.array_equal(np.array(again), np.array(value))
+        for array, wanted in zip(found, map(np.array, expected), strict=True):
+            assert np.abs(np.array(array) - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
 
 
 class Plain(Checkpoint):

@@ -14,7 +14,7 @@ from mlx_gptoss.tune import TuneOptions, tune
 from tests.support.tuning import style_rows, write_rows
 
 LEARN = TuneOptions(
-    rank=16, scale=4.0, tokens=1024, steps=30, every=30, lr=3e-3, warmup=0.1, samples=0, patience=0
+    rank=16, scale=4.0, tokens=768, steps=30, every=30, lr=3e-3, warmup=0.1, samples=0, patience=0
 )
 
 
@@ -47,5 +47,5 @@ def right(llm: gptoss.LLM, adapter: str, count: int = 80) -> float:
 
 
 def test_a_new_form_of_answer_is_learned_in_thirty_steps(llm: gptoss.LLM) -> None:
-    assert right(llm, "base") == 0
+    assert right(llm, "base", 24) == 0
     assert right(llm, "style") >= 0.6
