@@ -21,12 +21,15 @@ from mlx_gptoss.checkpoint.hub import resolve, resolve_adapter
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.device import available_memory, limit_memory, on_gpu
+from mlx_gptoss.distributed.group import Group, Patience
+from mlx_gptoss.distributed.hosts import read_hosts
+from mlx_gptoss.distributed.launch import Source, Spread, load_spread, spread
 from mlx_gptoss.engine.core import Engine
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.engine.options import LOOKUP, MIN_CONTEXT, EngineKeywords, EngineOptions
 from mlx_gptoss.engine.prefix_disk import PrefixDisk, fingerprint
 from mlx_gptoss.engine.request import Sink, TokenStream
-from mlx_gptoss.engine.runner import LocalRunner, streamed_experts
+from mlx_gptoss.engine.runner import LocalRunner, ModelRunner, streamed_experts
 from mlx_gptoss.engine.speculate import DrafterFactory, ModelDrafter, PromptLookup
 from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
@@ -63,6 +66,9 @@ def load(
     offline: bool = False,
     adapter: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    hosts: str | Path | Sequence[str] | None = None,
+    split: Sequence[int] | None = None,
+    patience: Patience | None = None,
     progress: Callable[[int, int], None] | None = None,
     announce: Callable[[str], None] | None = None,
     **options: Unpack[EngineKeywords],
@@ -71,12 +77,14 @@ def load(
 
     dtype: "bfloat16", "float16" or "float32" for activations and dense weights (default: the device's).
     adapter: a folder or Hub id of an adapter that answers whatever does not name another. adapters: by name,
-    for requests that name one (`adapter="sql"`); see LLM.load_adapter. progress(done, total) is called as
-    parts are read, on another thread; announce, before that, with one line that tells what memory the model
-    will take. options: see EngineOptions.
+    for requests that name one (`adapter="sql"`); see LLM.load_adapter. hosts: machines that share the layers,
+    this one first: their names, or the hostfile of `mlx.launch`; "localhost" may repeat, for trials. split:
+    how many layers each has (default: by its memory). patience: how long the others are waited for.
+    progress(done, total) is called as parts are read, on another thread; announce, before that, with one line
+    that tells what memory the model will take. options: see EngineOptions.
 
-    Raises ModelNotFoundError, HubError, ConfigError, CheckpointError (AdapterError), MemoryLimitError or
-    RequestError.
+    Raises ModelNotFoundError, HubError, ConfigError, CheckpointError (AdapterError), MemoryLimitError,
+    HostError or RequestError.
     """
     chosen = _checked(options)
     folder = resolve(model, revision=revision, offline=offline)
@@ -91,11 +99,17 @@ def load(
     free = available_memory() - (plan_checkpoint(draft).weights if draft is not None else 0)
     # Beside the copy that runs, all of them padded to one rank for batches of several.
     free -= 2 * sum(one.parameters for one in found.values()) * checkpoint.dtype.size
-    plan = _plan(checkpoint, chosen, free)
-    if announce is not None:
-        announce(f"{folder.name}: {plan}")
+    if split is not None and hosts is None:
+        raise RequestError("split tells how many layers each of several hosts has: give hosts", "split")
+    group = None if hosts is None else Group(read_hosts(hosts).hosts, patience=patience)
     worker = Worker(f"engine {folder.name}")
     try:
+        if group is None:
+            plan = _plan(checkpoint, chosen, free)
+        else:
+            plan = _plan_group(checkpoint, chosen, free, group, Source.of(str(model), folder, offline), split)
+        if announce is not None:
+            announce(f"{folder.name}: {plan}")
         worker.call(partial(limit_memory, plan.memory.weights))
         tokenizer = Tokenizer.from_folder(folder) if has_text else None
         engine = _engine(worker, checkpoint, plan, draft, tokenizer, stops, progress)
@@ -108,6 +122,8 @@ def load(
         )
     except BaseException:
         worker.close()
+        if group is not None:
+            group.close()
         raise
 
 
@@ -129,6 +145,7 @@ class _Plan:
     kv_budget: int
     max_context: int
     free: int
+    hosts: tuple[Group, Spread, Source] | None = None  # where its layers are not all here
 
     def __str__(self) -> str:
         unpacked = " and ".join(self.memory.unpacked)
@@ -156,6 +173,26 @@ def _plan(checkpoint: Checkpoint, options: EngineOptions, free: int) -> _Plan:
     return _Plan(memory, options, *plan_context(memory, options, free), free)
 
 
+def _plan_group(
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    free: int,
+    group: Group,
+    source: Source,
+    split: Sequence[int] | None,
+) -> _Plan:
+    """The plan over several machines, which are started for it: they know how much memory they have."""
+    if options.expert_bytes is not None:
+        raise RequestError("expert_memory is for a model on one machine: leave out hosts, or it", "hosts")
+    machines = group.gather()
+    machines[0] = replace(machines[0], room=min(machines[0].room, free))
+    made = spread(checkpoint, machines, wanted_kv(checkpoint, options), SCRATCH, split)
+    all_free = made.memory.total() + SCRATCH + made.left  # of one machine that leaves as much to caches
+    context = plan_context(made.memory, options, all_free)
+    room = sum(machine.room for machine in machines)
+    return _Plan(made.memory, options, *context, room, (group, made, source))
+
+
 def _engine(
     worker: Worker,
     checkpoint: Checkpoint,
@@ -166,18 +203,24 @@ def _engine(
     progress: Callable[[int, int], None] | None,
 ) -> Engine:
     """Read the weights, on the worker's thread, and put an engine on them."""
-    options = plan.options
-    loaded = worker.call(lambda: read_model(checkpoint, progress))
+    options, block = plan.options, plan.options.prefill_chunk
     disk, usage = None, None
     if options.prefix_cache is not None:
-        mark = fingerprint(checkpoint.folder, loaded.dtype, options.bits)
+        mark = fingerprint(checkpoint.folder, checkpoint.dtype, options.bits)
         disk = PrefixDisk(Path(options.prefix_cache).expanduser(), mark, DISK_LIMIT)
         usage = ExpertUsage(disk.folder)
-    streamed, block = streamed_experts(loaded), options.prefill_chunk
-    interleaved = checkpoint.layout.interleaved
-    runner = worker.call(
-        lambda: LocalRunner(loaded, options.bits, streamed, block, usage, interleaved=interleaved)
-    )
+
+    def read() -> LocalRunner:
+        loaded, interleaved = read_model(checkpoint, progress), checkpoint.layout.interleaved
+        streamed = streamed_experts(loaded)
+        return LocalRunner(loaded, options.bits, streamed, block, usage, interleaved=interleaved)
+
+    runner: ModelRunner
+    if plan.hosts is None:
+        runner = worker.call(read)
+    else:
+        group, made, source = plan.hosts
+        runner = load_spread(worker.call, group, checkpoint, made, source, options.bits, progress)
     drafters: DrafterFactory | None = PromptLookup if options.draft == LOOKUP else None
     if draft is not None:
         second = worker.call(lambda: LocalRunner(read_model(draft)))
@@ -185,13 +228,13 @@ def _engine(
     return Engine(
         worker,
         runner,
-        replace(options, prefill_chunk=rows_at_once(checkpoint.config, loaded.dtype, block))
-        if streamed
+        replace(options, prefill_chunk=rows_at_once(checkpoint.config, checkpoint.dtype, block))
+        if runner.expert_slots
         else options,
         kv_budget=plan.kv_budget,
         max_context=plan.max_context,
         stop_ids=tokenizer.stop_ids if tokenizer else stops,
-        grouped_rows=grouped_rows(checkpoint.config) if on_gpu() and not streamed else 0,
+        grouped_rows=grouped_rows(checkpoint.config) if on_gpu() and not runner.expert_slots else 0,
         disk=disk,
         drafters=drafters,
         message_start=tokenizer.special.start if tokenizer else None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_gptoss.checkpoint.safetensors import read_folder
+from mlx_gptoss.checkpoint.safetensors import TensorInfo, read_folder
 from mlx_gptoss.files import open_regular, read_limited
 from mlx_gptoss.model.config import MAX_BYTES
 
@@ -13,14 +14,14 @@ from mlx_gptoss.model.config import MAX_BYTES
 SAMPLED = 1 << 12
 
 
-def fingerprint(folder: Path, context: str = "") -> str:
+def fingerprint(folder: Path, context: str = "", tensors: Mapping[str, TensorInfo] | None = None) -> str:
     """SHA-256 (hex) of `context`, config.json, and each tensor's name, dtype, shape and sampled bytes.
 
-    Raises OSError and CheckpointError.
+    tensors: those of them that count (default: all). Raises OSError and CheckpointError.
     """
     digest = hashlib.sha256(context.encode())
     digest.update(read_limited(folder / "config.json", MAX_BYTES))
-    for name, tensor in sorted(read_folder(folder).items()):
+    for name, tensor in sorted((read_folder(folder) if tensors is None else tensors).items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         with open_regular(tensor.path) as file:
             last = max(0, tensor.nbytes - SAMPLED)

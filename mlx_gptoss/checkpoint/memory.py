@@ -169,7 +169,7 @@ def plan_checkpoint(
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     config, transient, expert = checkpoint.config, 0, Expert(0, 0)
     layers = [0] * config.num_layers
-    every = config.num_experts * config.num_layers
+    every = config.num_experts * len(checkpoint.portion.layers)
     for name, tensor in checkpoint.tensors.items():
         spec = checkpoint.specs[name]
         bias = spec.packing is None and len(spec.shape) == 2  # of experts: small, and all in memory

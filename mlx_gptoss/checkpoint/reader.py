@@ -8,6 +8,7 @@ layer is ever alive. Expert blocks are viewed as MLX's uint32 words; they are ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.finite import not_finite
-from mlx_gptoss.checkpoint.layouts import Form, check_tensors, detect_layout, part_of, record_parts
-from mlx_gptoss.checkpoint.safetensors import read_folder
+from mlx_gptoss.checkpoint.layouts import (
+    Form,
+    TensorSpec,
+    check_tensors,
+    detect_layout,
+    part_of,
+    record_parts,
+)
+from mlx_gptoss.checkpoint.safetensors import read_folder, read_names
 from mlx_gptoss.device import on_gpu, parse_dtype
 from mlx_gptoss.errors import CheckpointError, ConfigError
 from mlx_gptoss.model.config import read_config
@@ -37,18 +45,35 @@ class Streaming(Protocol):
     def experts(self, checkpoint: Checkpoint, layer: int, bias: mx.array) -> Experts: ...
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Some of a model's layers; with the `ends`, also what stands outside of the layers."""
+
+    layers: range
+    ends: bool = False
+
+    def has(self, spec: TensorSpec) -> bool:
+        return self.ends if spec.layer is None else spec.layer in self.layers
+
+
 class Checkpoint:
     """A folder of weights with checked headers; its parts are read on demand.
 
-    Raises ConfigError or CheckpointError, naming every tensor that is missing, extra or misshapen.
+    portion: what alone is there, of a model whose other layers are on other machines; files that hold nothing
+    of it are not opened. Raises ConfigError or CheckpointError, naming every tensor that is missing, extra or
+    misshapen.
     """
 
-    def __init__(self, folder: Path, dtype: mx.Dtype | str | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: mx.Dtype | str | None = None, portion: Portion | None = None
+    ) -> None:
         self.folder = folder
         self.dtype = parse_dtype(dtype)
         self.config, self.raw_config = read_config(folder)
-        self.tensors = read_folder(folder)
-        self.layout = detect_layout(self.tensors, folder)
+        self.portion = portion or Portion(range(self.config.num_layers), ends=True)
+        self.tensors = read_folder(folder) if portion is None else {}
+        self._names = frozenset(self.tensors if portion is None else read_names(folder))
+        self.layout = detect_layout(self._names, folder)
         self._quantization = _read_quantization(self.raw_config)
         self.part_config = self.config  # the shape of the layers that are made
         self.make_attention: Callable[..., Attention] = Attention
@@ -57,12 +82,15 @@ class Checkpoint:
         self.unpacked: tuple[str, ...] = ()  # quantised parts that are to be floats in memory
         self._unchecked: list[tuple[str, mx.array]] = []
         self._files: dict[Path, dict[str, mx.array]] = {}
-        self.specs = {spec.name: spec for spec in self.layout.tensors(self.config, self.quantization_of)}
+        specs = self.layout.tensors(self.config, self.quantization_of)
+        self.specs = {spec.name: spec for spec in specs if self.portion.has(spec)}
+        if portion is not None:
+            self.tensors = read_folder(folder, self.specs)
         check_tensors({name: (t.dtype, t.shape) for name, t in self.tensors.items()}, self.specs, folder)
 
     def quantization_of(self, path: str) -> Quantization | None:
         """How the matrix `path` is packed; None when it is dense."""
-        if f"{path}.scales" not in self.tensors:
+        if f"{path}.scales" not in self._names:
             return None
         default, by_path = self._quantization
         chosen = by_path.get(path, default)
@@ -238,27 +266,33 @@ def load_model(
 
 def read_model(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> Model:
     """Read every part of a checked checkpoint, one after the other."""
-    config = checkpoint.config
-    total = config.num_layers + 2
+    total = len(checkpoint.portion.layers) + 2
     tell = progress or (lambda done, total: None)
     embedding = checkpoint.embedding()
     mx.eval(embedding.arrays())
     checkpoint.check_finite()
     tell(1, total)
-    layers = []
-    for i in range(config.num_layers):
-        layer = checkpoint.layer(i)
-        mx.eval(layer.arrays())
-        checkpoint.check_finite()
-        layers.append(layer)
-        tell(i + 2, total)
+    layers = read_layers(checkpoint, lambda done: tell(done + 1, total))
     norm, head = checkpoint.norm(), checkpoint.head()
     mx.eval(norm, head.arrays())
     checkpoint.check_finite()
     # Casting left buffers of the files' dtype in MLX's cache; nothing will reuse them.
     mx.clear_cache()
     tell(total, total)
-    return Model(config, embedding=embedding, layers=layers, norm=norm, head=head)
+    return Model(checkpoint.config, embedding=embedding, layers=layers, norm=norm, head=head)
+
+
+def read_layers(checkpoint: Checkpoint, progress: Callable[[int], None] = lambda done: None) -> list[Layer]:
+    """Read the layers that a checkpoint has, one after the other."""
+    layers: list[Layer] = []
+    for index in checkpoint.portion.layers:
+        layer = checkpoint.layer(index)
+        layer.attention.index = len(layers)  # its place among the caches of those that are here
+        mx.eval(layer.arrays())
+        checkpoint.check_finite()
+        layers.append(layer)
+        progress(len(layers))
+    return layers
 
 
 def _applied(matrix: Matrix, bias: mx.array | None = None) -> Projection:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -98,18 +98,31 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     return {t.name: t for t in tensors}
 
 
-def read_folder(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint folder, by name.
+def read_names(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of a checkpoint folder's tensors: from its index, so that no other file is opened, where it
+    has one. Raises CheckpointError as `read_folder` does.
+    """
+    index = Path(folder) / INDEX_NAME
+    return list(_read_index(index) if os.path.lexists(index) else read_folder(folder))
+
+
+def read_folder(
+    folder: str | os.PathLike[str], wanted: Collection[str] | None = None
+) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint folder, by name: all of them, or the `wanted` ones.
 
     The files are those its index names, else every ``*.safetensors`` in it that is not hidden (a Mac puts
     ``._NAME`` beside NAME on foreign disks).  They must lie inside the folder; in a Hugging Face cache, links
     into the repository's own ``blobs`` count as inside.  Raises CheckpointError for a missing, corrupt or
-    escaping file, a name held twice, or an index that disagrees with the files.
+    escaping file, a name held twice, or an index that disagrees with the files. With an index, files that
+    hold nothing wanted are not opened, and need not be there.
     """
     root = Path(folder)
     index = root / INDEX_NAME
     weight_map = _read_index(index) if os.path.lexists(index) else None
     if weight_map is not None:
+        if wanted is not None:
+            weight_map = {name: weight_map[name] for name in wanted if name in weight_map}
         files = sorted(set(weight_map.values()))
     else:
         files = sorted(p.name for p in root.glob("*.safetensors"))
@@ -119,6 +132,8 @@ def read_folder(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(_inside(root, file)).items():
+            if wanted is not None and name not in wanted:
+                continue
             if name in found:
                 raise CheckpointError(
                     f"{root}: {name} is in both {found[name].path.name} and {file}; keep one"

@@ -78,6 +78,8 @@ class ModelSource:
     engine: EngineKeywords
     name: str = ""
     adapters: tuple[tuple[str | None, str], ...] = ()  # name (None: answers whatever names no other), place
+    hosts: str | None = None
+    split: str | None = None
 
     def local(self) -> ModelSource:
         """The same model as a local folder: downloaded, or found missing, before anything else is done."""
@@ -97,6 +99,11 @@ class ModelSource:
         from mlx_gptoss.llm import load
 
         name = self.name or expand(self.model)
+        split = None
+        if self.split is not None:
+            from mlx_gptoss.distributed.plan import parse_split
+
+            split = parse_split(self.split)
 
         def announce(line: str) -> None:
             _, _, facts = line.partition(": ")  # what comes first is a commit's hash in the Hub's cache
@@ -112,6 +119,8 @@ class ModelSource:
                 announce=announce if sys.stderr.isatty() else None,
                 adapter=next((place for name, place in self.adapters if name is None), None),
                 adapters={name: place for name, place in self.adapters if name is not None},
+                hosts=self.hosts,
+                split=split,
                 **self.engine,
             )
         llm.name = name
@@ -227,9 +236,12 @@ def _source(
     revision: str | None,
     offline: bool,
     adapter: tuple[tuple[str | None, str], ...],
+    hosts: str | None,
+    split: str | None,
     **engine: Any,
 ) -> ModelSource:
-    return ModelSource(model, dtype, revision, offline, cast("EngineKeywords", engine), adapters=adapter)
+    keywords = cast("EngineKeywords", engine)
+    return ModelSource(model, dtype, revision, offline, keywords, adapters=adapter, hosts=hosts, split=split)
 
 
 def _adapters(
@@ -258,6 +270,12 @@ model_options = bundle(
         metavar="[NAME=]FOLDER|HUB_ID",
         help="Adapter beside the weights; with a name, for requests that name it. May be repeated.",
     ),
+    click.option(
+        "--hosts",
+        metavar="NAME,NAME|FILE",
+        help="Machines that share the layers, this one first, or the hostfile of mlx.launch.",
+    ),
+    click.option("--split", metavar="N,N", help="How many layers each host has.  [default: by its memory]"),
     click.option(
         "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
     ),

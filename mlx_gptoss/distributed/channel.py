@@ -161,6 +161,17 @@ def dial(address: tuple[str, int], token: bytes, timeout: float = HANDSHAKE) -> 
     return Channel(connection)
 
 
+def dial_any(addresses: list[list[Any]], token: bytes) -> Channel:
+    """A connection to the first of some [host, port] that lets this machine in. Raises HostError."""
+    problem = HostError("no address was given")
+    for host, port in addresses:
+        try:
+            return dial((host, port), token)
+        except HostError as error:
+            problem = error
+    raise problem
+
+
 def _their_nonce(connection: socket.socket, deadline: float) -> bytes:
     magic, version, nonce = _PRELUDE.unpack(_exactly(connection, _PRELUDE.size, deadline))
     if magic != MAGIC:

@@ -250,6 +250,12 @@ class PrefixStore:
         self._unsaved.clear()
         self.nbytes = 0
 
+    def reset(self) -> None:
+        """Forget everything that is in memory; what is on disk is found again."""
+        self.clear()
+        if self._disk is not None:
+            self._adopt(self._disk)
+
     def forget(self, adapter: int) -> None:
         """Forget what was computed with an adapter, which is another one from now on."""
         root = self._roots.pop(adapter, None)

@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.expert_usage import ExpertUsage
+from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
-from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.graph import Layer, Model
 from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
@@ -122,6 +123,10 @@ class ModelRunner(Protocol):
         """What the layers did whose experts are not all in memory."""
         ...
 
+    def take_loss(self) -> GptOssError | None:
+        """What has taken away every cache, span and state since the last call; None where they are there."""
+        ...
+
     def close(self) -> None:
         """The last call: keep what the next process can use."""
         ...
@@ -155,6 +160,9 @@ class LocalRunner:
         if usage is not None and streamed:
             usage.warm(streamed)
 
+    def take_loss(self) -> GptOssError | None:
+        return None
+
     def close(self) -> None:
         if self._usage is not None and self.streamed:
             self._usage.save(self.streamed)
@@ -185,13 +193,7 @@ class LocalRunner:
         return SequenceCache(self._model.config, self._model.dtype, self._kv_bits, adapter)
 
     def put_adapter(self, number: int, adapter: Adapter | None) -> None:
-        layers = self._model.layers
-        for index, layer in enumerate(layers):
-            if not isinstance(layer.attention.qkv, AdaptedProjection):
-                layer = layers[index] = adaptable(layer)
-            parts, scale = ({}, 1.0) if adapter is None else (adapter.parts.get(index, {}), adapter.scale)
-            put_adapter(layer, number, parts, scale, interleaved=self._interleaved)
-        mx.eval(adapter_arrays(layers))
+        adapt_layers(self._model.layers, number, adapter, interleaved=self._interleaved)
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         if self.streamed:
@@ -224,6 +226,20 @@ class LocalRunner:
         if self.streamed and len(tokens) > self._block:
             return sweep(self._model, tokens, segments, rows, self._block, progress)
         return self._model(tokens, segments, rows, awaited=awaited)
+
+
+def adapt_layers(
+    layers: list[Layer], number: int, adapter: Adapter | None, *, interleaved: bool, first: int = 0
+) -> None:
+    """Put an adapter beside the weights of these layers, of which the first is the model's layer `first`;
+    None frees it.
+    """
+    for index, layer in enumerate(layers):
+        if not isinstance(layer.attention.qkv, AdaptedProjection):
+            layer = layers[index] = adaptable(layer)
+        parts, scale = ({}, 1.0) if adapter is None else (adapter.parts.get(first + index, {}), adapter.scale)
+        put_adapter(layer, number, parts, scale, interleaved=interleaved)
+    mx.eval(adapter_arrays(layers))
 
 
 def streamed_experts(model: Model) -> list[StreamedExperts]:

@@ -127,6 +127,8 @@ class Scheduler:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""
         self._started = time.perf_counter()
         try:
+            if (loss := self.runner.take_loss()) is not None:
+                self._start_over(loss)
             self._pressure.relieve()
             self._drop_cancelled()
             self._admit()
@@ -501,8 +503,9 @@ class Scheduler:
         cache, r.cache, r.next = r.live, None, None
         try:
             self._keep(r, cache)
-        except Exception:
-            logger.exception("what a request computed is not kept")
+        except Exception as error:
+            expected = isinstance(error, GptOssError)
+            logger.warning("what a request computed is not kept: %s", error, exc_info=not expected)
             self.store.clear()  # it may be half written
         r.states = []
         self._close(r, reason)
@@ -539,8 +542,17 @@ class Scheduler:
         self.counters.failed += 1
         r.request.fail(error)
 
+    def _start_over(self, loss: GptOssError) -> None:
+        """Every cache is gone, and what is in memory of prefixes: end who had one; the disk has the rest."""
+        for r in list(self.running):
+            self._fail(r, loss)
+        self.store.reset()
+
     def _recover(self, error: Exception) -> None:
         """A whole forward failed. Any of its sequences may be the cause: each starts again, alone."""
+        if (loss := self.runner.take_loss()) is not None:
+            self._start_over(loss)
+            return
         running = list(self.running)
         if not running:
             # It was no forward, then; whoever comes next must not meet it again for ever.

@@ -1,0 +1,33 @@
+"""Groups of ranks on this machine, by hand: a runner on them, without an engine and its thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.distributed.group import Group, Patience
+from mlx_gptoss.distributed.hosts import Host
+from mlx_gptoss.distributed.launch import Source, load_spread, spread
+from mlx_gptoss.distributed.runner import PipelineRunner
+from mlx_gptoss.model.cache import KVBits
+
+# Tests run beside others on few cores: a rank that is silent may just not have had its turn.
+PATIENT = Patience(silence=120.0, start=300.0)
+
+
+@contextmanager
+def pipeline(
+    folder: Path,
+    ranks: int,
+    split: Sequence[int] | None = None,
+    kv_bits: KVBits = (None, None),
+    patience: Patience = PATIENT,
+) -> Iterator[PipelineRunner]:
+    """A runner over so many ranks on this machine, used by this thread."""
+    checkpoint = Checkpoint(folder)
+    with closing(Group([Host("localhost")] * ranks, patience=patience)) as group:
+        plan = spread(checkpoint, group.gather(), 1 << 26, 0, split)
+        source = Source.of(str(folder), folder, offline=True)
+        yield load_spread(lambda job: job(), group, checkpoint, plan, source, kv_bits)
