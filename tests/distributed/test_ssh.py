@@ -1,0 +1,172 @@
+"""Processes on other hosts begin, are told secrets out of sight, and end whatever becomes of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from mlx_gptoss.distributed import ssh
+from mlx_gptoss.distributed.hosts import Host
+from mlx_gptoss.distributed.ssh import HostProcess, HostStarter, is_here
+from mlx_gptoss.errors import HostError
+from tests.support.fake_ssh import FakeSsh
+
+MAC = Host("mac2.test")
+# Tells what it was given, then reads until its input ends.
+ECHO = (
+    "import os, sys; print(os.getpid(), flush=True)\nfor line in sys.stdin: print(line.strip(), flush=True)"
+)
+# Holds a name by which `kill` knows it for a process of this package.
+STUCK = (
+    "import os, signal; print(os.getpid(), 'mlx_gptoss', flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
+    monkeypatch.setattr(ssh, "is_here", lambda host: host.is_local)  # asks no resolver
+    return FakeSsh(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def begin(fake: FakeSsh) -> Iterator[Callable[[str, dict[str, str]], tuple[HostProcess, Queue[str]]]]:
+    begun: list[HostProcess] = []
+
+    def made(code: str, environment: dict[str, str]) -> tuple[HostProcess, Queue[str]]:
+        lines: Queue[str] = Queue()
+        begun.append(HostProcess(MAC, ["-c", code], environment, lines.put))
+        return begun[-1], lines
+
+    yield made
+    for process in begun:
+        process.kill()
+
+
+Begin = Callable[[str, dict[str, str]], tuple[HostProcess, Queue[str]]]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        # Where nobody collects the orphans of a container, they stay as zombies.
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ssh_never_asks_and_gives_up_in_time(begin: Begin, fake: FakeSsh) -> None:
+    begin(ECHO, {})
+    (arguments,) = fake.log
+    options = arguments[: arguments.index("--")]
+    assert {"BatchMode=yes", f"ConnectTimeout={ssh.CONNECT}"} <= set(options)
+    assert arguments[arguments.index("--") + 1] == "mac2.test"
+
+
+def test_arguments_and_environment_arrive_as_they_are(begin: Begin, fake: FakeSsh) -> None:
+    odd = "a b'c\"d$HOME`ls`\\n;&|*?\n!#"
+    process, lines = begin("import os, sys; print(ascii([os.environ['ODD'], *sys.argv]))", {"ODD": odd})
+    assert lines.get(timeout=20) == ascii([odd, "-c"])
+    assert process.wait(20) == 0
+    quoted = HostProcess(MAC, ["-c", "import sys; print(ascii(sys.argv[1:]))", odd], {}, lines.put)
+    assert lines.get(timeout=20) == ascii([odd])
+    assert quoted.wait(20) == 0
+
+
+def test_a_secret_is_in_no_list_of_processes(begin: Begin, fake: FakeSsh) -> None:
+    secret = bytes(range(200, 232))
+    starter = HostStarter([Host("localhost"), MAC], {})
+    handle = starter.start(1, ["-c", "import sys; sys.exit(len(sys.stdin.readline()) - 60)"], secret)
+    assert handle.wait(20) == 5  # 64 digits and the line's end
+    assert not any(secret.hex() in word for arguments in fake.log for word in arguments)
+
+
+def test_a_process_ends_when_its_input_does(begin: Begin) -> None:
+    process, lines = begin(ECHO, {})
+    pid = int(lines.get(timeout=20))
+    process.write(b"hello\n")
+    assert lines.get(timeout=20) == "hello"
+    process.kill()
+    assert gone(pid)
+
+
+def test_a_process_that_listens_no_more_is_ended_on_its_host(begin: Begin) -> None:
+    process, lines = begin(STUCK, {})
+    pid = int(lines.get(timeout=20).split()[0])
+    process.kill()
+    assert gone(pid)
+
+
+def test_a_process_ends_when_the_program_that_began_it_is_killed(fake: FakeSsh) -> None:
+    code = (
+        "from mlx_gptoss.distributed.hosts import Host\n"
+        "from mlx_gptoss.distributed.ssh import HostProcess\n"
+        f"HostProcess(Host('mac2.test'), ['-c', {ECHO!r}], {{}}, lambda line: print(line, flush=True))\n"
+        "import time; time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        program.send_signal(signal.SIGKILL)
+    assert gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        (
+            "down",
+            "down: ssh: connect to .*: Connection refused; check that `ssh down true` asks nothing",
+        ),
+        ("bare", "bare: no mlx-gptoss is installed there .*; install this version of gptoss-mlx there"),
+    ],
+)
+def test_a_host_that_cannot_run_it_is_one_line(fake: FakeSsh, host: str, told: str) -> None:
+    with pytest.raises(HostError, match=told) as caught:
+        HostProcess(Host(host), ["-c", ECHO], {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_host_that_never_answers_is_given_up(fake: FakeSsh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "BEGIN", 0.2)
+    with pytest.raises(HostError, match="slow: ssh did not get there within 0.2 s"):
+        HostProcess(Host("slow"), ["-c", ECHO], {})
+
+
+def test_without_ssh_it_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ssh, "is_here", lambda host: host.is_local)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="mac2.test: ssh cannot be run: No such file"):
+        HostProcess(MAC, ["-c", ECHO], {})
+
+
+def test_what_a_host_complains_of_is_told_under_its_name(
+    begin: Begin, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process, _ = begin("import sys; print('no memory', file=sys.stderr)", {})
+    process.wait(20)
+    assert "[mac2.test] no memory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "me@127.0.0.1"])
+def test_this_machine_is_known(name: str) -> None:
+    assert is_here(Host(name))
+
+
+def test_this_machine_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh.socket, "gethostname", lambda: "Studio.local")
+    assert is_here(Host("studio")) and is_here(Host("me@studio.local"))
+    assert not is_here(Host("192.0.2.1"))  # an address of documentation, which no machine has
