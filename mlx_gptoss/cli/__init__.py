@@ -36,6 +36,7 @@ COMMANDS = {
     "share": "Publish a converted folder on the Hub.",
     "inspect": "Show a checkpoint's layout, sizes and memory needs.",
     "bench": "Measure a model's speed on this machine.",
+    "hosts": "Check several machines for one model over all of them.",
     "doctor": "Examine this machine, and try what runs on it.",
     "demo": "Run the built-in demo model, no download needed.",
     "completion": "Print what makes the shell complete commands and models.",

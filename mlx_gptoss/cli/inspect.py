@@ -29,8 +29,8 @@ MACS = (8, 16, 24, 32, 48, 64, 96, 128)  # GB of memory
 @offline_option
 @click.option(
     "--hosts",
-    metavar="48GB,32GB",
-    help="Also plan the model over several Macs of so much memory: who has which part.",
+    metavar="HOSTS",
+    help="Also plan the model over several Macs: mac1,mac2, a hostfile, or what memory they have, 48GB,32GB.",
 )
 @click.option(
     "--parallel",

@@ -15,18 +15,20 @@ if TYPE_CHECKING:
 
 
 def machines_of(text: str) -> list[Machine]:
-    """Macs of so much memory, "48GB,32GB": what Metal lets their GPUs keep. Raises RequestError."""
-    from mlx_gptoss.checkpoint.expectation import macs_working_set
-    from mlx_gptoss.distributed.plan import Machine
-    from mlx_gptoss.errors import RequestError
+    """Macs of so much memory, "48GB,32GB", with what Metal lets their GPUs keep; or hosts, which are asked.
 
-    found = []
-    for part in text.split(","):
-        size = re.fullmatch(r"\s*(\d{1,5}) ?GB\s*", part, re.IGNORECASE)
-        if size is None:
-            raise RequestError(f"hosts: {part!r:.80}: expected the memory of each Mac, as 48GB,32GB", "hosts")
-        found.append(Machine(f"a Mac with {size[1]} GB", macs_working_set(int(size[1]) * 2**30)))
-    return found
+    Raises RequestError, HostError.
+    """
+    from mlx_gptoss.checkpoint.expectation import macs_working_set
+    from mlx_gptoss.distributed.check import machines_of
+    from mlx_gptoss.distributed.hosts import read_hosts
+    from mlx_gptoss.distributed.plan import Machine
+
+    sizes = [re.fullmatch(r"\s*(\d{1,5}) ?GB\s*", part, re.IGNORECASE) for part in text.split(",")]
+    if not all(sizes):
+        return machines_of(read_hosts(text))
+    found = [int(size[1]) for size in sizes if size is not None]
+    return [Machine(f"a Mac with {size} GB", macs_working_set(size * 2**30)) for size in found]
 
 
 def planned_shares(

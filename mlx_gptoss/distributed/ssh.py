@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.starter import Handle, LocalStarter
@@ -71,7 +72,8 @@ class HostProcess:
         told: Callable[[str], None] = lambda line: None,
         python: str = sys.executable,
     ) -> None:
-        self._name, self._told, self._last = host.name, told, ""
+        self._name, self._told = host.name, told
+        self.last = ""  # line of standard error
         self._begun = threading.Event()
         self._pid: int | None = None
         self._here = is_here(host)
@@ -129,10 +131,10 @@ class HostProcess:
         self._threads[1].join(1.0)
         match status:
             case 255:
-                return f"{self._last or 'ssh failed'}; check that `ssh {self._name} true` asks nothing"
+                return f"{self.last or 'ssh failed'}; check that `ssh {self._name} true` asks nothing"
             case 127:
-                return f"{self._last or 'no Python'}; install this version of gptoss-mlx there"
-        return f"{self._last or f'ssh did not get there within {BEGIN:g} s'} (ssh ended with {status})"
+                return f"{self.last or 'no Python'}; install this version of gptoss-mlx there"
+        return f"{self.last or f'ssh did not get there within {BEGIN:g} s'} (ssh ended with {status})"
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -149,9 +151,9 @@ class HostProcess:
     def _forward(self) -> None:
         assert self._process.stderr is not None
         for raw in self._process.stderr:
-            self._last = raw.decode(errors="replace").strip() or self._last
+            self.last = raw.decode(errors="replace").strip() or self.last
             if self._here or self._pid is not None:
-                print(f"[{self._name}] {self._last}", file=sys.stderr, flush=True)
+                print(f"[{self._name}] {self.last}", file=sys.stderr, flush=True)
 
 
 class HostStarter:
@@ -171,6 +173,7 @@ class HostStarter:
         return process
 
 
+@cache
 def is_here(host: Host) -> bool:
     """Whether a host is this machine, by its name or by an address."""
     name = host.name.rpartition("@")[2].lower()

@@ -314,7 +314,8 @@ def test_inspect_plans_a_model_over_macs_of_given_memory(command: Command, tmp_p
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--hosts", "48GB,much"], "'much': expected the memory of each Mac, as 48GB,32GB"),
+        (["--hosts", "48GB,much GB"], "hosts: 'much GB' is no host"),
+        (["--hosts", "localhost"], "1 host; expected two or more"),
         (["--hosts", "48GB,48GB", "--split", "4"], "split is 4: expected 2 counts above 0"),
         (["--hosts", "48GB,48GB", "--split", "x"], "split is 'x': expected a count for each machine"),
         (["--hosts", "1GB,48GB", "--split", "3,1"], "a Mac with 1 GB: 3 layers need"),

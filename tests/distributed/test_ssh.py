@@ -167,6 +167,6 @@ def test_this_machine_is_known(name: str) -> None:
 
 
 def test_this_machine_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh.socket, "gethostname", lambda: "Studio.local")
+    monkeypatch.setattr("socket.gethostname", lambda: "Studio.local")
     assert is_here(Host("studio")) and is_here(Host("me@studio.local"))
     assert not is_here(Host("192.0.2.1"))  # an address of documentation, which no machine has
