@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 LOCK := requirements-dev.lock
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint $(LOCK)
 
-.PHONY: demo test check coverage lowest lock fuzz mutants streaming bits docs golden clients page clean
+.PHONY: demo test check coverage lowest lock fuzz mutants metal streaming bits docs golden clients page clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlx-gptoss demo
@@ -50,6 +50,10 @@ fuzz: $(VENV)/.installed-test
 # Flip comparisons and shift numbers at 400 places, one at a time: do the tests notice? See docs/mutants.md.
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.mutants $(MUTANTS)
+
+# The Metal kernels on many more shapes than the suite tries, run by the emulator of tests/metal.
+metal: $(VENV)/.installed-test
+	$(BIN)/python -m tests.metal.parity
 
 # A random 20b of 13.8 GB, and its 4-bit conversion, under hard limits on memory (Linux, as root).
 STREAMED := build/streamed

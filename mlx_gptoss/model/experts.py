@@ -78,8 +78,8 @@ class ExpertWeights:
 
     def activate(self, h: mx.array, bias: mx.array) -> mx.array:
         """SwiGLU of gate_up's outputs [.., 2F] and the experts' biases [.., 2F + D] -> [.., F]."""
-        swiglu = _swiglu_interleaved if self.interleaved else _swiglu_halves
-        return swiglu(h, bias[..., : self.gate_up.outputs], limit=self.limit, alpha=self.alpha)
+        own = bias[..., : self.gate_up.outputs]
+        return swiglu(h, own, interleaved=self.interleaved, limit=self.limit, alpha=self.alpha)
 
     def add_bias(self, y: mx.array, bias: mx.array) -> mx.array:
         """Down's outputs [.., D] plus their part of the biases [.., 2F + D]."""
@@ -142,6 +142,12 @@ class ResidentExperts:
 
     def arrays(self) -> list[mx.array]:
         return self.weights.arrays()
+
+
+def swiglu(h: mx.array, bias: mx.array, *, interleaved: bool, limit: float, alpha: float) -> mx.array:
+    """SwiGLU of gate_up's outputs [.., 2F] and their biases -> [.., F]; the order as in ExpertWeights."""
+    fused = _swiglu_interleaved if interleaved else _swiglu_halves
+    return fused(h, bias, limit=limit, alpha=alpha)
 
 
 def _swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:

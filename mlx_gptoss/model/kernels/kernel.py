@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 Size: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a program is run. grid: threads in all; threadgroup: threads that share memory, grid's divisors.
+    """How a program is run. grid: threads in all; threadgroup: threads that share memory.
 
     outputs: shape and dtype of each. template: the values of the text's type and number parameters; each
     new set of them is compiled anew, so nothing that changes from token to token belongs there.
@@ -97,6 +98,10 @@ class Kernel:
 
     def __call__(self, *inputs: mx.array) -> tuple[mx.array, ...]:
         return self.launch(*inputs)
+
+    def in_float32(self, *inputs: mx.array) -> tuple[mx.array, ...]:
+        """The reference of the same numbers in float32: what a kernel's own outputs are rounded from."""
+        return self.reference(*(a.astype(mx.float32) if a.dtype in FLOATS else a for a in inputs))
 
     @cached_property
     def source_hash(self) -> str:
