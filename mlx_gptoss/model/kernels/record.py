@@ -1,0 +1,67 @@
+"""What was found out on this machine, kept from one process to the next in one JSON file.
+
+{machine: {section: {name: value}}}. A machine is a chip, its system and MLX's version: with any of them
+another, nothing is known. The file holds nothing of what users write; losing it costs the time to find out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mlx_gptoss.files import read_limited, state_folder
+
+logger = logging.getLogger("mlx_gptoss.model")
+
+LARGEST = 1 << 20  # bytes
+# Machines that are remembered: an update of macOS or of MLX makes another one.
+MACHINES = 8
+
+
+class Record:
+    """The file's part about one machine."""
+
+    def __init__(self, machine: str, path: Path | None = None) -> None:
+        self._machine = machine
+        self._path = state_folder() / "machines.json" if path is None else path
+        self._warned = False
+
+    def get(self, section: str, name: str) -> Any:
+        """What is known by this name, as JSON has it; None for nothing."""
+        found = self._read().get(self._machine, {}).get(section, {})
+        return found.get(name) if isinstance(found, dict) else None
+
+    def put(self, section: str, name: str, value: Any) -> None:
+        """Remember a value that JSON can hold. What cannot be written is told, and is not known next time."""
+        machines = self._read()  # again: other processes write, too
+        own = machines.pop(self._machine, {})
+        known = own.get(section)
+        own[section] = {**(known if isinstance(known, dict) else {}), name: value}
+        kept = dict([*machines.items(), (self._machine, own)][-MACHINES:])
+        unfinished = self._path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            os.replace(unfinished, self._path)
+        except OSError as error:
+            logger.warning("%s is not written: %s", self._path, error)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            machines = json.loads(read_limited(self._path, LARGEST))
+            if not isinstance(machines, dict) or not all(isinstance(m, dict) for m in machines.values()):
+                raise ValueError("not a record of machines")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            if not self._warned:
+                logger.warning("%s is passed over: %s", self._path, error)
+            self._warned = True
+            return {}
+        return machines
