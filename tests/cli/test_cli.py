@@ -73,8 +73,8 @@ def test_every_command_explains_itself(command: Command, name: str) -> None:
 
 
 def test_an_unknown_command_is_a_usage_error(command: Command) -> None:
-    status, _, err = command("shout")
-    assert status == 2 and err == "error: no such command 'shout' (see `mlx-gptoss --help`)\n"
+    status, _, err = command("frobnicate")
+    assert status == 2 and err == "error: no such command 'frobnicate' (see `mlx-gptoss --help`)\n"
 
 
 def test_sampling_options_default_to_the_librarys() -> None:
