@@ -52,7 +52,7 @@ def _disk(weights: Path | None) -> Finding:
             folder = cache_folder()
             free = shutil.disk_usage(folder).free - READS * EXPERT
             if free < SPARE:
-                told = f"not measured: it takes a file of {READS * EXPERT / 1e6:.0f} MB, and the disk is full"
+                told = f"not measured: a file of {READS * EXPERT / 1e6:.0f} MB would leave too little room"
                 return Finding("speed", "disk read", "warning", told)
             rates = scratch_rates(folder, EXPERT, reads=READS)
     except OSError as error:

@@ -110,7 +110,7 @@ def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1}))
     monkeypatch.setattr(speed, "scratch_rates", None)  # whoever calls it fails
     told = by_name(list(speed.findings()))["disk read"]
-    assert told.verdict == "warning" and "the disk is full" in told.detail and not told.figures
+    assert told.verdict == "warning" and "too little room" in told.detail and not told.figures
 
 
 def test_a_disk_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
