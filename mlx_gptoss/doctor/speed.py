@@ -34,7 +34,7 @@ A_WHILE = 0.5  # seconds
 
 
 def findings(weights: Path | None = None) -> Iterator[Finding]:
-    """The figures. weights: a file to read from; without one, one is made where the Hub's cache is."""
+    """The figures. weights: a file to read from; one is made where the Hub's cache is if it is too small."""
     rate = measure_bandwidth()
     what = "the GPU reads" if device.on_gpu() else "all cores together read"
     told = f"{what} {rate / 1e9:,.3g} GB/s"
@@ -44,20 +44,18 @@ def findings(weights: Path | None = None) -> Iterator[Finding]:
 
 
 def _disk(weights: Path | None) -> Finding:
-    where = "Hub's cache" if weights is None else "MODEL"
+    size = READS * EXPERT
     try:
-        if weights is not None:
-            rates = read_rates(weights, EXPERT, reads=READS)
+        if weights is not None and weights.stat().st_size >= size:
+            where, rates = "MODEL", read_rates(weights, EXPERT, reads=READS)
         else:
-            folder = cache_folder()
-            free = shutil.disk_usage(folder).free - READS * EXPERT
-            if free < SPARE:
-                told = f"not measured: a file of {READS * EXPERT / 1e6:.0f} MB would leave too little room"
+            where, folder = "Hub's cache", cache_folder()
+            if shutil.disk_usage(folder).free < size + SPARE:
+                told = f"not measured: a file of {size / 1e6:.0f} MB would leave too little room"
                 return Finding("speed", "disk read", "warning", told)
             rates = scratch_rates(folder, EXPERT, reads=READS)
     except OSError as error:
-        told = f"{where}: {error.strerror or error}"
-        return Finding("speed", "disk read", "warning", told)
+        return Finding("speed", "disk read", "warning", f"not measured: {error.strerror or error}")
     told = ", ".join(f"{rate / 1e9:.1f}" for rate in rates.values())
     told = f"{told} GB/s by {', '.join(map(str, rates))} reads at a time, {where}"
     figures = {f"bytes_per_second_at_{depth}": rate for depth, rate in rates.items()}

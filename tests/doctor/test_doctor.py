@@ -98,9 +98,9 @@ def test_a_models_own_file_is_read_where_there_is_one(tmp_path: Path) -> None:
     assert found.verdict == "info" and found.detail.endswith(", MODEL")
 
 
-def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    found = by_name(list(speed.findings(Path(__file__))))
+    found = by_name(list(speed.findings(tmp_path / "none")))
     assert found["memory read"].detail.startswith("the GPU reads")
     assert found["GPU to CPU"].figures["seconds"] > 0
 
@@ -115,7 +115,14 @@ def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_disk_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
     found = by_name(list(speed.findings(tmp_path / "gone")))["disk read"]
-    assert found.verdict == "warning" and found.detail == "MODEL: No such file or directory"
+    assert found.verdict == "warning" and found.detail == "not measured: No such file or directory"
+
+
+def test_a_file_too_small_to_tell_is_not_read_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(speed.READS * speed.EXPERT - 1))
+    assert by_name(list(speed.findings(weights)))["disk read"].detail.endswith("Hub's cache")
 
 
 @pytest.fixture
@@ -182,7 +189,6 @@ def test_a_model_is_examined_too(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert found["model", "files"]["verdict"] == found["model", "memory"]["verdict"] == "ok"
     assert found["model", "decode"]["figures"]["most_tokens_per_second"] > 0
-    assert found["speed", "disk read"]["detail"].endswith(", MODEL")
     weights = min(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-9])
     shown = CliRunner().invoke(cli.cli, ["doctor", str(folder), "--json"])
