@@ -48,6 +48,8 @@ WALKED = 2
 # in reduced precision.
 TOLERANCE = 1e-3
 TOLERANCE_GPU = 2e-2
+# Of logits in bfloat16, from those in float32: three times what MLX's CPU backend gives.
+TOLERANCE_BFLOAT16 = 0.5
 PATIENCE = 120.0  # seconds for the CPU backend's answers
 
 
@@ -139,6 +141,8 @@ def findings() -> Iterator[Finding]:
         except GptOssError as error:
             yield Finding("demo model", "CPU backend", "failed", str(error))
     yield from judge(now, references, tolerance())
+    if device.on_gpu():  # where it is the default
+        yield in_bfloat16(known)
 
 
 def tolerance() -> float:
@@ -158,6 +162,20 @@ def judge(now: Answers, references: dict[str, Answers], limit: float) -> Iterato
             told += "; so what differs is how they are compiled or scheduled"
         wrong = wrong or not right
         yield Finding("demo model", name, "ok" if right else "failed", told)
+
+
+def in_bfloat16(known: Answers) -> Finding:
+    """The stored replies, read in bfloat16: how far their logits are, and how many tokens it would choose."""
+    from mlx_gptoss.llm import load
+
+    with load("demo", dtype="bfloat16") as llm:
+        logits = [llm.logits(answer.prompt + answer.reply) for answer in known.replies]
+    pairs = list(zip(known.replies, logits, strict=True))
+    worst = float(np.max([np.abs(x[-1, ::STRIDE] - answer.logits).max() for answer, x in pairs]))
+    chosen = [x[len(answer.prompt) - 1 : -1].argmax(axis=-1) == answer.reply for answer, x in pairs]
+    same, count = int(sum(map(np.sum, chosen))), sum(map(len, chosen))
+    told = f"at most {worst:.1g} from float32; {TOLERANCE_BFLOAT16:g} is allowed; {same} of {count} tokens"
+    return Finding("demo model", "bfloat16", "ok" if worst <= TOLERANCE_BFLOAT16 else "failed", told)
 
 
 def _weights(now: dict[str, int], known: dict[str, int]) -> Finding:

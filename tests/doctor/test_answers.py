@@ -21,6 +21,7 @@ from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.doctor import Finding, answers, walk
 from mlx_gptoss.doctor.answers import Answer, Answers, tolerance
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.llm import load
 from mlx_gptoss.model.cache import SlidingCache
 from mlx_gptoss.model.experts import ExpertWeights
 from mlx_gptoss.model.graph import Attention
@@ -253,6 +254,22 @@ def test_replies_that_differ_though_each_operation_is_right_point_to_what_joins_
     assert found["operations"].verdict == "ok" and "compiled or scheduled" in found["operations"].detail
 
 
+def test_bfloat16_is_held_to_the_float32_that_is_stored() -> None:
+    kept = answers.stored()
+    shortest = min(kept.replies, key=lambda answer: len(answer.prompt + answer.reply))
+    short = replace(shortest, reply=shortest.reply[:4], logits=computed_logits(shortest, 4))
+    told = answers.in_bfloat16(replace(kept, replies=[short]))
+    assert told.verdict == "ok" and told.detail.endswith("4 of 4 tokens")
+    wrong = replace(short, logits=[x + 1 for x in short.logits])
+    assert answers.in_bfloat16(replace(kept, replies=[wrong])).verdict == "failed"
+
+
+def computed_logits(answer: Answer, tokens: int) -> list[float]:
+    with load("demo", dtype="float32") as llm:
+        rows = llm.logits(answer.prompt + answer.reply[:tokens])
+    return [float(x) for x in rows[-1, :: answers.STRIDE]]
+
+
 # --------------------------------------------------------------------------------- what does not run
 
 
@@ -266,6 +283,7 @@ def test_on_a_gpu_the_cpu_backend_is_asked_as_well(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     monkeypatch.setattr(answers, "compute", lambda prompts: wrong_vector(computed()))
     monkeypatch.setattr(answers, "on_cpu", lambda: wrong_vector(computed()))
+    monkeypatch.setattr(answers, "in_bfloat16", lambda known: Finding("demo model", "bfloat16", "ok", ""))
     told = by_name(list(answers.findings()))["operations"]
     assert told.verdict == "failed" and told.detail.endswith("; all 110 as on the CPU")
     assert "layer 2: attention (prompt) alone is not as stored" in told.detail
@@ -280,6 +298,7 @@ def test_a_cpu_backend_that_dies_is_told_and_the_stored_answers_still_count(
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     monkeypatch.setattr(answers, "compute", lambda prompts: computed())
     monkeypatch.setattr(answers, "on_cpu", die)
+    monkeypatch.setattr(answers, "in_bfloat16", lambda known: Finding("demo model", "bfloat16", "ok", ""))
     found = by_name(list(answers.findings()))
     assert found["CPU backend"].verdict == "failed" and found["operations"].verdict == "ok"
 
