@@ -40,6 +40,7 @@ from mlx_gptoss.errors import ConversionError
 SHARD_SIZE = 5_000_000_000
 SPARE_BYTES = 16 << 20  # free space wanted beside the weights, for the tokenizer and the like
 MAX_WORKERS = 8
+COPIERS = 3  # threads that copy: while one hashes, others write
 
 Task = Callable[[], None]
 
@@ -133,7 +134,7 @@ def convert(
         work.open_output(restart=restart)
         work.check_space(layout)
         run = _Run(jobs.all, journal, progress)
-        with ShardWriter(work.output, layout, run.check_stop) as writer:
+        with ShardWriter(work.output, layout, run.check_stop, past_cache=fast) as writer:
             run.all_jobs(writer, workers or min(os.cpu_count() or 1, MAX_WORKERS))
             opened.check_unchanged(fingerprint)
             writer.sync()
@@ -350,14 +351,26 @@ class _Run:
             raise _Stopped
 
     def all_jobs(self, writer: ShardWriter, workers: int) -> None:
-        """Every job that the journal does not already hold."""
-        with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-            futures = [pool.submit(task) for job in self.jobs for task in self._tasks(writer, job)]
+        """Every job that the journal does not already hold.
+
+        Copying waits for the disk and computing for the cores: they go on side by side.
+        """
+        copies = [job.extent is not None for job in self.jobs]
+        with (
+            ThreadPoolExecutor(min(workers, COPIERS), thread_name_prefix="copy") as copying,
+            ThreadPoolExecutor(workers, thread_name_prefix="convert") as computing,
+        ):
+            futures = [
+                (copying if copied else computing).submit(task)
+                for job, copied in zip(self.jobs, copies, strict=True)
+                for task in self._tasks(writer, job)
+            ]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 self._stop.set()
-                pool.shutdown(cancel_futures=True)
+                for pool in (copying, computing):
+                    pool.shutdown(cancel_futures=True)
         self._stop.clear()
         for future in futures:
             failure = None if future.cancelled() else future.exception()

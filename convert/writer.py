@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from mlx_gptoss.convert.finite import Watch
 from mlx_gptoss.convert.jobs import Output
 from mlx_gptoss.convert.tensors import Extent
 from mlx_gptoss.errors import ConversionError
+from mlx_gptoss.files import BLOCK, open_past_cache
 
 COPY_BYTES = 1 << 20  # read, hashed and written at a time: stays in a core's cache
 
@@ -98,11 +101,17 @@ class ShardWriter:
 
     `stop` is called between pieces of a long copy and raises to end it. Every method raises ConversionError
     when the disk is full or refuses, and leaves what is written for a later run.
+
+    past_cache: copies go straight to the disk where the system can, which spares it a copy of them in memory,
+    and waiting for the disk at the end. What is read again at once is better left there.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout, stop: Callable[[], None]) -> None:
-        self._folder, self._layout, self._stop = folder, layout, stop
+    def __init__(
+        self, folder: Path, layout: ShardLayout, stop: Callable[[], None], *, past_cache: bool = False
+    ) -> None:
+        self._folder, self._layout, self._stop, self._past_cache = folder, layout, stop, past_cache
         self._files: dict[str, int] = {}
+        self._past: dict[str, int] = {}
 
     def __enter__(self) -> ShardWriter:
         for shard in self._layout.shards:
@@ -113,6 +122,8 @@ class ShardWriter:
                     self._files[shard.name] = descriptor
                     os.ftruncate(descriptor, shard.size)
                     _write_at(descriptor, memoryview(shard.header), 0)
+                    if self._past_cache and (past := open_past_cache(path)) is not None:
+                        self._past[shard.name] = past
             except ConversionError:
                 self.close()
                 raise
@@ -122,9 +133,10 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        for files in (self._files, self._past):
+            for descriptor in files.values():
+                os.close(descriptor)
+            files.clear()
 
     def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
         """Rows of a tensor from row `first`."""
@@ -143,21 +155,38 @@ class ShardWriter:
         """
         place = self._layout.places[name]
         watch, done = Watch(name, place.dtype), 0
+        buffer = memoryview(mmap.mmap(-1, COPY_BYTES + BLOCK))  # which begins on a block
         with _open_source(extent.path) as source:
             while done < extent.length:
                 self._stop()
-                size, start = min(COPY_BYTES, extent.length - done), extent.start + done
+                offset = place.start + done
+                ahead = offset % BLOCK  # so that whole blocks of the file are whole blocks in memory
+                data = buffer[ahead : ahead + min(COPY_BYTES - ahead, extent.length - done)]
                 try:
-                    data = os.pread(source.fileno(), size, start)
+                    count = os.preadv(source.fileno(), [data], extent.start + done)
                 except OSError as error:
                     raise _unreadable(extent.path, error) from error
-                if not data:
+                if not count:
                     raise ConversionError(f"{extent.path}: became shorter while it was being converted")
-                watch.see(data)
-                self._write(place.path.name, memoryview(data), place.start + done)
-                done += len(data)
-                copied(len(data))
+                watch.see(data[:count])
+                self._write_past_cache(place.path.name, data[:count], offset)
+                done += count
+                copied(count)
         return watch
+
+    def _write_past_cache(self, shard: str, data: memoryview, offset: int) -> None:
+        """As `_write`; whole blocks of the file past the cache. They must be whole blocks in memory."""
+        past = self._past.get(shard)
+        head = -offset % BLOCK
+        blocks = (len(data) - head) // BLOCK * BLOCK
+        if past is None or blocks <= 0:
+            self._write(shard, data, offset)
+            return
+        body = data[head : head + blocks]
+        with writing(self._folder / shard):
+            done = _write_blocks(past, body, offset + head)
+        self._write(shard, data[:head], offset)
+        self._write(shard, data[head + done :], offset + head + done)
 
     def read_back(self, name: str) -> Watch:
         """A Watch that has seen the tensor's bytes as they are in the file now."""
@@ -197,6 +226,16 @@ def _open_source(path: Path) -> BinaryIO:
 
 def _unreadable(path: Path, error: OSError) -> ConversionError:
     return ConversionError(f"{path}: cannot be read any more ({error.strerror})")
+
+
+def _write_blocks(descriptor: int, data: memoryview, offset: int) -> int:
+    """The bytes that went past the cache: none where a disk wants larger blocks."""
+    try:
+        return os.pwrite(descriptor, data, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

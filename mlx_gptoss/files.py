@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import sys
 from io import BufferedReader
 from pathlib import Path
+
+# What writes past the system's cache are multiples of, and lie at.
+BLOCK = mmap.PAGESIZE
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -37,6 +41,26 @@ def keep_uncached(descriptor: int) -> None:
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+
+
+def open_past_cache(path: Path) -> int | None:
+    """A second descriptor of a file, for writes that the system keeps no copy of. None where it always does.
+
+    On Linux what is written lies on whole blocks, in memory as in the file: see BLOCK. Raises OSError.
+    """
+    if sys.platform == "linux":
+        try:
+            return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a file system that lives in memory, or in a process
+                return None
+            raise
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor
 
 
 def read_limited(path: Path, limit: int) -> bytes:

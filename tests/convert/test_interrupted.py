@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -313,14 +313,14 @@ def test_too_little_space_is_said_before_the_first_byte(
 def test_a_source_that_cannot_be_read_is_one_line(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pread, broken = os.pread, {path.stat().st_ino for path in source.glob("*.safetensors")}
+    preadv, broken = os.preadv, {path.stat().st_ino for path in source.glob("*.safetensors")}
 
-    def fail(descriptor: int, *rest: int) -> bytes:
+    def fail(descriptor: int, into: Sequence[memoryview], offset: int) -> int:
         if os.fstat(descriptor).st_ino in broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return pread(descriptor, *rest)
+        return preadv(descriptor, into, offset)
 
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(ConversionError, match="cannot be read any more") as error:
         convert(source, tmp_path / "made")
     one_line(error)
