@@ -5,15 +5,14 @@ words, scales and biases in bfloat16, groups along the last axis.  `mx.quantize`
 largest weight of a group span the codes.  `search` minimises the squared error of what will be stored: from
 four ranges whose ends are moved inwards by half a step or not, it alternates between assigning codes and
 fitting scale and bias to them by least squares (closed form), keeps the best, and ends on values rounded to
-bfloat16.  Deterministic, and independent of how rows are split into calls.
+bfloat16.  `quantize` gives what `mx.quantize` does, bit for bit.  Both are deterministic, and independent of
+how rows are split into calls.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
@@ -24,6 +23,7 @@ END_STEPS = (0.0, 0.5)
 REFINEMENTS = 2
 ROUNDED_REFINEMENTS = 2
 BLOCK = 65536  # values searched at a time: what they need stays in a core's cache
+QUANTIZED_AT_ONCE = 1 << 17  # values of `quantize`, which does less with them: fewer calls of numpy
 
 
 class Quantized(NamedTuple):
@@ -74,12 +74,27 @@ def search(weights: np.ndarray, bits: int, group_size: int) -> Quantized:
 
 
 def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) -> Quantized:
-    """`mx.quantize` of bfloat16 bits (uint16 [rows, columns]), on the CPU so that every machine agrees."""
-    stream = _cpu_stream()
-    values = mx.array(weights).view(mx.bfloat16, stream=stream)
-    weight, *fit = mx.quantize(values, group_size, bits, stream=stream)
-    scales, biases = (np.array(f.view(mx.uint16, stream=stream)) for f in fit)
-    result = Quantized(np.array(weight), scales, biases, None)
+    """`mx.quantize` of bfloat16 bits (uint16 [rows, columns]), the same bits, in half of its time on a CPU.
+
+    A group that holds NaN or infinity gets a NaN as its scale.
+    """
+    rows, columns = weights.shape
+    groups = weights.size // group_size
+    flat = np.ascontiguousarray(weights).reshape(groups, group_size).view(np.uint64)
+    packed = np.empty((groups, group_size * bits // 8), np.uint8)
+    scales = np.empty(groups, np.uint16)
+    biases = np.empty(groups, np.uint16)
+    step = QUANTIZED_AT_ONCE // group_size
+    for first in range(0, groups, step):
+        part = slice(first, first + step)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scales[part], biases[part] = _quantize_groups(flat[part], bits, packed[part])
+    result = Quantized(
+        packed.view(np.uint32).reshape(rows, columns * bits // 32),
+        scales.reshape(rows, -1),
+        biases.reshape(rows, -1),
+        None,
+    )
     if not measure:
         return result
     difference = bfloat16_to_float32(weights)
@@ -87,10 +102,51 @@ def quantize(weights: np.ndarray, bits: int, group_size: int, *, measure: bool) 
     return result._replace(squared_error=float(np.sum(np.square(difference), dtype=np.float64)))
 
 
-@cache
-def _cpu_stream() -> mx.ThreadLocalStream:
-    """A CPU stream per thread: each has a core of its own, so callers run side by side."""
-    return mx.new_thread_local_stream(mx.cpu)
+def _quantize_groups(quads: np.ndarray, bits: int, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of bfloat16 values, four to a word uint64 [groups, size / 4] -> scales and biases (their bits).
+
+    `packed` takes the codes, uint8 [groups, size * bits / 8]. As MLX does it: the end of larger magnitude is
+    the bias and a multiple of the scale, so that zero has a code; everything in float32.
+    """
+    # Groups lie across, four values of each side by side: this way the transposes move words.
+    values = np.ascontiguousarray(quads.T).view(np.uint16)  # [size / 4, groups * 4]
+    low, high = _ends(values.view(np.int16))
+    top = np.float32(2**bits - 1)
+    below = np.abs(low) > np.abs(high)
+    edge = np.where(below, low, high)
+    scale = np.maximum((high - low) / top, np.float32(1e-7))
+    scale = np.where(below, scale, -scale)
+    steps = np.rint(edge / scale)
+    nothing = steps == 0  # all values are
+    scale = np.where(nothing, scale, edge / np.where(nothing, np.float32(1), steps))
+    bias = np.where(nothing, np.float32(0), edge)
+    floats = bfloat16_to_float32(values)
+    floats -= np.repeat(bias, 4)
+    floats /= np.repeat(scale, 4)
+    np.rint(floats, out=floats)
+    np.clip(floats, np.float32(0), top, out=floats)
+    codes = floats.astype(np.uint8)
+    if bits == 4:
+        pairs = codes.view(np.uint16)
+        pairs |= pairs >> 4
+        packed.view(np.uint16)[:] = pairs.astype(np.uint8).view(np.uint16).T
+    else:
+        rows = codes.reshape(len(codes), -1, 4).swapaxes(1, 2)
+        packed[:] = _pack(rows.reshape(-1, len(packed)), bits)
+    return to_bfloat16(scale), to_bfloat16(bias)
+
+
+def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest float32 [groups] of bfloat16 bits, int16 [size / 4, groups * 4]."""
+    order = values >> 15
+    order &= 0x7FFF
+    order ^= values  # as integers they are in the order of the floats; the same again brings them back
+    ends = []
+    for end in (np.minimum, np.maximum):
+        four = end.reduce(order, axis=0)
+        found = end(end(four[0::4], four[1::4]), end(four[2::4], four[3::4]))
+        ends.append(bfloat16_to_float32((found ^ ((found >> 15) & 0x7FFF)).view(np.uint16)))
+    return ends[0], ends[1]
 
 
 def dequantize(

@@ -22,7 +22,7 @@ from mlx_gptoss.convert.tensors import Extent, SourceTensor, to_float32
 from mlx_gptoss.errors import ConversionError
 from mlx_gptoss.model.quantization import MXFP4, Quantization
 
-CHUNK_VALUES = 1 << 21  # values of a matrix in memory at a time, in each worker
+CHUNK_VALUES = 1 << 19  # values of a matrix in memory at a time, in each worker
 EXPERT_ROWS = 512  # rows of an unquantised expert made float32 at a time
 SAMPLED = 32  # without the search, the error is measured on one chunk in so many
 
@@ -251,9 +251,9 @@ def _fast_rows(tensor: SourceTensor, q: Quantization, chunk_rows: int, first: in
     measure = first // chunk_rows % SAMPLED == 0
     if measure:
         norm = _square_sum(tensor, to_float32(values))
-    elif ((values & 0x7F80) == 0x7F80).any():
-        raise not_finite(tensor.sources[:1])
     result = affine.quantize(values, q.bits, q.group_size, measure=measure)
+    if ((result.scales & 0x7FFF) > 0x7F80).any():  # NaN
+        raise not_finite(tensor.sources[:1])
     return Chunk(result[:3], result.squared_error or 0.0, norm if measure else 0.0)
 
 

@@ -54,6 +54,41 @@ def test_every_width_is_better_than_mlx_and_says_its_true_error(width: int, grou
     assert found.squared_error == pytest.approx(squared_error(again, values), rel=1e-4)
 
 
+KINDS = {
+    **{name: lambda random, draw=draw: 0.02 * draw(random) for name, draw in DISTRIBUTIONS.items()},
+    "of one sign": lambda random: np.abs(random.standard_normal(SHAPE)) * random.choice([-1, 1], (64, 1)),
+    "of every magnitude": lambda random: (
+        random.standard_normal(SHAPE) * 10.0 ** random.integers(-40, 38, SHAPE)
+    ),
+    "equal in a row": lambda random: np.repeat(random.choice([0.0, -0.0, 3, -1e-8], (64, 1)), SHAPE[1], 1),
+    "near to nothing": lambda random: 1e-8 * random.standard_normal(SHAPE),
+}
+
+
+@pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
+@pytest.mark.parametrize("width", AFFINE_BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantize_gives_the_bits_that_mlx_does(
+    kind: str, width: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(affine, "QUANTIZED_AT_ONCE", 5 * 128)
+    bits = affine.to_bfloat16(KINDS[kind](np.random.default_rng(3)).astype(np.float32))
+    found = affine.quantize(bits, width, group_size, measure=False)
+    values = mx.array(bits).view(mx.bfloat16)
+    weight, scales, biases = mx.quantize(values, group_size, width, stream=mx.cpu)
+    assert np.array_equal(found.weight, np.array(weight))
+    assert np.array_equal(found.scales, np.array(scales.view(mx.uint16)))
+    assert np.array_equal(found.biases, np.array(biases.view(mx.uint16)))
+
+
+@pytest.mark.parametrize("broken", [0x7FC0, 0xFFC1, 0x7F80, 0xFF80])
+def test_a_value_that_is_no_number_makes_the_scale_of_its_group_none(broken: int) -> None:
+    bits, _ = weights()
+    bits[3, 70] = broken
+    scales = bfloat16_to_float32(affine.quantize(bits, 4, 64, measure=False).scales)
+    assert np.isnan(scales[3, 1]) and np.isnan(scales).sum() == 1
+
+
 @pytest.mark.parametrize("width", AFFINE_BITS)
 def test_the_packed_format_is_mlxs(width: int) -> None:
     _, values = weights()
