@@ -24,6 +24,7 @@ from mlx_gptoss.device import available_memory, limit_memory, on_gpu
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import read_hosts
 from mlx_gptoss.distributed.launch import Source, Spread, load_spread, spread
+from mlx_gptoss.distributed.ssh import require_here, starter_of
 from mlx_gptoss.engine.core import Engine
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.engine.options import LOOKUP, MIN_CONTEXT, EngineKeywords, EngineOptions
@@ -101,7 +102,7 @@ def load(
     free -= 2 * sum(one.parameters for one in found.values()) * checkpoint.dtype.size
     if split is not None and hosts is None:
         raise RequestError("split tells how many layers each of several hosts has: give hosts", "split")
-    group = None if hosts is None else Group(read_hosts(hosts).hosts, patience=patience)
+    group = None if hosts is None else _group(hosts, patience)
     worker = Worker(f"engine {folder.name}")
     try:
         if group is None:
@@ -125,6 +126,12 @@ def load(
         if group is not None:
             group.close()
         raise
+
+
+def _group(hosts: str | Path | Sequence[str], patience: Patience | None) -> Group:
+    known = read_hosts(hosts)
+    require_here(known.hosts)
+    return Group(known.hosts, partial(starter_of, environment=known.environment), patience)
 
 
 def _checked(options: EngineKeywords) -> EngineOptions:

@@ -22,8 +22,8 @@ from mlx_gptoss.distributed.collective import collective_settings
 from mlx_gptoss.distributed.hosts import Host, HostList
 from mlx_gptoss.distributed.link import LIMIT
 from mlx_gptoss.distributed.plan import Machine
-from mlx_gptoss.distributed.ssh import HostProcess, is_here
-from mlx_gptoss.errors import HostError, RequestError
+from mlx_gptoss.distributed.ssh import HostProcess, is_here, require_here
+from mlx_gptoss.errors import HostError
 
 LOOK = 0.2  # seconds between two looks at whether a process that should answer has ended
 ANSWER = 30.0  # seconds for a host to tell of itself: Python starts, MLX is imported
@@ -79,7 +79,7 @@ def check_hosts(hosts: HostList) -> Report:
     """Ask every host and measure every link; takes some seconds a link. Raises RequestError, when the first
     host is not this machine.
     """
-    require_here(hosts)
+    require_here(hosts.hosts)
     facts = ask_all(hosts)
     found: Report = Report(hosts, tuple(facts), ())
     if any(isinstance(fact, str) for fact in facts):
@@ -105,7 +105,7 @@ def check_hosts(hosts: HostList) -> Report:
 
 def machines_of(hosts: HostList) -> list[Machine]:
     """The hosts with the bytes that a model may take on each. Raises HostError, RequestError."""
-    require_here(hosts)
+    require_here(hosts.hosts)
     machines = []
     for host, fact in zip(hosts.hosts, ask_all(hosts), strict=True):
         if isinstance(fact, str):
@@ -113,16 +113,6 @@ def machines_of(hosts: HostList) -> list[Machine]:
         # Ranks that share a machine share its memory.
         machines.append(Machine(host.name, fact.room // hosts.hosts.count(host)))
     return machines
-
-
-def require_here(hosts: HostList) -> None:
-    """Raises RequestError when the first host is not this machine."""
-    if not is_here(hosts.hosts[0]):
-        raise RequestError(
-            f"hosts: {hosts.hosts[0].name} is not this machine: rank 0 is where the command runs; put this "
-            "one first, as localhost",
-            "hosts",
-        )
 
 
 def ask_all(hosts: HostList) -> list[Facts | str]:

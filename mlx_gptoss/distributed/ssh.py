@@ -17,8 +17,8 @@ from contextlib import suppress
 from functools import cache
 
 from mlx_gptoss.distributed.hosts import Host
-from mlx_gptoss.distributed.starter import Handle, LocalStarter
-from mlx_gptoss.errors import HostError
+from mlx_gptoss.distributed.starter import Handle, LocalStarter, Starter
+from mlx_gptoss.errors import HostError, RequestError
 
 CONNECT = 10  # seconds for ssh to reach a host
 BEGIN = 20.0  # seconds until a process has begun over there, connecting included
@@ -156,21 +156,22 @@ class HostProcess:
                 print(f"[{self._name}] {self.last}", file=sys.stderr, flush=True)
 
 
-class HostStarter:
-    """Starts a rank on its host: here, or by ssh."""
+class SshStarter:
+    """Starts ranks on a host by ssh."""
 
-    def __init__(self, hosts: Sequence[Host], environment: Mapping[str, str]) -> None:
-        self._hosts, self._environment = hosts, environment
-        self._here = LocalStarter()
+    def __init__(self, host: Host, environment: Mapping[str, str]) -> None:
+        self._host, self._environment = host, environment
 
     def start(self, rank: int, arguments: Sequence[str], secret: bytes) -> Handle:
         """As Starter."""
-        host = self._hosts[rank]
-        if is_here(host):
-            return self._here.start(rank, arguments, secret)
-        process = HostProcess(host, arguments, self._environment)
+        process = HostProcess(self._host, arguments, self._environment)
         process.write(secret.hex().encode() + b"\n")
         return process
+
+
+def starter_of(host: Host, environment: Mapping[str, str]) -> Starter:
+    """What starts ranks on a host: here, or by ssh. environment: variables that they are given."""
+    return LocalStarter(environment) if is_here(host) else SshStarter(host, environment)
 
 
 @cache
@@ -186,3 +187,13 @@ def is_here(host: Host) -> bool:
     except OSError:
         return False
     return True
+
+
+def require_here(hosts: Sequence[Host]) -> None:
+    """Raises RequestError when the first host is not this machine."""
+    if not is_here(hosts[0]):
+        raise RequestError(
+            f"hosts: {hosts[0].name} is not this machine: rank 0 is where the command runs; put this one "
+            "first, as localhost",
+            "hosts",
+        )

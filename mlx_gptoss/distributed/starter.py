@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 LOCAL = "localhost"
@@ -41,7 +43,10 @@ class Starter(Protocol):
 
 
 class LocalStarter:
-    """Starts them on this machine."""
+    """Starts them on this machine. environment: variables that they are given beside this process's."""
+
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._environment = environment
 
     def start(self, rank: int, arguments: Sequence[str], secret: bytes) -> Handle:
         # A session of its own: Ctrl-C is for rank 0, which lets answers end first.
@@ -50,6 +55,7 @@ class LocalStarter:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            env=os.environ | self._environment,
         )
         assert process.stdin is not None
         try:

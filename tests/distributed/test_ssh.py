@@ -14,9 +14,11 @@ from queue import Queue
 import pytest
 
 from mlx_gptoss.distributed import ssh
+from mlx_gptoss.distributed.group import Patience
 from mlx_gptoss.distributed.hosts import Host
-from mlx_gptoss.distributed.ssh import HostProcess, HostStarter, is_here
+from mlx_gptoss.distributed.ssh import HostProcess, is_here, starter_of
 from mlx_gptoss.errors import HostError
+from mlx_gptoss.llm import load
 from tests.support.fake_ssh import FakeSsh
 
 MAC = Host("mac2.test")
@@ -88,7 +90,7 @@ def test_arguments_and_environment_arrive_as_they_are(begin: Begin, fake: FakeSs
 
 def test_a_secret_is_in_no_list_of_processes(begin: Begin, fake: FakeSsh) -> None:
     secret = bytes(range(200, 232))
-    starter = HostStarter([Host("localhost"), MAC], {})
+    starter = starter_of(MAC, {})
     handle = starter.start(1, ["-c", "import sys; sys.exit(len(sys.stdin.readline()) - 60)"], secret)
     assert handle.wait(20) == 5  # 64 digits and the line's end
     assert not any(secret.hex() in word for arguments in fake.log for word in arguments)
@@ -170,3 +172,13 @@ def test_this_machine_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("socket.gethostname", lambda: "Studio.local")
     assert is_here(Host("studio")) and is_here(Host("me@studio.local"))
     assert not is_here(Host("192.0.2.1"))  # an address of documentation, which no machine has
+
+
+def test_a_model_is_loaded_over_ssh(fake: FakeSsh) -> None:
+    question = "What is 17 + 25?"
+    patience = Patience(silence=120.0, start=300.0)
+    with load("demo", hosts=["localhost", "mac2.test"], patience=patience) as llm:
+        found = llm.respond(question, temperature=0.0).text
+    with load("demo") as llm:
+        assert found == llm.respond(question, temperature=0.0).text
+    assert fake.log[0][-2] == "mac2.test"
