@@ -10,10 +10,10 @@ import os
 import platform as _platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import mlx.core as mx
 
@@ -29,6 +29,9 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
+KernelMode = Literal["off", "on", "verify"]
+
+
 @cache
 def on_gpu() -> bool:
     """True when MLX's default device is a GPU (Metal or CUDA)."""
@@ -39,6 +42,18 @@ def on_gpu() -> bool:
 def on_metal() -> bool:
     """True when that GPU is Apple's."""
     return on_gpu() and mx.metal.is_available()
+
+
+def kernel_mode(environment: Mapping[str, str] = os.environ) -> KernelMode:
+    """Which Metal kernels of our own to use (see model/kernels): GPTOSS_KERNELS, by default "verify".
+
+    Without Metal always "off". Raises RequestError for another value.
+    """
+    name = "GPTOSS_KERNELS"
+    mode = environment.get(name) or "verify"
+    if mode not in get_args(KernelMode):
+        raise RequestError(f"{name} is {mode!r}: expected off, on or verify", name)
+    return cast(KernelMode, mode) if on_metal() else "off"
 
 
 def default_dtype() -> mx.Dtype:
@@ -195,6 +210,24 @@ def peak_rss() -> int:
 def peak_memory() -> int:
     """The larger of the process's peak resident set and MLX's peak allocation, bytes."""
     return max(peak_rss(), mx.get_peak_memory())
+
+
+def system_build() -> str:
+    """The build of macOS, such as "24G84"; elsewhere the kernel's release."""
+    if sys.platform != "darwin":
+        return _platform.release()
+    build = ctypes.create_string_buffer(64)
+    size = ctypes.c_size_t(len(build))
+    failed = ctypes.CDLL(None).sysctlbyname(b"kern.osversion", build, ctypes.byref(size), None, 0)
+    return _platform.release() if failed else build.value.decode()
+
+
+def identity() -> str:
+    """What measurements and verdicts of this machine hold for: its chip, its system and MLX."""
+    from importlib.metadata import version
+
+    chip = mx.device_info().get("device_name", _platform.machine())
+    return f"{chip}, {_platform.system()} {system_build()}, MLX {version('mlx')}"
 
 
 def describe() -> dict[str, str]:

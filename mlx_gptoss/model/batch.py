@@ -117,6 +117,11 @@ class Batch(Pairs):
         """Whether a replayed graph serves it."""
         return self.tokens <= REPLAYED_ROWS and not self.adapted
 
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether kernels of our own may serve it: a single row, without an adapter."""
+        return self.tokens == 1 and not self.adapted
+
     @property
     def adapted(self) -> bool:
         """Whether any row runs with an adapter."""

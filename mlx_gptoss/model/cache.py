@@ -45,6 +45,8 @@ def grown(capacity: int, length: int, tokens: int) -> int:
 class LayerCache:
     """Keys and values of one layer, in slabs [1, H, capacity, D] with room for more tokens."""
 
+    plain = True  # what `update_and_fetch` gives is what is stored: any attention may read it
+
     def __init__(self, slabs: list[mx.array]) -> None:
         self._slabs = slabs
         self.offset = 0  # the position of the next token
@@ -179,6 +181,8 @@ class QuantizedFullCache(FullCache):
 
     `bits` is (keys', values'), None for unquantised. Keys are the sensitive half.
     """
+
+    plain = False
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype, bits: KVBits) -> None:
         self._bits = bits

@@ -94,10 +94,24 @@ def by_pair(
 ) -> mx.array:
     """Every (token, expert) pair by itself, in the tokens' order; the stacks hold the weights' matrices."""
     bias = weights.bias[chosen]
+    h = _hidden(weights, gate_up, x, chosen, bias, batch)
+    return _outputs(weights, down, h, chosen, bias, batch)
+
+
+def _hidden(
+    weights: ExpertWeights, gate_up: Stack, x: mx.array, chosen: mx.array, bias: mx.array, batch: Pairs
+) -> mx.array:
+    """The pairs' activations [T, k, F]."""
     h = gate_up.gather(x[:, None], chosen, batch.token_of_pair).squeeze(-2)
     if batch.low_rank is not None:
         h = h + batch.low_rank.gate_up(x, batch)
-    h = weights.activate(h, bias)
+    return weights.activate(h, bias)
+
+
+def _outputs(
+    weights: ExpertWeights, down: Stack, h: mx.array, chosen: mx.array, bias: mx.array, batch: Pairs
+) -> mx.array:
+    """The pairs' outputs [T, k, D]."""
     y = down.gather(h.reshape(chosen.size, 1, -1), chosen, batch.pair).squeeze(-2)
     if batch.low_rank is not None:
         y = y + batch.low_rank.down(h, batch)
@@ -114,6 +128,14 @@ class ResidentExperts:
 
     def __call__(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
         return self.way(x, chosen)(x, chosen, batch)
+
+    def hidden(self, x: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
+        """The first half for few rows: x [T, D] -> the activations [T, k, F]."""
+        return _hidden(self.weights, self.weights.gate_up, x, chosen, self.weights.bias[chosen], batch)
+
+    def outputs(self, h: mx.array, chosen: mx.array, batch: Batch) -> mx.array:
+        """The second half for few rows: activations [T, k, F] -> the experts' outputs [T, k, D]."""
+        return _outputs(self.weights, self.weights.down, h, chosen, self.weights.bias[chosen], batch)
 
     def way(self, x: mx.array, chosen: mx.array) -> Way:
         few = chosen.size < SORT_FROM * self.weights.gate_up.weight.shape[0]

@@ -20,9 +20,10 @@ import numpy as np
 
 from mlx_gptoss.device import fuse, on_gpu
 from mlx_gptoss.model.batch import Batch, LowRank, Segment
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.cache import LayerCache, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, YarnConfig
-from mlx_gptoss.model.experts import Experts
+from mlx_gptoss.model.experts import Experts, ResidentExperts
+from mlx_gptoss.model.kernels.layer import NONE, LayerKernels, OwnAttention
 from mlx_gptoss.model.matrix import Embedding
 from mlx_gptoss.model.pace import Pace
 from mlx_gptoss.model.projection import Projection, replayable
@@ -54,6 +55,7 @@ class Attention:
         self.scale = yarn_attention_factor(config.rope) ** 2 / math.sqrt(config.head_dim)
         self.norm, self.qkv, self.qkv_bias = norm, qkv, qkv_bias
         self.out, self.out_bias, self.sinks = out, out_bias, sinks
+        self.own: OwnAttention | None = None  # set by Layer.use
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """X [T, D] -> x plus attention, [T, D]."""
@@ -85,9 +87,11 @@ class Attention:
         for segment, masks, qs, ks, vs in zip(batch.segments, batch.masks, *parts, strict=True):
             if segment.length > 1:  # a single token's rows are the same either way
                 qs, ks, vs = (a.transpose(2, 1, 0, 3) for a in (qs, ks, vs))
-            y = segment.cache.layers[self.index].attend(
-                qs, ks, vs, scale=self.scale, sinks=self.sinks, mask=masks[self.kind]
-            )
+            cache, own = segment.cache.layers[self.index], self.own
+            if own is not None and own.serves(segment) and isinstance(cache, LayerCache) and cache.plain:
+                y = own.run(qs, *cache.update_and_fetch(ks, vs))
+            else:
+                y = cache.attend(qs, ks, vs, scale=self.scale, sinks=self.sinks, mask=masks[self.kind])
             outputs.append(y.transpose(2, 1, 0, 3) if segment.length > 1 else y)
         return outputs[0] if single else mx.concatenate(outputs)
 
@@ -118,14 +122,25 @@ class MixtureOfExperts:
         self.eps = config.rms_norm_eps
         self.norm, self.router, self.experts = norm, router, experts
         self.adapters: AdaptedExperts | None = None  # of the experts; see low_rank.py
+        self.kernels = NONE  # set by Layer.use
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """X [T, D] -> x plus the experts' sum, [T, D]."""
         rows, chosen, weights = self.route(x, batch)
-        return self.add(x, weights, self.experts(rows, chosen, batch))
+        gate_up, down, experts = self.kernels.gate_up, self.kernels.down, self.experts
+        own = batch.decodes and (gate_up is not None or down is not None)
+        if not own or not isinstance(experts, ResidentExperts):
+            return self.add(x, weights, experts(rows, chosen, batch))
+        h = experts.hidden(rows, chosen, batch) if gate_up is None else gate_up(rows, chosen)
+        if down is not None:
+            return down(h, chosen, weights, x)
+        return self.add(x, weights, experts.outputs(h, chosen, batch))
 
     def route(self, x: mx.array, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         """X [T, D] -> the experts' inputs [T, D], the experts chosen for each row, their weights [T, k]."""
+        if batch.decodes and self.kernels.router is not None:
+            rows, chosen, weights = self.kernels.router(x)
+            return rows, chosen, weights
         rows = mx.fast.rms_norm(x, self.norm, self.eps)
         scores = self.router(rows, batch)
         # Whom a token goes to has no gradient; how much each counts has.
@@ -188,8 +203,12 @@ class Layer:
 
     def __init__(self, attention: Attention, moe: MixtureOfExperts) -> None:
         self.attention, self.moe = attention, moe
-
         self._compiled = CompiledLayer(attention, moe)
+
+    def use(self, kernels: LayerKernels) -> None:
+        """From now on, and in copies made later, decoded tokens go through these."""
+        self.attention.own, self.moe.kernels = kernels.attention, kernels
+        self._compiled = CompiledLayer(self.attention, self.moe)
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         if batch.small and on_gpu() and self._compiled.usable:

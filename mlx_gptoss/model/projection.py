@@ -35,6 +35,12 @@ def replayable(part: object) -> bool:
     return getattr(part, "replayable", False)
 
 
+def dense_of(part: object) -> Dense | None:
+    """The matrix that a projection is where no row has an adapter; None where it is no single one."""
+    inner = getattr(part, "base", part)
+    return inner if isinstance(inner, Dense) else None
+
+
 class Dense:
     """One matrix on the default device, with or without a bias [outputs]."""
 

@@ -56,21 +56,16 @@ UNFINISHED = Verdict(False, "its examination did not come to an end")
 class Examination:
     """A kernel, and what it is examined with.
 
-    shape: what the verdict is about beside the kernel's text. inputs: make the arrays that it is compared on.
-    steps: by size, ascending; each makes the outputs of one step of the model, lazily, with the kernel (True)
-    or without. ordered: brings outputs whose order is free into one that can be compared.
+    name: tells apart all that the verdict is about. inputs: make the arrays that it is compared on. steps: by
+    size, ascending; each makes the outputs of one step of the model, lazily, with the kernel (True) or
+    without. ordered: brings outputs whose order is free into one that can be compared.
     """
 
     kernel: Kernel
-    shape: str
+    name: str
     inputs: Sequence[Callable[[], Sequence[mx.array]]]
     steps: Sequence[tuple[int, Callable[[bool], Outputs]]]
     ordered: Callable[[Outputs], Outputs] = lambda outputs: outputs
-
-    @property
-    def name(self) -> str:
-        """By which the verdict is kept."""
-        return f"{self.kernel.name} {self.shape} {self.kernel.source_hash[:16]}"
 
 
 class _Refused(Exception):

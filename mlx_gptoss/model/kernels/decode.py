@@ -1,0 +1,123 @@
+"""The kernels of ours that a model's decoded tokens go through: those with a good verdict on this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_gptoss.device import KernelMode
+from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.kernels.candidates import Candidate, candidates
+from mlx_gptoss.model.kernels.layer import LayerKernels
+from mlx_gptoss.model.kernels.record import Record
+from mlx_gptoss.model.kernels.verified import BUDGET, Clock, Verdict, keep, known, settle
+
+logger = logging.getLogger("mlx_gptoss.model")
+
+TRUSTED = Verdict(True, "asked for by GPTOSS_KERNELS=on, without a proof")
+
+
+class DecodeKernels:
+    """Puts kernels into a model's layers and takes them out. Used by the engine's thread only.
+
+    mode: "off" for none, "verify" for those with a good verdict, "on" for all of which no bad one is known.
+    """
+
+    def __init__(
+        self, model: Model, mode: KernelMode, record: Record, *, clock: Clock = time.perf_counter
+    ) -> None:
+        self._model, self._mode, self._record, self._clock = model, mode, record, clock
+        self._spent = 0.0
+        some = list(candidates(model)) if mode != "off" else []
+        self._candidates: dict[str, Candidate] = {}
+        self.verdicts: dict[str, Verdict | None] = {}  # by the candidate's name; None: not examined yet
+        for candidate in some:
+            self._candidates[candidate.name] = candidate
+            self.verdicts[candidate.name] = known(self._name(candidate), record)
+        self._use()
+
+    @property
+    def used(self) -> dict[str, Verdict]:
+        """The verdicts on those that are in use, by name."""
+        on = {}
+        for name, verdict in self.verdicts.items():
+            if verdict is None and self._mode == "on":
+                verdict = TRUSTED
+            if verdict is not None and verdict.on:
+                on[name] = verdict
+        return on
+
+    def examine_next(self) -> bool:
+        """Examine one kernel that there is no verdict on; False when there is none, or no time left for it.
+
+        Takes BUDGET seconds at most, and all calls of a process together not much more.
+        """
+        left = [name for name, verdict in self.verdicts.items() if verdict is None]
+        if not left or self._mode != "verify" or self._spent >= BUDGET:
+            return False
+        start = self._clock()
+        self.examine(left[0])
+        self._spent += self._clock() - start
+        return True
+
+    def examine(self, name: str) -> Verdict:
+        """Examine a kernel now, whatever is known of it, and use it or not."""
+        candidate = self._candidates[name]
+        verdict = settle(candidate.examination(self._model, self._facts), self._record, clock=self._clock)
+        self.verdicts[name] = verdict
+        logger.info("kernel %s: %s", name, verdict.why)
+        mx.clear_cache()
+        self._use()
+        return verdict
+
+    def distrust(self, error: Exception) -> bool:
+        """Whether an error of a forward may come from a kernel; then that one is off for good.
+
+        Where MLX does not name a kernel, all that are in use are off.
+        """
+        used = self.used
+        if not used or not isinstance(error, RuntimeError) or "allocat" in str(error).lower():
+            return False
+        named = [name for name in used if self._is_named(self._candidates[name], str(error))]
+        for name in named or used:
+            verdict = Verdict(False, f"failed while it ran: {str(error).splitlines()[0][:200]}")
+            keep(self._name(self._candidates[name]), verdict, self._record)
+            self.verdicts[name] = verdict
+        logger.warning("without %s from now on: %s", ", ".join(named or used), error)
+        self._use()
+        return True
+
+    def _use(self) -> None:
+        used = self.used
+        for layer in self._model.layers if self._candidates else ():
+            own: dict[str, Any] = {}
+            for name, verdict in used.items():
+                own |= self._candidates[name].bound(layer, verdict.since)
+            layer.use(LayerKernels(**own))
+
+    def _name(self, candidate: Candidate) -> str:
+        """As its verdict is kept."""
+        return candidate.kept_as(self._facts)
+
+    @property
+    def _facts(self) -> str:
+        """What a verdict is about beside the kernel: whatever the model's shapes follow from."""
+        config = self._model.config
+        sizes = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            config.experts_per_token,
+            config.num_attention_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.sliding_window,
+        )
+        return f"{str(self._model.dtype).removeprefix('mlx.core.')} {' '.join(map(str, sizes))}"
+
+    @staticmethod
+    def _is_named(candidate: Candidate, text: str) -> bool:
+        return any(program.text_hash[:12] in text for program in candidate.kernel.programs)
