@@ -113,7 +113,7 @@ class HostProjection:
         self._parts = _halves(matrix) if _is_large(matrix) else None
         values = matrix.outputs * matrix.inputs
         # Rows for which the BLAS pays.
-        self._blas_from = 1 if self._parts else 2 if values >= SMALL else LARGE // values
+        self._blas_from = 1 if self._parts else 2 if values >= SMALL else LARGE // max(1, values)
         weight = matrix.weight
         self._by_blas = _with_gradient(
             lambda x: product(x, np.asarray(weight)), lambda g: product(g, np.asarray(weight).T)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from mlx_gptoss.checkpoint.safetensors import bfloat16_to_float32
 from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES
 
+Draw: TypeAlias = Callable[[np.random.Generator], np.ndarray]
+
 SHAPE = (64, 768)
-DISTRIBUTIONS = {
+DISTRIBUTIONS: dict[str, Draw] = {
     "gaussian": lambda random: random.standard_normal(SHAPE),
     "student t, 4 degrees": lambda random: random.standard_t(4, SHAPE),
     "laplace": lambda random: random.laplace(size=SHAPE),
@@ -54,8 +59,12 @@ def test_every_width_is_better_than_mlx_and_says_its_true_error(width: int, grou
     assert found.squared_error == pytest.approx(squared_error(again, values), rel=1e-4)
 
 
-KINDS = {
-    **{name: lambda random, draw=draw: 0.02 * draw(random) for name, draw in DISTRIBUTIONS.items()},
+def small(draw: Draw) -> Draw:
+    return lambda random: 0.02 * draw(random)
+
+
+KINDS: dict[str, Draw] = {
+    **{name: small(draw) for name, draw in DISTRIBUTIONS.items()},
     "of one sign": lambda random: np.abs(random.standard_normal(SHAPE)) * random.choice([-1, 1], (64, 1)),
     "of every magnitude": lambda random: (
         random.standard_normal(SHAPE) * 10.0 ** random.integers(-40, 38, SHAPE)

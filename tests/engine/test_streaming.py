@@ -93,11 +93,15 @@ def test_requests_get_the_tokens_of_a_model_in_memory(folder: Path, options: dic
     assert found[0] == found[1]
 
 
-def test_logits_are_the_same_bits(folder: Path, resident: LLM) -> None:
+def test_logits_are_the_same(folder: Path, resident: LLM) -> None:
+    """To the bit for a token; of a long prompt the head takes all rows at once in a sweep, and a BLAS adds in
+    an order that depends on their number.
+    """
     tokens = prompt(1, 100)
     with load(folder, prefill_chunk=32, expert_memory=SIX) as llm:
         assert slots_of(llm) == 6
-        assert np.array_equal(llm.logits(tokens), resident.logits(tokens))
+        assert np.array_equal(llm.logits(tokens[:1]), resident.logits(tokens[:1]))
+        assert np.allclose(llm.logits(tokens), resident.logits(tokens), rtol=0, atol=1e-5)
 
 
 def test_many_requests_with_few_slots_come_to_the_right_end(folder: Path) -> None:
