@@ -36,7 +36,10 @@ def sweep(
     block: int,
     progress: Progress = lambda share: None,
 ) -> mx.array | None:
-    """As Model.__call__, in blocks of `block` rows; `progress` is told the share of the layers done."""
+    """As Model.__call__, in blocks of `block` rows; `progress` is told the share of the layers done.
+
+    rows: in ascending order. Their logits are made block by block as well.
+    """
     batches = [Batch(part, model.config.experts_per_token) for part in cut(segments, block)]
     x = model.embedding(tokens)
     xs = [x[i * block : (i + 1) * block] for i in range(len(batches))]
@@ -46,7 +49,13 @@ def sweep(
         progress((i + 1) / len(model.layers))
     for segment in segments:
         segment.cache.advance(segment.length)
-    return model.logits(mx.concatenate(xs), rows)
+    wanted = range(len(tokens)) if rows is None else rows
+    parts = [
+        model.logits(x, [row - i * block for row in wanted if 0 <= row - i * block < len(x)])
+        for i, x in enumerate(xs)
+    ]
+    found = [part for part in parts if part is not None]
+    return mx.concatenate(found) if found else None
 
 
 def cut(segments: Sequence[Segment], block: int) -> list[list[Segment]]:
