@@ -51,9 +51,10 @@ fuzz: $(VENV)/.installed-test
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m scripts.mutants $(MUTANTS)
 
-# The Metal kernels on many more shapes than the suite tries, run by the emulator of tests/metal.
+# The Metal kernels on many more shapes than the suite tries, and with slips, run by the emulator of tests/metal.
 metal: $(VENV)/.installed-test
 	$(BIN)/python -m tests.metal.parity
+	$(BIN)/python -m tests.metal.mutants --docs docs/kernels.md
 
 # A random 20b of 13.8 GB, and its 4-bit conversion, under hard limits on memory (Linux, as root).
 STREAMED := build/streamed

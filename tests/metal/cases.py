@@ -271,12 +271,13 @@ def true_shapes(dtype: mx.Dtype, experts: int) -> Iterator[Case]:
 
 
 def edges(dtype: mx.Dtype) -> Iterator[Case]:
-    """Lengths around the window, a tile and a stretch."""
+    """Lengths around the window, a tile and a stretch; and three stretches of one head, a small array."""
     for n in (1, 2, 31, 32, 33, 126, 127, 128, 129, 130, 131, 159, 160, 161, 255, 256, 257, 512, 513):
         yield attention_case(n, dtype, keys=n, window=128, kv_heads=2)
         yield attention_case(n, dtype, keys=n, window=0, kv_heads=2)
         if n >= 4:
             yield attention_case(n, dtype, keys=n, window=128, queries=4, kv_heads=2)
+    yield attention_case(600, dtype, keys=600, window=0, kv_heads=1, group=1)
 
 
 def equals(dtype: mx.Dtype) -> Iterator[Case]:

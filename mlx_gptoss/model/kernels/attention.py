@@ -129,22 +129,23 @@ JOIN = """
   int lane = int(thread_index_in_simdgroup);
   size_t row = thread_position_in_grid.y;
   int stretches = part_shape[1];
-  const device float* own = mosts + row * size_t(stretches);
+  size_t own = row * size_t(stretches);
   float most = metal::numeric_limits<float>::lowest();
   for (int i = lane; i < stretches; i += 32) {
-    most = metal::max(most, own[i]);
+    most = metal::max(most, mosts[own + size_t(i)]);
   }
   most = simd_max(most);
   float sum = 0.0f;
   for (int i = lane; i < stretches; i += 32) {
-    sum = metal::fma(metal::exp(own[i] - most), sums[row * size_t(stretches) + size_t(i)], sum);
+    size_t at = own + size_t(i);
+    sum = metal::fma(metal::exp(mosts[at] - most), sums[at], sum);
   }
   sum = simd_sum(sum);
   for (int c = lane; c < C; c += 32) {
     float found = 0.0f;
     for (int i = 0; i < stretches; i++) {
-      size_t at = row * size_t(stretches) + size_t(i);
-      found = metal::fma(metal::exp(own[i] - most), part[at * C + size_t(c)], found);
+      size_t at = own + size_t(i);
+      found = metal::fma(metal::exp(mosts[at] - most), part[at * C + size_t(c)], found);
     }
     out[row * C + size_t(c)] = T(found / sum);
   }

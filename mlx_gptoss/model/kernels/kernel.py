@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# MLX hands smaller arrays over in constant memory, to which the texts' pointers do not point.
+DEVICE_SIZE = 8
 Size: TypeAlias = tuple[int, int, int]
 
 

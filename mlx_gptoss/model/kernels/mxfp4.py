@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_gptoss.model.kernels.kernel import DEVICE_SIZE
 from mlx_gptoss.model.matrix import Matrix
 from mlx_gptoss.model.quantization import MXFP4
 
@@ -41,7 +42,8 @@ inline float block_product(uint4 words, const thread float* x) {
 def fits(rows: mx.array, weight: mx.array, scales: mx.array) -> bool:
     """Whether rows [.., inputs] and an expert stack [E, outputs, inputs] in MXFP4 go together."""
     return bool(
-        weight.dtype == mx.uint32
+        weight.size >= DEVICE_SIZE
+        and weight.dtype == mx.uint32
         and scales.dtype == mx.uint8
         and rows.shape[-1] % BLOCK == 0
         and tuple(weight.shape) == (*scales.shape[:2], rows.shape[-1] // 8)

@@ -12,7 +12,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from mlx_gptoss.model.kernels.kernel import FLOATS, Kernel, Launch, Program
+from mlx_gptoss.model.kernels.kernel import DEVICE_SIZE, FLOATS, Kernel, Launch, Program
 
 SIMDGROUPS = 16
 MAX_ROWS = 4
@@ -137,6 +137,7 @@ def router(*, eps: float, k: int) -> Kernel:
             and x.dtype == norm.dtype == weight.dtype == bias.dtype
             and x.shape[1] == weight.shape[1] == norm.size <= MAX_HIDDEN
             and x.shape[1] % 4 == 0
+            and x.shape[1] >= DEVICE_SIZE
             and k <= len(weight) == bias.size <= MAX_EXPERTS
             and k <= 32
         )
