@@ -20,7 +20,7 @@ from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.hub import resolve, resolve_adapter
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
-from mlx_gptoss.device import available_memory, limit_memory, on_gpu
+from mlx_gptoss.device import available_memory, identity, kernel_mode, limit_memory, on_gpu
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import read_hosts
 from mlx_gptoss.distributed.launch import Source, Spread, load_spread, spread
@@ -39,6 +39,8 @@ from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.model.experts import grouped_rows
+from mlx_gptoss.model.kernels.decode import DecodeKernels
+from mlx_gptoss.model.kernels.record import Record
 from mlx_gptoss.model.sweep import rows_at_once
 from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer
@@ -88,6 +90,7 @@ def load(
     HostError or RequestError.
     """
     chosen = _checked(options)
+    kernel_mode()  # a value that makes no sense is told at once
     folder = resolve(model, revision=revision, offline=offline)
     checkpoint = Checkpoint(folder, dtype)
     has_text = (folder / "tokenizer.json").exists()
@@ -220,7 +223,10 @@ def _engine(
     def read() -> LocalRunner:
         loaded, interleaved = read_model(checkpoint, progress), checkpoint.layout.interleaved
         streamed = streamed_experts(loaded)
-        return LocalRunner(loaded, options.bits, streamed, block, usage, interleaved=interleaved)
+        kernels = DecodeKernels(loaded, kernel_mode(), Record(identity()))
+        return LocalRunner(
+            loaded, options.bits, streamed, block, usage, interleaved=interleaved, kernels=kernels
+        )
 
     runner: ModelRunner
     if plan.hosts is None:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gptoss.device import available_memory, left_to_groups, memory_is_short, total_memory
+from mlx_gptoss import device
+from mlx_gptoss.device import (
+    available_memory,
+    identity,
+    kernel_mode,
+    left_to_groups,
+    memory_is_short,
+    total_memory,
+)
+from mlx_gptoss.errors import RequestError
 
 OLD = {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes"}
 NEW = {"limit": "memory.max", "usage": "memory.current"}
@@ -47,3 +56,29 @@ def test_a_group_without_a_limit_allows_everything(tmp_path: Path, limit: str) -
 def test_this_machine_has_some_memory_left() -> None:
     assert 0 < available_memory() <= total_memory()
     assert memory_is_short() in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(None, "verify"), ("", "verify"), ("on", "on"), ("off", "off"), ("verify", "verify")]
+)
+def test_kernels_are_asked_for_by_the_environment_and_there_with_metal_alone(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, mode: str
+) -> None:
+    environment = {} if value is None else {"GPTOSS_KERNELS": value}
+    monkeypatch.setattr(device, "on_metal", lambda: True)
+    assert kernel_mode(environment) == mode
+    monkeypatch.setattr(device, "on_metal", lambda: False)
+    assert kernel_mode(environment) == "off"
+
+
+def test_another_value_is_refused_wherever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for metal in (True, False):
+        monkeypatch.setattr(device, "on_metal", lambda metal=metal: metal)
+        with pytest.raises(RequestError, match="^GPTOSS_KERNELS is 'yes': expected off, on or verify$"):
+            kernel_mode({"GPTOSS_KERNELS": "yes"})
+
+
+def test_a_machine_is_its_chip_its_system_and_mlx() -> None:
+    from importlib.metadata import version
+
+    assert identity() == identity() and identity().endswith(f"MLX {version('mlx')}")

@@ -246,6 +246,12 @@ class PipelineRunner:
             return loss
         return None
 
+    def use_quiet_moment(self) -> bool:
+        return False
+
+    def distrust(self, error: Exception) -> bool:
+        return False
+
     def close(self) -> None:
         self._group.close()
 

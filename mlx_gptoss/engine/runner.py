@@ -18,6 +18,7 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
 from mlx_gptoss.model.graph import Layer, Model
+from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
@@ -127,6 +128,14 @@ class ModelRunner(Protocol):
         """What has taken away every cache, span and state since the last call; None where they are there."""
         ...
 
+    def use_quiet_moment(self) -> bool:
+        """Do a small piece of work that can wait; False when there is none."""
+        ...
+
+    def distrust(self, error: Exception) -> bool:
+        """Told that a forward failed: whether it may go well now, as it will be computed another way."""
+        ...
+
     def close(self) -> None:
         """The last call: keep what the next process can use."""
         ...
@@ -137,7 +146,7 @@ class LocalRunner:
 
     streamed: those of its layers' experts that are not all in memory; with them a forward of more than
     `block` tokens goes layer by layer through all of them. usage: where it is kept what they are asked for.
-    interleaved: as low_rank.put_adapter wants to know.
+    interleaved: as low_rank.put_adapter wants to know. kernels: those of our own that its layers may use.
     """
 
     def __init__(
@@ -149,8 +158,10 @@ class LocalRunner:
         usage: ExpertUsage | None = None,
         *,
         interleaved: bool = True,
+        kernels: DecodeKernels | None = None,
     ) -> None:
         self._model = model
+        self.kernels = kernels
         self._usage = usage
         self._interleaved = interleaved
         self._kv_bits = kv_bits
@@ -162,6 +173,12 @@ class LocalRunner:
 
     def take_loss(self) -> GptOssError | None:
         return None
+
+    def use_quiet_moment(self) -> bool:
+        return self.kernels is not None and self.kernels.examine_next()
+
+    def distrust(self, error: Exception) -> bool:
+        return self.kernels is not None and self.kernels.distrust(error)
 
     def close(self) -> None:
         if self._usage is not None and self.streamed:

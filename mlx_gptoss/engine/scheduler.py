@@ -163,7 +163,8 @@ class Scheduler:
             if request is not None:
                 self.add(request)
             return True
-        return self.store.save()
+        # Never before the first answer: its first token would wait.
+        return (self.counters.finished > 0 and self.runner.use_quiet_moment()) or self.store.save()
 
     def close(self) -> None:
         """End every request with an error, write what is to be kept, and free all memory."""
@@ -549,7 +550,9 @@ class Scheduler:
         self.store.reset()
 
     def _recover(self, error: Exception) -> None:
-        """A whole forward failed. Any of its sequences may be the cause: each starts again, alone."""
+        """A whole forward failed. All start again if it may go well another way; else any of its sequences
+        may be the cause, and each starts again alone.
+        """
         if (loss := self.runner.take_loss()) is not None:
             self._start_over(loss)
             return
@@ -559,15 +562,19 @@ class Scheduler:
             if self.waiting:
                 self._fail(self.waiting.popleft(), error)
             return
-        if len(running) == 1:
+        otherwise = self.runner.distrust(error)
+        if len(running) == 1 and not otherwise:
             if isinstance(error, MemoryError) or "allocat" in str(error).lower():
                 error = MemoryLimitError(f"the device is out of memory: lower --kv-budget ({error})")
             self._fail(running[0], error)
             return
         logger.warning(
-            "a forward of %d sequences failed; each starts again alone", len(running), exc_info=error
+            "a forward of %d sequences failed; each starts again%s",
+            len(running),
+            "" if otherwise else " alone",
+            exc_info=error,
         )
         for r in reversed(running):
-            r.alone = True
+            r.alone = r.alone or not otherwise
             self._send_back(r)
         self.store.clear()

@@ -470,6 +470,14 @@ def test_logits_are_computed_for_as_many_tokens_as_the_context_holds(folder: Pat
             llm.engine.logits(prompt(1, 65))
 
 
+def test_load_refuses_kernels_that_are_asked_for_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTOSS_KERNELS", "1")
+    with pytest.raises(RequestError, match="GPTOSS_KERNELS is '1': expected off, on or verify"):
+        mlx_gptoss.load(folder)
+
+
 def test_load_refuses_unknown_options(folder: Path) -> None:
     with pytest.raises(RequestError, match="no option 'kv_buget'"):
         mlx_gptoss.load(folder, kv_buget=1)  # type: ignore[call-arg]

@@ -79,7 +79,7 @@ class DecodeKernels:
         Where MLX does not name a kernel, all that are in use are off.
         """
         used = self.used
-        if not used or not isinstance(error, RuntimeError) or "allocat" in str(error).lower():
+        if not used or not isinstance(error, RuntimeError | ValueError) or "allocat" in str(error).lower():
             return False
         named = [name for name in used if self._is_named(self._candidates[name], str(error))]
         for name in named or used:
