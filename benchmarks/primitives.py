@@ -5,7 +5,8 @@
 Hardware-independent: one decode step is built as for a GPU, and its primitives are counted. RMSNorm, RoPE and
 attention are one each (the CPU backend would write them out), compiled functions are one, and views are none.
 The count of a layer is the difference between checkpoints of 4 and of 2 layers, halved: the mean of a sliding
-and a full layer. Each engine is counted in a process of its own.
+and a full layer. Each engine is counted in a process of its own, ours also with all of its own Metal kernels
+in use, whether or not they pay on some chip.
 
 The time is that of building the same step, for one sequence and for eight, both engines by turns in one
 process; the least of many tries, as nothing but noise adds to it. A fast kernel costs both the same stand-in.
@@ -71,6 +72,26 @@ def pretend_gpu() -> None:
     platform.on_gpu = lambda: True  # type: ignore[assignment]
 
 
+def pretend_metal() -> None:
+    """Launch Metal kernels of our own as stand-ins: outputs of their shapes that depend on all inputs."""
+    from functools import cache
+
+    import mlx.core as mx
+
+    from mlx_gptoss.model.kernels import kernel
+
+    @cache
+    def output(shape: tuple[int, ...], dtype: Any) -> Any:
+        made = mx.zeros(shape, dtype)
+        mx.eval(made)
+        return made
+
+    def run(program: Any, inputs: Any, launch: Any) -> list[Any]:
+        return list(mx.depends([output(*out) for out in launch.outputs], list(inputs)))
+
+    kernel.run = run
+
+
 def count(output: Any) -> Counter[str]:
     """The non-view primitives of the graph that computes `output`, by name."""
     import mlx.core as mx
@@ -96,7 +117,12 @@ def second_step(step: Callable[[], Any]) -> Counter[str]:
 Steps = Callable[[int], Callable[[], Any]]
 
 
-def ours(folder: Path, dtype: str) -> Steps:
+def with_kernels(folder: Path, dtype: str) -> Steps:
+    """Decode steps of this package with its own Metal kernels."""
+    return ours(folder, dtype, kernels=True)
+
+
+def ours(folder: Path, dtype: str, *, kernels: bool = False) -> Steps:
     """Decode steps of this package."""
     pretend_gpu()
     import mlx.core as mx
@@ -105,6 +131,12 @@ def ours(folder: Path, dtype: str) -> Steps:
     from mlx_gptoss.model.batch import Segment
 
     model = load_model(folder, dtype)
+    if kernels:
+        from mlx_gptoss.model.kernels.decode import DecodeKernels
+        from mlx_gptoss.model.kernels.record import Record
+
+        pretend_metal()
+        DecodeKernels(model, "on", Record("any", folder / "machines.json"))
     new = mx.zeros((1, model.config.num_kv_heads, WARM_TOKENS, model.config.head_dim), model.dtype)
 
     def steps(sequences: int) -> Callable[[], Any]:
@@ -152,6 +184,7 @@ def mlx_lm(folder: Path, dtype: str) -> Steps:
 
 
 ENGINES = {"ours": ours, "mlx-lm": mlx_lm}
+COUNTED = {"ours": ours, "kernels": with_kernels, "mlx-lm": mlx_lm}
 
 
 def per_layer(engine: str, bits: int | None, dtype: str) -> dict[str, Any]:
@@ -166,7 +199,7 @@ def per_layer(engine: str, bits: int | None, dtype: str) -> dict[str, Any]:
             shape = replace(Shape(), layers=layers)
             # Large enough in every matrix that nothing is special for being small.
             write_checkpoint(folder, shape, layout="mlx", recipe=MlxRecipe(bits))
-            counts.append(second_step(ENGINES[engine](folder, dtype)(1)))
+            counts.append(second_step(COUNTED[engine](folder, dtype)(1)))
     few, many = counts
     layer = {n: (many[n] - few[n]) / 2 for n in sorted(many) if many[n] != few[n]}
     return {
@@ -221,7 +254,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     as_json = parser.parse_args().json
     cases = {"dense parts in bfloat16": None, "dense parts in 8 bits": 8}
-    results = {c: {e: measure(e, bits) for e in ("ours", "mlx-lm")} for c, bits in cases.items()}
+    results = {c: {e: measure(e, bits) for e in COUNTED} for c, bits in cases.items()}
     times = {c: measure_host_time(bits) for c, bits in cases.items()}
     if as_json:
         print(json.dumps({"primitives": results, "host_time_us": times}, indent=2))

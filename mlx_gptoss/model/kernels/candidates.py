@@ -199,12 +199,20 @@ def _attention(model: Model, kind: str) -> Candidate:
 def _router(model: Model) -> Candidate:
     config = model.config
     k = config.experts_per_token
+    unpacked: dict[int, mx.array] = {}  # of the layers whose router is quantised: a few MB in all
 
     def operands(layer: Layer) -> Operands | None:
         dense = dense_of(layer.moe.router)
-        if dense is None or dense.bias is None or dense.matrix.quantization is not None:
+        if dense is None or dense.bias is None:
             return None
-        return layer.moe.norm, dense.matrix.weight, dense.bias
+        weight, index = dense.matrix.weight, layer.attention.index
+        if dense.matrix.quantization is not None:
+            if index not in unpacked:
+                # Rounded to the dtype, which moves a score about as much as MLX's rounding of the score does.
+                unpacked[index] = dense.matrix.dense(model.dtype)
+                mx.eval(unpacked[index])
+            weight = unpacked[index]
+        return layer.moe.norm, weight, dense.bias
 
     def activations(layer: Layer, seed: int) -> Operands:
         """A row whose choice is clear: experts that nearly tie may be chosen either way."""

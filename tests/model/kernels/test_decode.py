@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -197,11 +198,11 @@ def test_choices_that_are_told_are_told_of_every_step(folder: Path, doubles: Dou
 
 
 def test_only_what_a_kernel_takes_is_given_to_it(tmp_path: Path, doubles: Doubles, record: Record) -> None:
-    """A quantised router is not one; nor are experts in other packings than MXFP4."""
+    """Experts in other packings than MXFP4 are not; a router that is quantised is unpacked for it."""
     folder = write_checkpoint(tmp_path / "m", SHAPE, layout="mlx", recipe=MlxRecipe(8, 4))
     model = loaded(folder)
     plain = decode(model)
-    assert [*DecodeKernels(model, "on", record).used] == [FULL, WINDOWED]
+    assert [*DecodeKernels(model, "on", record).used] == [FULL, WINDOWED, "router"]
     assert near(decode(model), plain)
 
 
@@ -397,3 +398,22 @@ def test_kernels_are_examined_in_quiet_moments_after_the_first_answer(
         assert not any(kernels.verdicts.values())
     run(scheduler)
     assert all(kernels.verdicts.values())
+
+
+def test_a_model_that_is_dropped_frees_its_weights_at_once(
+    folder: Path, doubles: Doubles, record: Record
+) -> None:
+    decode(loaded(folder))
+    gc.collect()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        model = loaded(folder)
+        kernels = DecodeKernels(model, "on", record)
+        decode(model)
+        held = mx.get_active_memory() - before
+        del model, kernels
+        assert held > 100_000
+        assert mx.get_active_memory() - before < held // 100
+    finally:
+        gc.enable()
