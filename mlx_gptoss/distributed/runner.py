@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from mlx_gptoss.distributed.group import Group
 from mlx_gptoss.distributed.session import Session
 from mlx_gptoss.distributed.stage import Stage
 from mlx_gptoss.distributed.wire import describe, from_bytes, read, to_bytes
-from mlx_gptoss.engine.runner import KVCache
+from mlx_gptoss.engine.runner import KVCache, Pending
 from mlx_gptoss.errors import HostError, RequestError
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, grown, in_steps
 from mlx_gptoss.model.config import FULL, SLIDING
@@ -197,6 +198,19 @@ class PipelineCache:
         return self.rewind(total, states)
 
 
+class Passing(Pending):
+    """A forward on its way through the ranks."""
+
+    lazy: list[mx.array] = []  # noqa: RUF012
+
+    def __init__(self, step: int, land: Callable[[Passing], mx.array]) -> None:
+        self.step, self._land = step, land
+        self.x: mx.array | None = None  # the wanted rows, once they are back
+
+    def logits(self) -> mx.array:
+        return self._land(self)
+
+
 class PipelineRunner:
     """model: rank 0's part of it, with the embedding, the head and the layers of `stage`. ranges: the layers
     of each rank, this one first.
@@ -208,6 +222,7 @@ class PipelineRunner:
         self, group: Group, model: Model, stage: Stage, ranges: Sequence[range], kv_bits: KVBits
     ) -> None:
         self._group, self._model, self.stage, self._ranges = group, model, stage, ranges
+        self.depth = len(ranges)
         self._config = model.config
         self._empty = SequenceCache(model.config, model.dtype, kv_bits)
         self.full_bytes = sum(layer.token_bytes for layer in self._empty.full)
@@ -216,7 +231,7 @@ class PipelineRunner:
         self._lost: HostError | None = None
         self._adapters: dict[int, Adapter] = {}
         self._steps = 0
-        self._flying: deque[int] = deque()  # steps whose result has not come back
+        self._flying: deque[Passing] = deque()  # those that have not come back
 
     # --- the engine's calls
 
@@ -314,6 +329,24 @@ class PipelineRunner:
         *,
         awaited: bool = False,
     ) -> mx.array | None:
+        pending = self._launch(tokens, shares, rows)
+        return None if pending is None else pending.logits()
+
+    def launch(
+        self,
+        tokens: mx.array,
+        shares: Sequence[tuple[int, KVCache]],
+        rows: Sequence[int],
+        progress: Progress = lambda share: None,
+        *,
+        awaited: bool = False,
+    ) -> Pending | None:
+        return self._launch(tokens, shares, rows)
+
+    def _launch(
+        self, tokens: mx.array, shares: Sequence[tuple[int, KVCache]], rows: Sequence[int] | None
+    ) -> Passing | None:
+        """Run rank 0's layers and hand on what comes out."""
         life = self._live()
         numbers = []
         for length, cache in shares:
@@ -323,16 +356,34 @@ class PipelineRunner:
             cache.grow(length)
             numbers.append([cache.number, length])
         life.sweep()
-        step = self._launch(life.session, tokens, numbers, rows)
-        self._flying.append(step)
-        if rows is not None and not len(rows):
-            while len(self._flying) > AHEAD * len(life.session.members):
-                self._land(life.session)
-            return None
-        while True:
-            number, x = self._land(life.session)
-            if number == step:
-                return self._model.logits(x)
+        session = life.session
+        self._steps += 1
+        for member in session.members:
+            wanted = None if rows is None or member is not session.members[-1] else list(rows)
+            session.tell(member, ["forward", self._steps, numbers, wanted])
+        x = self.stage.forward(self._model.embedding(tokens), numbers, None)
+        session.send(self._steps, len(x), to_bytes(x))
+        self._flying.append(made := Passing(self._steps, partial(self._logits, session)))
+        if rows is None or len(rows):
+            return made
+        while len(self._flying) > AHEAD * len(session.members):
+            self._land(session)
+        return None
+
+    def _logits(self, session: Session, wanted: Passing) -> mx.array:
+        while wanted.x is None:
+            self._land(session)
+        logits = self._model.logits(wanted.x)
+        assert logits is not None
+        return logits
+
+    def _land(self, session: Session) -> None:
+        """Take in what the last rank sends next: it belongs to the oldest one under way."""
+        if session.loss is not None:
+            raise session.lost()
+        oldest = self._flying.popleft()
+        rows, data = session.receive(oldest.step)
+        oldest.x = from_bytes(data, self._model.dtype, (rows, self._config.hidden_size))
 
     # --- what is behind them
 
@@ -377,25 +428,6 @@ class PipelineRunner:
             described, tensors = life.session.ask(member, [name, number])
             found += [read(data, one) for data, one in zip(tensors, described, strict=True)]
         return found
-
-    def _launch(
-        self, session: Session, tokens: mx.array, numbers: list[list[int]], rows: Sequence[int] | None
-    ) -> int:
-        """Run rank 0's layers and hand on what comes out; the step's number."""
-        self._steps += 1
-        step, last = self._steps, session.members[-1]
-        for member in session.members:
-            wanted = None if rows is None or member is not last else list(rows)
-            session.tell(member, ["forward", step, numbers, wanted])
-        x = self.stage.forward(self._model.embedding(tokens), numbers, None)
-        session.send(step, len(x), to_bytes(x))
-        return step
-
-    def _land(self, session: Session) -> tuple[int, mx.array]:
-        """The oldest step under way, and the rows of it that were wanted [R, D]."""
-        step = self._flying.popleft()
-        rows, data = session.receive(step)
-        return step, from_bytes(data, self._model.dtype, (rows, self._config.hidden_size))
 
 
 def _described(arrays: Sequence[mx.array]) -> list[object]:

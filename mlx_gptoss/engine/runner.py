@@ -7,7 +7,7 @@ its caches stand for those that the other machines hold.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -58,8 +58,40 @@ class KVCache(Protocol):
     def arrays(self) -> list[mx.array]: ...
 
 
+class Pending(Protocol):
+    """A forward that was launched."""
+
+    @property
+    def lazy(self) -> list[mx.array]:
+        """What has to be evaluated for it, unless that is under way already."""
+        ...
+
+    def logits(self) -> mx.array:
+        """The logits of the wanted rows, [R, vocab]; waits where they come from another machine."""
+        ...
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One whose logits are computed here, as they are evaluated."""
+
+    value: mx.array
+
+    @property
+    def lazy(self) -> list[mx.array]:
+        return [self.value]
+
+    def logits(self) -> mx.array:
+        return self.value
+
+
 class ModelRunner(Protocol):
     """A model to the engine. Used by the engine's thread only."""
+
+    @property
+    def depth(self) -> int:
+        """How many forwards are worth having under way at a time: one for each machine."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -102,6 +134,18 @@ class ModelRunner(Protocol):
         result is read before anything else is launched. Returns logits [R, vocab], None when R is 0; not
         evaluated yet.
         """
+        ...
+
+    def launch(
+        self,
+        tokens: mx.array,
+        shares: Sequence[tuple[int, KVCache]],
+        rows: Sequence[int],
+        progress: Progress = lambda share: None,
+        *,
+        awaited: bool = False,
+    ) -> Pending | None:
+        """`forward` without its result, which comes with others' before and after it; None when R is 0."""
         ...
 
     def tell_choices(self, write: Write | None) -> None:
@@ -148,6 +192,8 @@ class LocalRunner:
     `block` tokens goes layer by layer through all of them. usage: where it is kept what they are asked for.
     interleaved: as low_rank.put_adapter wants to know. kernels: those of our own that its layers may use.
     """
+
+    depth = 1
 
     def __init__(
         self,
@@ -243,6 +289,18 @@ class LocalRunner:
         if self.streamed and len(tokens) > self._block:
             return sweep(self._model, tokens, segments, rows, self._block, progress)
         return self._model(tokens, segments, rows, awaited=awaited)
+
+    def launch(
+        self,
+        tokens: mx.array,
+        shares: Sequence[tuple[int, KVCache]],
+        rows: Sequence[int],
+        progress: Progress = lambda share: None,
+        *,
+        awaited: bool = False,
+    ) -> Pending | None:
+        logits = self.forward(tokens, shares, rows, progress, awaited=awaited)
+        return None if logits is None else Launched(logits)
 
 
 def adapt_layers(

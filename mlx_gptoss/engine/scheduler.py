@@ -2,7 +2,8 @@
 
 Every step runs one ragged forward over one token of each decoding sequence and a chunk of prompt, shared
 evenly among the sequences that still read theirs. A step is launched before the last one's tokens are read,
-so the device never waits for Python; masks of constrained requests are computed while the forward runs.
+so the device never waits for Python; masks of constrained requests are computed while the forward runs. Where
+the layers lie on several machines, each has a forward of its own part of the sequences to work on.
 
 Used by the engine's thread only.
 """
@@ -24,21 +25,17 @@ from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
 from mlx_gptoss.engine.pressure import Pressure
 from mlx_gptoss.engine.request import FinishReason, Request, TokenOutput
-from mlx_gptoss.engine.runner import KVCache, ModelRunner
+from mlx_gptoss.engine.runner import KVCache, ModelRunner, Pending
 from mlx_gptoss.engine.sampler import Sampler, logprob_arrays, read_logprobs, unpack_bits
-from mlx_gptoss.engine.sequence import Piece, Sequence
+from mlx_gptoss.engine.sequence import Flight, Piece, Sequence
 from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
+from mlx_gptoss.engine.states import STATE_SLACK, take_states
 from mlx_gptoss.engine.stats import Counters, EngineStats, expert_totals, hit_rate
 from mlx_gptoss.errors import BusyError, GptOssError, MemoryLimitError
 from mlx_gptoss.model.cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 
-# Window states are taken at the prompt's end, at message starts this many tokens apart, and in long messages.
-STATE_MIN_DISTANCE = 128
-STATE_MAX_DISTANCE = 512
-# Keys kept beyond the window in a state: a sequence can resume up to so many tokens before its end.
-STATE_SLACK = 32
 # A request waits for another one that is computing at least so many tokens more of their common prefix.
 WORTH_WAITING = 16
 # Tokens of output that admission counts on; beyond it a sequence grows while there is room.
@@ -87,6 +84,7 @@ class Scheduler:
         self._draft_tokens = draft_tokens
         self._pressure = Pressure(memory_is_short, self.store, runner)
         self._started = 0.0  # when the step began
+        self._flights: deque[Flight] = deque()  # forwards whose logits have not been read, oldest first
 
     @property
     def live_bytes(self) -> int:
@@ -135,11 +133,12 @@ class Scheduler:
             if self._reads_first():
                 self._read(self.running)
             pieces = self._plan()
-            if not pieces and not any(r.decoding for r in self.running):
+            if not pieces and not self._flights and not any(r.decoding for r in self.running):
                 return bool(self.waiting) or self._idle()
-            logits = self._forward(pieces)
+            self._launch(pieces)
             self._read(self.running)
-            self._sample(pieces, logits)
+            if self._flights and (not pieces or len(self._flights) >= self.runner.depth):
+                self._land(self._flights.popleft())
             self._tell_progress(pieces)
         except Exception as error:
             self._recover(error)
@@ -151,7 +150,8 @@ class Scheduler:
         Guesses go on from tokens that are known; and the CPU backend works on a chunk of prompt while it
         launches it, which would hold up the tokens that are ready.
         """
-        return self._guesses() or (not on_gpu() and any(not r.decoding for r in self.running))
+        reading = any(not r.decoding and r.flight is None for r in self.running)
+        return self._guesses() or (reading and not on_gpu())
 
     def _guesses(self) -> bool:
         return any(r.speculation is not None and r.speculation.on for r in self.running)
@@ -270,11 +270,11 @@ class Scheduler:
 
     def _plan(self) -> list[Piece]:
         """A token of each decoding sequence, and the chunk shared evenly among those reading prompts."""
-        pieces = []
-        for r in self.running:
+        pieces, ready = [], self._ready()
+        for r in ready:
             if r.next is not None and r.sampled < r.request.max_tokens:
                 pieces.append(Piece(r, r.next, 1, True))
-        reading = [r for r in self.running if r.next is None]
+        reading = [r for r in ready if r.next is None]
         left = self._share(sum(len(r.tokens) - r.live.offset for r in reading))
         # Those who need least first: what they leave is shared among the others.
         for i, r in enumerate(sorted(reading, key=lambda r: len(r.tokens) - r.live.offset)):
@@ -288,6 +288,13 @@ class Scheduler:
                 draft = tuple(r.speculation.propose(r.tokens, room))
             pieces.append(Piece(r, mx.array([*tokens, *draft], mx.int32), n + len(draft), ends, draft))
         return self._make_room(pieces)
+
+    def _ready(self) -> list[Sequence]:
+        """Who goes into the next forward: of those in none, the part that leaves one to each machine."""
+        if self.runner.depth == 1:
+            return self.running
+        free = sorted((r for r in self.running if r.flight is None), key=lambda r: r.launched)
+        return free[: -(-len(self.running) // self.runner.depth)]
 
     def _share(self, unread: int) -> int:
         """How many of the unread prompt tokens this forward takes: it leaves the last one enough."""
@@ -317,12 +324,35 @@ class Scheduler:
             r.sampler.state = r.undrawn
             r.sampled -= 1
         r.cache, r.next, r.logprobs, r.states, r.speculation = None, None, None, [], None
+        r.flight = None
         self.waiting.appendleft(r)
 
-    def _forward(self, pieces: list[Piece]) -> mx.array | None:
-        """Launch the forward; logits of the rows wanted, [R, vocab], not evaluated yet."""
-        if not pieces:
-            return None
+    def _launch(self, pieces: list[Piece]) -> None:
+        """Launch a forward, to `_land` later where logits are wanted."""
+        pending = self._forward(pieces) if pieces else None
+        for p in pieces:
+            p.sequence.launched = self.counters.forwards
+        if pending is None:
+            self._end_reading(pieces)
+            return
+        self._flights.append(flight := Flight(pieces, pending))
+        for p in pieces:
+            p.sequence.flight = flight if p.wants else None
+
+    def _land(self, flight: Flight) -> None:
+        """Sample what a forward was for."""
+        logits = flight.pending.logits()
+        self._end_reading(flight.pieces)
+        self._sample(flight, logits)
+
+    def _end_reading(self, pieces: list[Piece]) -> None:
+        """End those that only wanted their prompt read."""
+        for r in (p.sequence for p in pieces if not p.wants):
+            if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
+                self._finish(r, "length")
+
+    def _forward(self, pieces: list[Piece]) -> Pending | None:
+        """Launch the forward; its logits [R, vocab], of the rows wanted, are not evaluated yet."""
         rows: list[int] = []
         at = 0
         for p in pieces:
@@ -339,59 +369,28 @@ class Scheduler:
             for request, start, length in reading:
                 request.tell_progress(start + int(share * length))
 
-        logits = self.runner.forward(flat, shares, rows, tell, awaited=self._guesses())
+        pending = self.runner.launch(flat, shares, rows, tell, awaited=self._guesses())
         self.counters.forwards += 1
-        launched = [] if logits is None else [logits]
+        launched = [] if pending is None else pending.lazy
         for p in pieces:
             self.counters.computed_tokens += p.length
             p.sequence.request.computed_tokens += p.length
-            launched += self._take_states(p)
+            launched += take_states(p, self._message_start)
             if not p.wants:
                 launched += p.sequence.live.arrays()
         mx.async_eval(launched)
-        return logits
+        return pending
 
-    def _take_states(self, piece: Piece) -> list[mx.array]:
-        """Copy the sliding windows where a later request may branch off; the arrays to evaluate."""
-        r = piece.sequence
-        if piece.draft:
-            return []  # part of it may be taken back
-        end = r.live.offset
-        start = end - piece.length
-        places = set()
-        if not r.decoding:
-            if start < r.branch <= end:
-                places.add(r.branch)
-            if end == len(r.tokens):
-                places.add(end)
-            if self._message_start is not None:
-                inside = np.array(r.tokens[start + 1 : end + 1], np.int32)
-                places.update((np.flatnonzero(inside == self._message_start) + start + 1).tolist())
-        must = {r.branch, len(r.prompt)}
-        taken = []
-        for place in sorted({*places, end}):
-            distance = place - r.last_state
-            if place in must or distance >= (STATE_MIN_DISTANCE if place in places else STATE_MAX_DISTANCE):
-                state = r.live.snapshot(place, r.live.window_history + STATE_SLACK)
-                if state is not None:
-                    r.states.append(state)
-                    r.last_state = place
-                    taken += [] if state.data is None else [state.data]
-        return taken
-
-    def _sample(self, pieces: list[Piece], logits: mx.array | None) -> None:
+    def _sample(self, flight: Flight, logits: mx.array) -> None:
         """Sample the next token of every sequence that has come to its end, and launch that."""
         greedy: mx.array | None = None
         row, launched = 0, []
-        for p in pieces:
+        for p in flight.pieces:
             r = p.sequence
-            if not p.wants:
-                if r in self.running and r.request.max_tokens == 0 and r.live.offset == len(r.tokens):
-                    self._finish(r, "length")
-                continue
             at, row = row, row + p.rows
-            if r not in self.running or logits is None:
+            if r.flight is not flight:  # it wants nothing, or is not there any more
                 continue
+            r.flight = None
             params = r.request.params
             r.undrawn = r.sampler.state
             try:
@@ -501,7 +500,7 @@ class Scheduler:
     def _finish(self, r: Sequence, reason: FinishReason) -> None:
         """Keep what was computed, free the caches, and tell the caller."""
         self.running.remove(r)
-        cache, r.cache, r.next = r.live, None, None
+        cache, r.cache, r.next, r.flight = r.live, None, None, None
         try:
             self._keep(r, cache)
         except Exception as error:
@@ -539,12 +538,13 @@ class Scheduler:
         """End one sequence with an error; its caches are dropped, as they may be half written."""
         if r in self.running:
             self.running.remove(r)
-        r.cache, r.next, r.states, r.speculation = None, None, [], None
+        r.cache, r.next, r.states, r.speculation, r.flight = None, None, [], None, None
         self.counters.failed += 1
         r.request.fail(error)
 
     def _start_over(self, loss: GptOssError) -> None:
         """Every cache is gone, and what is in memory of prefixes: end who had one; the disk has the rest."""
+        self._flights.clear()
         for r in list(self.running):
             self._fail(r, loss)
         self.store.reset()
@@ -556,6 +556,7 @@ class Scheduler:
         if (loss := self.runner.take_loss()) is not None:
             self._start_over(loss)
             return
+        self._flights.clear()
         running = list(self.running)
         if not running:
             # It was no forward, then; whoever comes next must not meet it again for ever.

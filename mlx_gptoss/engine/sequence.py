@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.engine.request import Request
-from mlx_gptoss.engine.runner import KVCache
+from mlx_gptoss.engine.runner import KVCache, Pending
 from mlx_gptoss.engine.sampler import Sampler
 from mlx_gptoss.engine.speculate import Speculation
 from mlx_gptoss.model.cache import WindowState
@@ -33,6 +33,8 @@ class Sequence:
         self.logprobs: tuple[mx.array, mx.array, mx.array] | None = None
         self.undrawn = sampler.state  # the sampler's before `next` was drawn
         self.sampled = 0
+        self.flight: Flight | None = None  # the forward under way that ends with its next token
+        self.launched = 0  # the number of the last forward that it was in
         self.alone = False  # runs by itself, after a forward with it failed
         self.speculation: Speculation | None = None
 
@@ -61,3 +63,11 @@ class Piece:
     def rows(self) -> int:
         """Of how many rows, the last ones, the logits are wanted."""
         return len(self.draft) + 1 if self.wants else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A forward under way whose logits are wanted."""
+
+    pieces: list[Piece]
+    pending: Pending

@@ -15,7 +15,7 @@ from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.memory import plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_layers, read_model
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
-from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
+from mlx_gptoss.engine.runner import LocalRunner, ModelRunner, Pending
 from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import PromptLookup
 from mlx_gptoss.model.cache import KVBits
@@ -36,12 +36,12 @@ class Recorded:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.logits: list[tuple[list[int], np.ndarray | None]] = []
-        self._forward = runner.forward
-        runner.forward = self._recorded  # type: ignore[method-assign]
+        self._launch = runner.launch
+        runner.launch = self._recorded  # type: ignore[method-assign]
 
-    def _recorded(self, tokens: mx.array, *rest: Any, **more: Any) -> mx.array | None:
-        out = self._forward(tokens, *rest, **more)
-        self.logits.append((np.array(tokens).tolist(), None if out is None else np.array(out)))
+    def _recorded(self, tokens: mx.array, *rest: Any, **more: Any) -> Pending | None:
+        out = self._launch(tokens, *rest, **more)
+        self.logits.append((np.array(tokens).tolist(), None if out is None else np.array(out.logits())))
         return out
 
 
@@ -76,6 +76,7 @@ def test_mixed_requests_equal_one_process(
     one = local(kv_bits)
     expected, whole = Recorded(one), played(scheduler(one, **options), ranks, 12)
     with pipeline(DEMO, ranks, split, kv_bits) as runner:
+        runner.depth = 1  # one forward at a time, so that all are the same
         found, parts = Recorded(runner), played(scheduler(runner, **options), ranks, 12)
         assert parts[0] == whole[0]
         assert parts[1].counters == whole[1].counters
@@ -88,6 +89,39 @@ def test_mixed_requests_equal_one_process(
         parts[1].close()
     counts = whole[1].counters  # what the scripts are for has happened in them
     assert counts.cached_tokens and (counts.preempted or counts.accepted_tokens or counts.cancelled)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_with_a_forward_on_every_rank_each_request_is_what_it_is_alone(ranks: int) -> None:
+    one = local()
+    with pipeline(DEMO, ranks) as runner:
+        made = scheduler(runner, max_running=5)
+        clients = Script(made, 40 + ranks).run(12)
+        assert made.counters.failed == 0 and made.live_bytes == 0
+    for client in clients:
+        asked = client.request
+        again = Client(
+            alone := scheduler(one),
+            asked.prompt,
+            asked.max_tokens,
+            asked.params,
+            asked.stop_ids,
+            constraint=asked.constraint,
+        )
+        run(alone)
+        whole = client.done.finish_reason != "cancelled"
+        assert client.tokens == (again.tokens if whole else again.tokens[: len(client.tokens)])
+
+
+def test_every_rank_has_a_forward_of_its_own() -> None:
+    with pipeline(DEMO, 2) as runner:
+        made = scheduler(runner, budget=1 << 28)
+        clients = [Client(made, prompt(i, 40, 2000), 8) for i in range(4)]
+        under_way = []
+        while made.step():
+            under_way.append(sorted(made.running.index(r) for r in made.running if r.flight is not None))
+        assert [0, 1] in under_way and [2, 3] in under_way
+        assert [client.done.finish_reason for client in clients] == ["length"] * 4
 
 
 def test_prefixes_on_disk_are_those_of_one_process(tmp_path: Path) -> None:
