@@ -66,12 +66,12 @@ class Channel:
     @property
     def peer(self) -> str:
         """The address of the machine at the other end."""
-        return str(self._socket.getpeername()[0])
+        return _plain(self._socket.getpeername()[0])
 
     @property
     def here(self) -> str:
         """The address of this machine, as the other end reaches it."""
-        return str(self._socket.getsockname()[0])
+        return _plain(self._socket.getsockname()[0])
 
     def tell(self, record: Any, tensors: list[Buffer] | None = None) -> None:
         """Send a record, and the tensors that it announces. Raises OSError when the connection is gone."""
@@ -198,7 +198,7 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
 
 
 class Listener:
-    """A port at which machines of the group arrive.
+    """A port at which machines of the group arrive. host: an address of this machine, "" for all it has.
 
     welcome: told each proven connection, on a thread of its own; the connection is closed when it raises. All
     else is closed, and logged in one line.
@@ -206,8 +206,13 @@ class Listener:
 
     def __init__(self, host: str, token: bytes, welcome: Callable[[Channel], None], port: int = 0) -> None:
         try:
-            family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self._socket = socket.create_server(family[0][4][:2], family=family[0][0])
+            if host:
+                family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                self._socket = socket.create_server(address[:2], family=family)
+            else:
+                both = socket.has_dualstack_ipv6()
+                family = socket.AF_INET6 if both else socket.AF_INET
+                self._socket = socket.create_server(("", port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise HostError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
         self._token, self._welcome = token, welcome
@@ -234,7 +239,7 @@ class Listener:
                 logger.warning("%s is refused: too many connections are being made", address[0])
                 connection.close()
                 continue
-            threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
+            threading.Thread(target=self._greet, args=(connection, _plain(address[0])), daemon=True).start()
 
     def _greet(self, connection: socket.socket, where: str) -> None:
         try:
@@ -265,6 +270,11 @@ class Listener:
         if not hmac.compare_digest(proof, _proof(self._token, b"dial", other, nonce)):
             raise ProtocolError("has another token")
         connection.sendall(_proof(self._token, b"listen", other, nonce))
+
+
+def _plain(address: str) -> str:
+    """An address without what marks an IPv4 one at a port that takes both."""
+    return address.removeprefix("::ffff:")
 
 
 def _said(error: Exception) -> str:

@@ -24,6 +24,7 @@ from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dia
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.session import Member, Session, versions
+from mlx_gptoss.distributed.ssh import is_here
 from mlx_gptoss.distributed.starter import Handle, LocalStarter, Starter
 from mlx_gptoss.errors import HostError
 
@@ -87,8 +88,8 @@ class Group:
         self._members: list[Member] = []
         self._lost_at: deque[float] = deque(maxlen=self.patience.restarts + 1)
         self._closed = threading.Event()
-        local = all(host.is_local for host in hosts)
-        self._listener = Listener("127.0.0.1" if local else "", self._token, self._arrived)
+        self._local = all(map(is_here, hosts))
+        self._listener = Listener("127.0.0.1" if self._local else "", self._token, self._arrived)
         self._keeper = threading.Thread(target=self._keep, name="group", daemon=True)
 
     @property
@@ -126,7 +127,7 @@ class Group:
             raise
         free = [available_memory(), *(int(m.facts["memory"]) for m in self._members)]
         alike = [
-            [h.name == host.name or (h.is_local and host.is_local) for h in self.hosts] for host in self.hosts
+            [is_here(h) if is_here(host) else h.name == host.name for h in self.hosts] for host in self.hosts
         ]
         return [
             Machine(host.name, room // sum(same))
@@ -216,7 +217,7 @@ class Group:
                 self._arrivals.get_nowait().channel.close()  # late ones of the last life
             except Empty:
                 break
-        addresses = ["127.0.0.1"] if all(h.is_local for h in self.hosts) else list(self.hosts[0].ips)
+        addresses = ["127.0.0.1"] if self._local else list(self.hosts[0].ips)
         for rank, host in enumerate(self.hosts[1:], start=1):
             arguments = ["-m", RANK_MODULE, str(rank), str(self.port), *addresses]
             self._handles[rank] = self._starter(host).start(rank, arguments, self._token)

@@ -246,3 +246,13 @@ def raw_pair() -> tuple[socket.socket, Channel]:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         near = socket.create_connection(server.getsockname())
         return near, Channel(server.accept()[0])
+
+
+def test_a_port_of_all_addresses_takes_both_kinds() -> None:
+    arrived: SimpleQueue[Channel] = SimpleQueue()
+    with closing(Listener("", TOKEN, arrived.put)) as listener:
+        near = dial(("127.0.0.1", listener.port), TOKEN)
+        far = arrived.get(timeout=60)
+        assert far.peer == far.here == near.peer == "127.0.0.1"
+        near.close()
+        far.close()
