@@ -14,7 +14,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_gptoss.checkpoint.layouts import Form, TensorSpec, sizes
-from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.checkpoint.reader import Checkpoint, Portion
 from mlx_gptoss.checkpoint.safetensors import read_part
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.model.config import ModelConfig
@@ -33,9 +33,15 @@ class PartOfCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, folder: Path, dtype: mx.Dtype | str | None, heads: range, channels: range, total: Total
+        self,
+        folder: Path,
+        dtype: mx.Dtype | str | None,
+        heads: range,
+        channels: range,
+        total: Total,
+        portion: Portion | None = None,
     ) -> None:
-        super().__init__(folder, dtype)
+        super().__init__(folder, dtype, portion)
         self.channels = channels
         self.part_config = part_config(self.config, heads, channels)
         self._cuts = _cuts(self.config, heads, channels)

@@ -24,6 +24,7 @@ from mlx_gptoss.sizes import parse_size
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from mlx_gptoss.distributed.launch import Parallel
     from mlx_gptoss.engine.options import EngineKeywords
     from mlx_gptoss.harmony import ReasoningEffort
     from mlx_gptoss.llm import LLM
@@ -80,6 +81,8 @@ class ModelSource:
     adapters: tuple[tuple[str | None, str], ...] = ()  # name (None: answers whatever names no other), place
     hosts: str | None = None
     split: str | None = None
+    parallel: str = "pipeline"
+    force: bool = False
 
     def local(self) -> ModelSource:
         """The same model as a local folder: downloaded, or found missing, before anything else is done."""
@@ -121,6 +124,8 @@ class ModelSource:
                 adapters={name: place for name, place in self.adapters if name is not None},
                 hosts=self.hosts,
                 split=split,
+                parallel=cast("Parallel", self.parallel),
+                force=self.force,
                 **self.engine,
             )
         llm.name = name
@@ -238,10 +243,23 @@ def _source(
     adapter: tuple[tuple[str | None, str], ...],
     hosts: str | None,
     split: str | None,
+    parallel: str,
+    force: bool,
     **engine: Any,
 ) -> ModelSource:
     keywords = cast("EngineKeywords", engine)
-    return ModelSource(model, dtype, revision, offline, keywords, adapters=adapter, hosts=hosts, split=split)
+    return ModelSource(
+        model,
+        dtype,
+        revision,
+        offline,
+        keywords,
+        adapters=adapter,
+        hosts=hosts,
+        split=split,
+        parallel=parallel,
+        force=force,
+    )
 
 
 def _adapters(
@@ -276,6 +294,14 @@ model_options = bundle(
         help="Machines that share the layers, this one first, or the hostfile of mlx.launch.",
     ),
     click.option("--split", metavar="N,N", help="How many layers each host has.  [default: by its memory]"),
+    click.option(
+        "--parallel",
+        type=click.Choice(["pipeline", "tensor"]),
+        default="pipeline",
+        show_default=True,
+        help="With --hosts: whole layers on each, or a part of every layer, for links of microseconds.",
+    ),
+    click.option("--force", is_flag=True, help="Use --parallel tensor where it is measured not to pay."),
     click.option(
         "--max-context", type=int, metavar="TOKENS", help="Longest context to allow.  [default: the model's]"
     ),

@@ -8,14 +8,74 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_gptoss.distributed.hosts import RdmaDevices
+from mlx_gptoss.distributed.stage import Stage
 from mlx_gptoss.errors import HostError
+
+# What is measured is the least of so many times: what the machines can do.
+TIMES = 3
+
+
+class Collective:
+    """What adds up the parts of all ranks: a Total, once `join` has brought the ranks together.
+
+    settings: see collective_settings.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._group: mx.distributed.Group | None = None
+
+    def join(self) -> None:
+        """Meet the others, once in a process. Waits for them without an end. Raises HostError."""
+        self._group = join(self._settings)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x if self._group is None else mx.distributed.all_sum(x, group=self._group)
+
+    def measure(self, stage: Stage) -> dict[str, float]:
+        """Join, and tell the seconds that an all_sum in a token's forward takes and that the rest of it does.
+
+        A chain of as many sums as a token needs, each after a product: what a GPU waits for its links and
+        these for it is part of the price.
+        """
+        config, x = stage.config, mx.ones((1, stage.config.hidden_size), stage.dtype)
+        step = _least(lambda: stage.forward(x, [[-1, 1]], None), lambda: stage.make(-1, 0))
+        stage.free([-1], [], [])
+        self.join()
+        sums = 2 * config.num_layers
+
+        def chain() -> mx.array:
+            y = x
+            for _ in range(sums):
+                y = self(y * 0.5)
+            return y
+
+        return {"step": step, "all_sum": _least(lambda: mx.eval(chain())) / sums}
+
+
+def _least(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    taken = []
+    for _ in range(TIMES):
+        before()
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def free_port() -> int:
+    """A port that nothing listens at now."""
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def collective_settings(
@@ -36,25 +96,25 @@ def join(settings: Mapping[str, Any]) -> mx.distributed.Group:
     Waits for the others without an end, so whoever calls it must be ended from outside. Raises HostError.
     """
     backend, where = str(settings["backend"]), settings["where"]
-    environment = {"MLX_RANK": str(settings["rank"])}
+    environment, files = {"MLX_RANK": str(settings["rank"])}, {}
     if backend == "ring":
-        environment["MLX_HOSTFILE"] = _written([[address] for address in where])
+        files["MLX_HOSTFILE"] = [[address] for address in where]
     else:
-        environment["MLX_IBV_DEVICES"] = _written(settings["rdma"])
+        files["MLX_IBV_DEVICES"] = settings["rdma"]
         environment["MLX_JACCL_COORDINATOR"] = where[0]
         if backend == "jaccl-ring":
             environment["MLX_JACCL_RING"] = "1"
-    os.environ.update(environment)
-    try:
-        group = mx.distributed.init(strict=True, backend=backend.partition("-")[0])
-    except RuntimeError as error:
-        raise HostError(f"rank {settings['rank']} cannot join the others by {backend}: {error}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = os.path.join(folder, name)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+            environment[name] = path
+        os.environ.update(environment)
+        try:
+            group = mx.distributed.init(strict=True, backend=backend.partition("-")[0])
+        except RuntimeError as error:
+            raise HostError(f"rank {settings['rank']} cannot join the others by {backend}: {error}") from None
     if group.size() != len(where):
         raise HostError(f"the group has {group.size()} ranks, expected {len(where)}")
     return group
-
-
-def _written(content: Any) -> str:
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump(content, file)
-    return file.name

@@ -16,11 +16,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from mlx_gptoss.device import available_memory
 from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dial_any
+from mlx_gptoss.distributed.collective import collective_settings
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.session import Member, Session, versions
@@ -64,8 +66,9 @@ class _Arrival:
 class Group:
     """The ranks from 1 on, on `hosts` (of which the first is this machine).
 
-    starter: what starts processes on a host. orders: set once the plan is made: what each rank, from 1 on, is
-    told to load. The token is made here, and nothing keeps it.
+    collective: for ranks that all have a part of every layer: what they add up by; without it each has layers
+    of its own. starter: what starts processes on a host. orders: set once the plan is made: what each rank,
+    from 1 on, is told to load. The token is made here, and nothing keeps it.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Group:
         hosts: Sequence[Host],
         starter: StarterOf = lambda host: LocalStarter(),
         patience: Patience | None = None,
+        collective: str | None = None,
     ) -> None:
         self.hosts = hosts
+        self.collective = collective
         self.orders: list[dict[str, Any]] = []
         self.losses = 0
         self._starter = starter
@@ -272,7 +277,7 @@ class Group:
                 self._arrivals.put(_Arrival(channel, facts))
             case ["from", int(rank)]:
                 session = self._pending
-                if session is None or rank != len(self.hosts) - 1:
+                if session is None or rank != session.last.rank:
                     raise ProtocolError(f"rank {rank} has nothing to send here now")
                 session.gather(channel)
             case record:
@@ -294,7 +299,9 @@ class Group:
                 case _:
                     raise ProtocolError(f"sent {record!r:.80}")
 
-        session = self._pending = Session(members, self.patience.silence, RETRY_AFTER, told)
+        together = self.collective is not None
+        last = members[0 if together else -1]
+        session = self._pending = Session(members, self.patience.silence, RETRY_AFTER, told, last)
 
         def over() -> None:
             session.over.wait()
@@ -304,26 +311,42 @@ class Group:
         try:
             for member, order in zip(members, self.orders, strict=True):
                 session.tell(member, ["silence", self.patience.silence])
-                session.tell(member, ["load", order | {"onward": self._onward(members, member)}])
+                links = {"onward": self._onward(session, member), "join": self._join(members, member)}
+                session.tell(member, ["load", order | links])
             waiting = {member.rank for member in members}
             while waiting:
                 if (one := ready.get()) is None:
                     raise session.lost()
                 waiting.discard(one.rank)
-            session.onward = dial_any(self._addresses(members[0]), self._token)
-            session.onward.tell(["from", 0])
+            for member in members if together else members[:1]:
+                session.onward.append(dial_any(self._addresses(member), self._token))
+                session.onward[-1].tell(["from", 0])
             return session
         except BaseException:
             session.end()
             self._end_processes()
             raise
 
-    def _onward(self, members: list[Member], member: Member) -> list[list[Any]]:
-        """Where a rank finds the next one."""
-        if member.rank < len(members):
-            return self._addresses(members[member.rank])
-        here = member.channel.here
-        return [[here, self.port], *([ip, self.port] for ip in self.hosts[0].ips)]
+    def _onward(self, session: Session, member: Member) -> list[list[Any]]:
+        """Where a rank finds the next one; nothing where it has none."""
+        if member is session.last:
+            here = member.channel.here
+            return [[here, self.port], *([ip, self.port] for ip in self.hosts[0].ips)]
+        return [] if self.collective else self._addresses(session.members[member.rank])
+
+    def _join(self, members: list[Member], member: Member) -> dict[str, Any] | None:
+        """How a rank joins the others in MLX's own group."""
+        if self.collective is None:
+            return None
+        # This machine, as the others reach it, is where they found rank 0.
+        elsewhere = [m.channel.here for m in members if not is_loopback(m.channel.peer)]
+        addresses = []
+        for one in members:
+            given, peer = self.hosts[one.rank].ips, one.channel.peer
+            addresses.append(given[0] if given else elsewhere[0] if is_loopback(peer) and elsewhere else peer)
+        ports = [int(one.facts["free_port"]) for one in members]
+        rdma = [self.hosts[one.rank].rdma for one in members]
+        return collective_settings(self.collective, members.index(member), addresses, ports, rdma)
 
     def _addresses(self, member: Member) -> list[list[Any]]:
         port = int(member.facts["port"])
@@ -342,6 +365,11 @@ class Group:
             handle.kill()
             with suppress(subprocess.TimeoutExpired):
                 handle.wait(LEAVING)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is this machine's to itself alone."""
+    return ip_address(address.partition("%")[0]).is_loopback
 
 
 def _shown(found: Any) -> str:

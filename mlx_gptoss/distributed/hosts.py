@@ -50,6 +50,11 @@ class HostList:
     backend: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def collective(self) -> str:
+        """MLX's backend for sums: as given, else RDMA where every host has devices for it."""
+        return self.backend or ("jaccl" if all(host.rdma for host in self.hosts) else "ring")
+
     def to_json(self) -> str:
         """As `mlx.launch` reads it."""
         hosts = [{"ssh": h.name, "ips": list(h.ips), "rdma": list(h.rdma)} for h in self.hosts]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import gcd, lcm
 
+from mlx_gptoss.checkpoint.layouts import PARTS
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, runtime_bytes
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.errors import MemoryLimitError, RequestError
@@ -34,8 +35,9 @@ class Machine:
 class Share:
     """What one rank has of a model. heads: KV heads; channels: intermediate channels of every expert.
 
-    weights, kv: what these take; needed: with everything else. slots: how many experts of a layer are in
-    memory where not all find room, the others being read from the disk.
+    weights, kv: what these take; needed: with everything else. read: what a decoded token reads of the
+    weights. slots: how many experts of a layer are in memory where not all find room, the others being read
+    from the disk.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class Share:
     weights: int
     kv: int
     needed: int
+    read: int
     slots: int | None = None
 
 
@@ -96,7 +99,9 @@ def plan_pipeline(
             held += (slots - config.experts_per_token) * each
         heads, channels = range(config.num_kv_heads), range(config.intermediate_size)
         needed = held + cached + fixed
-        shares.append(Share(rank, machine, layers, heads, channels, held, cached, needed, slots))
+        read = int(_read(whole, "embedding", "head")) if rank == 0 else 0
+        read += int(_read(whole, "attention", "router", "experts", "norms") * len(layers) / config.num_layers)
+        shares.append(Share(rank, machine, layers, heads, channels, held, cached, needed, read, slots))
     return shares
 
 
@@ -115,8 +120,7 @@ def plan_tensor(
     config, whole, count = checkpoint.config, plan_checkpoint(checkpoint), len(machines)
     unit = column_unit(checkpoint)
     groups = config.intermediate_size // unit
-    loaded = {name: sum(p.loaded for p in whole.parts if p.name == name) for name in _names(whole)}
-    read = {name: sum(p.read for p in whole.parts if p.name == name) for name in _names(whole)}
+    loaded = {part: sum(p.loaded for p in whole.parts if p.name == part) for part in PARTS}
     # Rank 0 has the head as well, so that it gets the smaller part of what does not divide.
     heads = [config.num_kv_heads // count + (r >= count - config.num_kv_heads % count) for r in range(count)]
     share = [h / config.num_kv_heads for h in heads]
@@ -124,9 +128,10 @@ def plan_tensor(
     fixed = runtime_bytes() + beside + loaded["router"] + loaded["norms"]
     ends = loaded["embedding"] + loaded["head"]
     used = [fixed + int(loaded["attention"] * s) + c for s, c in zip(share, caches, strict=True)]
-    used[0] += ends
-    reads = [read["attention"] * s + (read["head"] if r == 0 else 0) for r, s in enumerate(share)]
-    each, per_token = loaded["experts"] / groups, read["experts"] / groups
+    used[0] += ends + runtime_bytes()  # in a process of its own
+    reads = [_read(whole, "attention") * s + _read(whole, "router", "norms") for s in share]
+    reads[0] += _read(whole, "embedding", "head")
+    each, per_token = loaded["experts"] / groups, _read(whole, "experts") / groups
     counts = _checked(split, count, groups, f"groups of {unit} columns")
     if counts is None:
         rooms = [machine.room - u for machine, u in zip(machines, used, strict=True)]
@@ -139,9 +144,9 @@ def plan_tensor(
         if needed > machine.room:
             raise _does_not_fit(machine, needed, f"{len(columns)} of {groups} groups of the experts' columns")
         channels = range(columns.start * unit, columns.stop * unit)
-        held = needed - caches[rank] - runtime_bytes() - beside
-        layers = range(config.num_layers)
-        shares.append(Share(rank, machine, layers, kv_heads, channels, held, caches[rank], needed))
+        held = needed - caches[rank] - runtime_bytes() * (1 + (rank == 0)) - beside
+        layers, read = range(config.num_layers), int(reads[rank] + per_token * len(columns))
+        shares.append(Share(rank, machine, layers, kv_heads, channels, held, caches[rank], needed, read))
     return shares
 
 
@@ -197,8 +202,9 @@ def _ends(plan: MemoryPlan) -> int:
     return plan.weights - sum(plan.layers)
 
 
-def _names(plan: MemoryPlan) -> set[str]:
-    return {part.name for part in plan.parts}
+def _read(plan: MemoryPlan, *parts: str) -> float:
+    """What a decoded token reads of these parts of the model."""
+    return sum(part.read for part in plan.parts if part.name in parts)
 
 
 def _kv_by_layer(checkpoint: Checkpoint, kv: int) -> list[int]:

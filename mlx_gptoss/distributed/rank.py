@@ -23,11 +23,13 @@ import mlx.core as mx
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.checkpoint.fingerprint import fingerprint
 from mlx_gptoss.checkpoint.hub import resolve
+from mlx_gptoss.checkpoint.part import PartOfCheckpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_layers
 from mlx_gptoss.device import available_memory, limit_memory, peak_rss, share_arenas
 from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dial_any
+from mlx_gptoss.distributed.collective import Collective, free_port
 from mlx_gptoss.distributed.session import BEAT, STEP, versions
-from mlx_gptoss.distributed.stage import Stage
+from mlx_gptoss.distributed.stage import PartStage, Stage
 from mlx_gptoss.distributed.wire import describe, from_bytes, read, to_bytes
 from mlx_gptoss.errors import GptOssError, HostError
 from mlx_gptoss.model.low_rank import Pair
@@ -36,6 +38,8 @@ from mlx_gptoss.model.low_rank import Pair
 GONE, SILENT, FAILED = 0, 3, 4
 # After so many seconds without the interpreter's lock, faulthandler's own thread ends the process.
 STUCK = 60.0
+# Seconds for the other ranks to join MLX's group, and for one step.
+JOIN, STEP_LIMIT = 60.0, 300.0
 # Records that are followed by tensors, and which of their entries describes these.
 WITH_TENSORS = {"adopt_span": 2, "adopt_state": 4, "put_adapter": 4}
 
@@ -50,6 +54,7 @@ class Process:
         self._arriving: SimpleQueue[bytearray] = SimpleQueue()
         self._silence = float("inf")  # until rank 0 says how long it may be silent
         self._busy_since: float | None = None
+        self._alone: float | None = None  # since when this rank waits for others to join it
         self._steps = 0
         self._waited = 0.0
         self._onward: Channel | None = None
@@ -59,7 +64,8 @@ class Process:
     def run(self) -> None:
         """Say hello, load, and work until the end."""
         facts = {"rank": self.rank, "pid": os.getpid(), "port": self._listener.port, **self._facts()}
-        self._control.tell(["hello", facts | {"memory": available_memory(), "versions": versions()}])
+        facts |= {"free_port": free_port(), "memory": available_memory(), "versions": versions()}
+        self._control.tell(["hello", facts])
         threading.Thread(target=self._hear, name="rank 0", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -88,7 +94,8 @@ class Process:
             raise ProtocolError(f"said {kind!r} before 'load'")
         folder = resolve(order["model"], revision=order["revision"], offline=order["offline"])
         where = range(*order["layers"])
-        checkpoint = Checkpoint(Path(folder), order["dtype"], Portion(where))
+        collective = None if order["join"] is None else Collective(order["join"])
+        checkpoint = _checkpoint(Path(folder), where, order, collective)
         mark = fingerprint(checkpoint.folder, "", checkpoint.tensors)
         if mark != order["fingerprint"]:
             raise HostError(
@@ -99,11 +106,12 @@ class Process:
         limit_memory(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         layers = read_layers(checkpoint, lambda done: self._control.tell(["loaded", done]))
         mx.clear_cache()
-        self._onward = dial_any(order["onward"], self._token)
-        self._onward.tell(["from", self.rank])
+        if order["onward"]:
+            self._onward = dial_any(order["onward"], self._token)
+            self._onward.tell(["from", self.rank])
         keys, values = order["kv_bits"]
-        stage = Stage(
-            checkpoint.config,
+        stage = (Stage if collective is None else PartStage)(
+            checkpoint.part_config,
             checkpoint.dtype,
             layers,
             where,
@@ -111,9 +119,12 @@ class Process:
             interleaved=checkpoint.layout.interleaved,
         )
         opened = {tensor.path for tensor in checkpoint.tensors.values()}
-        self._control.tell(
-            ["ready", {**self._facts(), "opened": sum(path.stat().st_size for path in opened)}]
-        )
+        facts = {**self._facts(), "opened": sum(path.stat().st_size for path in opened)}
+        if collective is not None:
+            self._alone = time.monotonic()
+            facts |= collective.measure(stage)
+            self._alone = None
+        self._control.tell(["ready", facts])
         return stage
 
     # --- work
@@ -151,8 +162,8 @@ class Process:
             raise ProtocolError(f"sent step {number} where {step} was expected")
         x = from_bytes(memoryview(frame)[STEP.size :], stage.dtype, (count, stage.config.hidden_size))
         x = stage.forward(x, shares, rows)
-        assert self._onward is not None
-        self._onward.send(STEP.pack(step, len(x)), to_bytes(x))
+        if self._onward is not None:
+            self._onward.send(STEP.pack(step, len(x)), to_bytes(x))
         self._steps += 1
 
     # --- threads
@@ -178,7 +189,7 @@ class Process:
 
     def _arrived(self, channel: Channel) -> None:
         """The rank before this one."""
-        if channel.hear() != ["from", self.rank - 1]:
+        if channel.hear() not in (["from", 0], ["from", self.rank - 1]):
             raise ProtocolError("is not the rank before this one")
         try:
             while True:
@@ -191,11 +202,21 @@ class Process:
             faulthandler.dump_traceback_later(STUCK, exit=True)
             if time.monotonic() - self._control.heard > self._silence:
                 leave(SILENT)
+            self._keep_to_time()
             try:
                 self._control.tell(["beat", self._facts()])
             except OSError:
                 leave(GONE)
             time.sleep(BEAT)
+
+    def _keep_to_time(self) -> None:
+        """Fail when the other ranks are waited for in vain: MLX waits for ever."""
+        now, alone, busy = time.monotonic(), self._alone, self._busy_since
+        if alone is not None and now - alone > JOIN:
+            told = f"the other ranks have not joined within {JOIN:g} s: try `mlx-gptoss hosts check`"
+            self._fail(HostError(told))
+        if busy is not None and now - busy > STEP_LIMIT:
+            self._fail(HostError(f"a step takes more than {STEP_LIMIT:g} s"))
 
     def _facts(self) -> dict[str, Any]:
         onward, busy = self._onward, self._busy_since
@@ -212,6 +233,16 @@ class Process:
 
 # The records that are calls of a stage as they are.
 STAGE = ("make", "free", "reserve", "go_back", "snapshot", "export", "cut", "load")
+
+
+def _checkpoint(
+    folder: Path, where: range, order: dict[str, Any], collective: Collective | None
+) -> Checkpoint:
+    """Whole layers, or a part of each."""
+    if collective is None:
+        return Checkpoint(folder, order["dtype"], Portion(where))
+    heads, channels = range(*order["heads"]), range(*order["channels"])
+    return PartOfCheckpoint(folder, order["dtype"], heads, channels, collective, Portion(where))
 
 
 def _arrays(tensors: list[bytearray], described: list[Any]) -> list[mx.array]:

@@ -97,8 +97,8 @@ class PipelineSpan(KVSpan):
         return made
 
     def whole(self) -> list[mx.array]:
-        parts = list(self._runner.stage.spans[self.number])
-        return parts + self._runner.fetch(self._life, "fetch_span", self.number)
+        here = list(self._runner.stage.spans[self.number])
+        return self._runner.join_span([here, *self._runner.fetch(self._life, "fetch_span", self.number)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,8 @@ class PipelineState(WindowState):
 
     def whole(self) -> WindowState:
         assert self.data is not None
-        parts = [self.data, *self.runner.fetch(self.life, "fetch_state", self.name.number)]
-        return WindowState(self.start, self.end, mx.concatenate(parts, axis=0))
+        parts = [[self.data], *self.runner.fetch(self.life, "fetch_state", self.name.number)]
+        return WindowState(self.start, self.end, self.runner.join_state(parts))
 
 
 class PipelineCache:
@@ -300,8 +300,7 @@ class PipelineRunner:
         life = self._live()
         life.sweep()
         span = PipelineSpan(self, life, int(parts[0].shape[2]) if parts else 0)
-        each = len(self._empty.full[0].arrays()) if self._empty.full else 0
-        here, *others = [list(parts[a * each : b * each]) for a, b in self._portions(FULL)]
+        here, *others = self.divide_span(parts)
         self.stage.adopt_span(span.number, here)
         for member, theirs in zip(life.session.members, others, strict=True):
             life.session.tell(member, ["adopt_span", span.number, *_described(theirs)], _sent(theirs))
@@ -312,7 +311,7 @@ class PipelineRunner:
         if data is None:
             return state
         name = life.name(STATES)
-        here, *others = [[data[2 * a : 2 * b]] if a < b else [] for a, b in self._portions(SLIDING)]
+        here, *others = self.divide_state(data)
         own = mx.contiguous(here[0])
         self.stage.adopt_state(name.number, state.start, state.end, own)
         for member, theirs in zip(life.session.members, others, strict=True):
@@ -359,7 +358,7 @@ class PipelineRunner:
         session = life.session
         self._steps += 1
         for member in session.members:
-            wanted = None if rows is None or member is not session.members[-1] else list(rows)
+            wanted = None if rows is None or member is not session.last else list(rows)
             session.tell(member, ["forward", self._steps, numbers, wanted])
         x = self.stage.forward(self._model.embedding(tokens), numbers, None)
         session.send(self._steps, len(x), to_bytes(x))
@@ -401,6 +400,23 @@ class PipelineRunner:
         getattr(self.stage, name)(*values)
         life.session.tell_all([name, *values])
 
+    def divide_span(self, parts: Sequence[mx.array]) -> list[list[mx.array]]:
+        """A span's parts, of every full layer, as the ranks hold them; this one's first."""
+        each = len(self._empty.full[0].arrays()) if self._empty.full else 0
+        return [list(parts[a * each : b * each]) for a, b in self._portions(FULL)]
+
+    def divide_state(self, data: mx.array) -> list[list[mx.array]]:
+        """A window state's data likewise, one array or none."""
+        return [[data[2 * a : 2 * b]] if a < b else [] for a, b in self._portions(SLIDING)]
+
+    def join_span(self, parts: list[list[mx.array]]) -> list[mx.array]:
+        """What `divide_span` divides."""
+        return [part for one in parts for part in one]
+
+    def join_state(self, parts: list[list[mx.array]]) -> mx.array:
+        """What `divide_state` divides."""
+        return mx.concatenate([part for one in parts for part in one], axis=0)
+
     def _portions(self, kind: str) -> list[tuple[int, int]]:
         """Of the model's layers of a kind, counted by themselves, those [a, b) of each rank."""
         ends = [0, *(sum(k == kind for k in self._config.layer_types[: r.stop]) for r in self._ranges)]
@@ -420,13 +436,13 @@ class PipelineRunner:
             life.session.tell(member, order, _sent(arrays))
         life.adapters[number] = adapter
 
-    def fetch(self, life: Life, name: str, number: int) -> list[mx.array]:
-        """The other ranks' parts of a span or a state, in the order of the layers."""
+    def fetch(self, life: Life, name: str, number: int) -> list[list[mx.array]]:
+        """The parts of a span or a state that each of the other ranks has."""
         life.sweep()
-        found: list[mx.array] = []
+        found = []
         for member in life.session.members:
             described, tensors = life.session.ask(member, [name, number])
-            found += [read(data, one) for data, one in zip(tensors, described, strict=True)]
+            found.append([read(data, one) for data, one in zip(tensors, described, strict=True)])
         return found
 
 

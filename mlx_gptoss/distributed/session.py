@@ -47,7 +47,7 @@ class Member:
 
 
 class Session:
-    """The members, from rank 1 on.
+    """The members, from rank 1 on. last: the one that sends hidden states back.
 
     silence: seconds without a sign of life after which a rank is lost. told: asked about every record that is
     no reply, on the thread that heard it.
@@ -59,9 +59,11 @@ class Session:
         silence: float,
         retry_after: float,
         told: Callable[[Member, list[Any]], None] = lambda member, record: None,
+        last: Member | None = None,
     ) -> None:
         self.members = members
-        self.onward: Channel | None = None  # to rank 1: hidden states
+        self.last = last or members[-1]
+        self.onward: list[Channel] = []  # hidden states: to rank 1, or to all
         self.back: Channel | None = None  # from the last rank
         self.loss: HostError | None = None
         self.over = threading.Event()
@@ -97,12 +99,12 @@ class Session:
         return reply
 
     def send(self, step: int, rows: int, data: Buffer) -> None:
-        """Hand a step's hidden states to rank 1. Raises HostError when the group is lost."""
-        assert self.onward is not None
-        try:
-            self.onward.send(STEP.pack(step, rows), data)
-        except OSError as error:
-            raise self.lose(f"{self.members[0]} is lost: {error}") from None
+        """Hand a step's hidden states on. Raises HostError when the group is lost."""
+        for member, channel in zip(self.members, self.onward, strict=False):
+            try:
+                channel.send(STEP.pack(step, rows), data)
+            except OSError as error:
+                raise self.lose(f"{member} is lost: {error}") from None
 
     def receive(self, step: int) -> tuple[int, memoryview]:
         """What the last rank made of a step: its rows, and their bytes. Raises HostError."""
@@ -113,7 +115,7 @@ class Session:
             raise self.lost()
         number, rows = STEP.unpack_from(frame)
         if number != step:
-            raise self.lose(f"{self.members[-1]} sent step {number} where {step} was expected")
+            raise self.lose(f"{self.last} sent step {number} where {step} was expected")
         return rows, memoryview(frame)[STEP.size :]
 
     # --- its end
@@ -136,7 +138,7 @@ class Session:
         if self.loss is None:
             self.loss = HostError("the group was closed")
         self.over.set()
-        for channel in (*(m.channel for m in self.members), self.onward, self.back):
+        for channel in (*(m.channel for m in self.members), *self.onward, self.back):
             if channel is not None:
                 channel.close()
         for member in self.members:
@@ -157,7 +159,7 @@ class Session:
             while True:
                 self._returned.put(back.take())
         except (OSError, ProtocolError) as error:
-            self._found(f"{self.members[-1]} is lost: {error}")
+            self._found(f"{self.last} is lost: {error}")
 
     def _listen(self, member: Member) -> None:
         try:

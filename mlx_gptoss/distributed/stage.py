@@ -103,3 +103,12 @@ class Stage:
             x = x[mx.array(list(rows), mx.int32)] if len(rows) else mx.zeros((0, x.shape[1]), x.dtype)
         mx.eval(x, [self.caches[number].arrays() for number, _ in shares])
         return x
+
+
+class PartStage(Stage):
+    """A rank's part of every layer."""
+
+    def forward(self, x: mx.array, shares: Sequence[Sequence[int]], rows: Sequence[int] | None) -> mx.array:
+        """As Stage's; but all rows are computed to the end, for that is what the others are waiting for."""
+        x = super().forward(x, shares, None)
+        return x if rows is None else x[mx.array(list(rows), mx.int32)]

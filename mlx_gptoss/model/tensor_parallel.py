@@ -55,7 +55,9 @@ class PartOfAttention(Attention):
             assert isinstance(cache, LayerCache)
             none = mx.zeros((1, 0, segment.length, self.channels), x.dtype)
             cache.update_and_fetch(none, none)
-        return x + (self._total(mx.zeros_like(x)) + self.out_bias)
+        # Sums are added up in one order everywhere, so this one must not be free to come before those of x.
+        (nothing,) = mx.depends([mx.zeros_like(x)], [x])
+        return x + (self._total(nothing) + self.out_bias)
 
 
 class PartOfExperts(MixtureOfExperts):

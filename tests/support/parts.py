@@ -25,6 +25,10 @@ class Meeting:
         self._barrier = threading.Barrier(count)
         self.sums = 0
 
+    def give_up(self) -> None:
+        """Let nobody wait for a thread that has failed."""
+        self._barrier.abort()
+
     def total(self, rank: int) -> Callable[[mx.array], mx.array]:
         def add_up(x: mx.array) -> mx.array:
             self._brought[rank] = np.array(x.astype(mx.float32))
@@ -47,6 +51,13 @@ def run_parts(
     meeting = Meeting(len(cuts))
 
     def run(rank: int) -> np.ndarray:
+        try:
+            return part_of(rank)
+        except BaseException:
+            meeting.give_up()
+            raise
+
+    def part_of(rank: int) -> np.ndarray:
         heads, channels = cuts[rank]
         part = PartOfCheckpoint(folder, "float32", heads, channels, meeting.total(rank))
         layers = [part.layer(i) for i in range(part.config.num_layers)]
