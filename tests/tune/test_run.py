@@ -85,31 +85,38 @@ KILLED = """
 import os, signal, sys
 from mlx_gptoss.tune import TuneOptions, tune
 from mlx_gptoss.checkpoint import adapter
-count = 0
+moment, count = sys.argv[1].split(), 0
+def reached(kind):
+    global count
+    count += kind == moment[0]
+    if count == int(moment[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
 def write_whole(path, write):
     def killed(partial):
-        global count
         write(partial)
-        count += 1
-        if count == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-    return original(path, killed)
+        reached("write")
+    original(path, killed)
+    reached("written")
 original = adapter.write_whole
 import mlx_gptoss.tune.state, mlx_gptoss.tune.report
 for module in (adapter, mlx_gptoss.tune.state, mlx_gptoss.tune.report):
     module.write_whole = write_whole
-tune("demo", sys.argv[2], sys.argv[3], TuneOptions(rank=2, tokens=256, steps=4, every=1, samples=0, lr=1e-3))
+options = TuneOptions(rank=2, tokens=256, steps=4, every=1, samples=0, lr=1e-3)
+tune("demo", sys.argv[2], sys.argv[3], options, on_event=lambda event: reached(type(event).__name__))
 """
 
 
-def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of the 1st, 2nd, .. file of each attempt."""
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    """SIGKILL at ten moments, each in the run that goes on after the one before."""
     tune("demo", data, tmp_path / "whole", TuneOptions(**QUICK | {"steps": 4, "every": 1}))
-    for at in (2, 3, 5):
+    for moment in (
+        *("Started 1", "Check 1", "Step 1", "write 1", "written 1", "write 3"),  # nothing is kept so far
+        *("written 3", "Step 2", "write 5", "Finished 1"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(at), str(data), str(tmp_path / "parts")], capture_output=True
+            [sys.executable, "-c", KILLED, moment, str(data), str(tmp_path / "parts")], capture_output=True
         )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr.decode())
     tune("demo", data, tmp_path / "parts", TuneOptions(**QUICK | {"steps": 4, "every": 1}))
     for name in ("adapters.safetensors", "state.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
