@@ -1,12 +1,12 @@
 """Training and serving adapters: speed and memory, beside mlx-lm's tuner on the same data.
 
-    python -m benchmarks.tune [speed] [memory] [serving] [streamed] [--json]
+    python -m benchmarks.tune [speed] [memory] [serving] [streamed] [--checkpoint 20B] [--json]
 
 speed: learned tokens a second on the demo model, in float32; ours with the host's BLAS (on the CPU backend)
 and with MLX's operations alone. memory: the peak beyond the weights at 20b's vocabulary, on two small layers.
 serving: a decode step of 8 rows with no adapter, with four that are loaded and unused, and with all in use.
-streamed: a step of 512 tokens with 20b's whole shape (its weights are zeros), each layer read from disk. Each
-engine is measured in a process of its own.
+streamed: a step of 512 tokens with 20b's whole shape, each layer read from disk: of the folder --checkpoint, or
+with weights of zeros. Each engine is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,23 +203,28 @@ def streamed_step(folder: Path) -> dict[str, float]:
     options = TuneOptions(rank=RANK, tokens=TOKENS, stream=True)
     planned = plan_tune(plan(folder), options, TOKENS)
     base = Base(checkpoint, stream=True)
-    tree = base.new_parameters(options.layer_numbers(base.config), ATTENTION, RANK, 0)
+    tree: Any = base.new_parameters(options.layer_numbers(base.config), ATTENTION, RANK, 0)
+    optimizer = make_optimizer(options, 1)
+    optimizer.init(tree)
     examples = random_examples(base.config.vocab_size, 2, TOKENS // 2)
     start = time.perf_counter()
-    gradient(base, tree, SCALE, task_of(examples, base, 0.1))
+    measured, grads = gradient(base, tree, SCALE, task_of(examples, base, 0.1))
+    mx.eval(optimizer.apply_gradients(grads, tree), optimizer.state)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
+        "loss": measured.mean,
         "peak": mx.get_peak_memory() / 1e9,
         "rss": peak_rss() / 1e9,
         "planned": planned.total / 1e9,
     }
 
 
-def streamed() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_sparse(Path(scratch), replace(SHAPES["20b"]))
+def streamed(folder: Path | None) -> dict[str, Any]:
+    if folder is not None:
         return isolated(streamed_step, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return isolated(streamed_step, write_sparse(Path(scratch), SHAPES["20b"]))
 
 
 def isolated(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
@@ -242,9 +247,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="default: all")
+    parser.add_argument("--checkpoint", type=Path, help="of 20b's shape, for `streamed`")
     parser.add_argument("--json", action="store_true", dest="as_json")
     args = parser.parse_args()
-    measures = {"speed": speed, "memory": memory, "serving": serving, "streamed": streamed}
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "speed": speed,
+        "memory": memory,
+        "serving": serving,
+        "streamed": partial(streamed, args.checkpoint),
+    }
     found = {name: measures[name]() for name in args.parts or PARTS}
     if args.as_json:
         print(json.dumps({"machine": describe(), **found}, indent=2))
