@@ -35,6 +35,7 @@ TESTS = {
         "tests/engine/test_prefix.py",
     ),
     "convert": ("tests/convert",),
+    "doctor": ("tests/doctor",),
 }
 
 # Tests of so many seconds run after all others.

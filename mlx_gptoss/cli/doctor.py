@@ -30,7 +30,7 @@ MARKS = {
 @click.option("--report", type=NewFile(), metavar="FILE", help="Write a Markdown report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def doctor(model: str | None, report: Path | None, as_json: bool) -> None:
-    """Examine this machine: memory, disk and their speed, versions, the demo model's answers, the sandbox.
+    """Examine this machine: memory, disk, versions, the demo model's answers, kernels, the sandbox.
 
     With MODEL, which must be on this machine, also whether its files are whole, whether it fits in memory,
     and what the memory's bandwidth allows; the disk's speed is then that of its files.
@@ -61,20 +61,19 @@ def doctor(model: str | None, report: Path | None, as_json: bool) -> None:
 
 
 def _show(finding: Finding, first: bool) -> None:
+    """A line, or as many as its detail takes; with its section's name where that begins."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if first:
-        console.print(Text(finding.section, "bold"))
     mark, style = MARKS[finding.verdict]
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for width in (6, 16):
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for width in (10, 6, 15):
         table.add_column(width=width)
     table.add_column(ratio=1)
-    table.add_row(Text(mark, style), finding.name, Text(finding.detail))
-    console.print(table)
+    section = Text(finding.section if first else "", "bold")
+    table.add_row(section, Text(mark, style), finding.name, Text(finding.detail))
+    Console(highlight=False).print(table)
 
 
 def markdown(found: Iterable[Finding]) -> str:

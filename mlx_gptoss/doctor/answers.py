@@ -174,7 +174,7 @@ def in_bfloat16(known: Answers) -> Finding:
     worst = float(np.max([np.abs(x[-1, ::STRIDE] - answer.logits).max() for answer, x in pairs]))
     chosen = [x[len(answer.prompt) - 1 : -1].argmax(axis=-1) == answer.reply for answer, x in pairs]
     same, count = int(sum(map(np.sum, chosen))), sum(map(len, chosen))
-    told = f"at most {worst:.1g} from float32; {TOLERANCE_BFLOAT16:g} is allowed; {same} of {count} tokens"
+    told = f"{worst:.1g} from float32 ({TOLERANCE_BFLOAT16:g} allowed), {same} of {count} tokens"
     return Finding("demo model", "bfloat16", "ok" if worst <= TOLERANCE_BFLOAT16 else "failed", told)
 
 
@@ -200,14 +200,14 @@ def _logits(now: Answers, reference: Answers, where: str, limit: float) -> Resul
     if not off:
         return False, f"no reply is as {where}, so there are none to compare"
     worst = float(np.max(off))  # a NaN is the largest, and fails
-    return worst <= limit, f"at most {worst:.1g} from those {where}; {limit:g} is allowed"
+    return worst <= limit, f"{worst:.1g} from those {where} ({limit:g} allowed)"
 
 
 def _operations(now: Answers, reference: Answers, where: str, limit: float) -> Result:
     found = first_difference(reference.operations, now.operations, limit)
     if found is None:
         return True, f"all {len(reference.operations)} as {where}"
-    by = f"by {found.amount:.1g} of its size; {limit:g} is allowed"
+    by = f"by {found.amount:.1g} of its size ({limit:g} allowed)"
     if found.alone and not found.operation.startswith("head"):
         return False, f"{found.operation} alone is not as {where}, {by}: what follows from it is right"
     return False, f"{found.operation} is the first not as {where}, {by}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from mlx_gptoss.doctor import answers, chosen, machine, sandbox, speed
+from mlx_gptoss.doctor import answers, chosen, kernels, machine, sandbox, speed
 from mlx_gptoss.doctor.finding import Finding
 
 
@@ -28,6 +28,7 @@ def _examine(folder: Path | None) -> Iterator[Finding]:
     if folder is not None:
         yield from _whole("model", partial(chosen.findings, folder, bandwidth))
     yield from _whole("demo model", answers.findings)
+    yield from _whole("kernels", partial(kernels.findings, folder))
     yield from _whole("sandbox", sandbox.findings)
 
 

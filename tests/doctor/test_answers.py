@@ -141,7 +141,7 @@ def wrong_checksum(kept: Answers) -> Answers:
     ("tamper", "name", "told"),
     [
         (wrong_reply, "greedy replies", "5 of 6"),
-        (wrong_logits, "logits", "at most 0.1 "),
+        (wrong_logits, "logits", "0.1 from those stored"),
         (wrong_vector, "operations", "layer 2: attention (prompt) alone is not as stored"),
         (wrong_checksum, "weights", "lm_head.weight"),
     ],
