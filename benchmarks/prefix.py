@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_gptoss.device import describe
 from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
-from mlx_gptoss.engine.scheduler import STATE_SLACK
+from mlx_gptoss.engine.states import STATE_SLACK
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams

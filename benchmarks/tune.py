@@ -5,8 +5,8 @@
 speed: learned tokens a second on the demo model, in float32; ours with the host's BLAS (on the CPU backend)
 and with MLX's operations alone. memory: the peak beyond the weights at 20b's vocabulary, on two small layers.
 serving: a decode step of 8 rows with no adapter, with four that are loaded and unused, and with all in use.
-streamed: a step of 512 tokens with 20b's whole shape, each layer read from disk: of the folder --checkpoint, or
-with weights of zeros. Each engine is measured in a process of its own.
+streamed: a step of 512 tokens with 20b's whole shape, each layer read from disk: of the folder --checkpoint,
+or with weights of zeros. Each engine is measured in a process of its own.
 """
 
 from __future__ import annotations

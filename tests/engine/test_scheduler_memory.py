@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.engine.prefix_store import PrefixStore
 from mlx_gptoss.engine.runner import KVCache
-from mlx_gptoss.engine.scheduler import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK, Scheduler
+from mlx_gptoss.engine.scheduler import Scheduler
+from mlx_gptoss.engine.states import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
