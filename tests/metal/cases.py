@@ -13,6 +13,7 @@ from mlx_gptoss.model.kernels.down import down
 from mlx_gptoss.model.kernels.gate_up import gate_up
 from mlx_gptoss.model.kernels.kernel import Kernel
 from mlx_gptoss.model.kernels.router import router
+from tests.metal.emulator import Report
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 # Of the largest value, for what float32 sums in another order; of each value, for one rounding.
@@ -270,9 +271,38 @@ def true_shapes(dtype: mx.Dtype, experts: int) -> Iterator[Case]:
             yield attention_case(4, dtype, keys=n, window=window)
 
 
-def edges(dtype: mx.Dtype) -> Iterator[Case]:
+def read_once(hidden: int, experts: int, keys: int = 40) -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
+    """Cases of a decoded token, and how often each part of some of their inputs is to be read.
+
+    A part is an expert, a row of the router's matrix, or a key: each byte of it as often, however many lanes.
+    """
+    for case in (
+        gate_up_case(1, mx.float32, hidden=hidden, outputs=hidden, experts=experts, k=4),
+        down_case(2, mx.float32, hidden=hidden, outputs=hidden, experts=experts, k=4),
+    ):
+        chosen = np.bincount(np.array(case.inputs[4]).reshape(-1), minlength=experts)
+        yield case, {"weight": chosen, "scales": chosen}
+    case = router_case(3, mx.float32, hidden=hidden, experts=experts, k=4)
+    yield case, {"weight": np.ones(experts)}
+    case = attention_case(4, mx.float32, keys=keys, window=0, kv_heads=1)
+    q, k, v, sinks = case.inputs
+    whole = Case(case.kernel, (q, mx.contiguous(k), mx.contiguous(v), sinks), case.about)
+    yield whole, {"k": np.ones(keys), "v": np.ones(keys)}
+
+
+def read_otherwise(reports: Sequence[Report], expected: dict[str, np.ndarray]) -> list[str]:
+    """The inputs of which any byte is loaded more or less often than expected of its part."""
+    loads = {name: n for report in reports for name, n in report.loads.items()}
+    return [name for name, n in expected.items() if (loads[name].reshape(len(n), -1) != n[:, None]).any()]
+
+
+WINDOW_EDGES = (1, 127, 128, 129, 131)
+EDGES = (*WINDOW_EDGES, 2, 31, 32, 33, 126, 130, 159, 160, 161, 255, 256, 257, 512, 513)
+
+
+def edges(dtype: mx.Dtype, lengths: Sequence[int] = EDGES) -> Iterator[Case]:
     """Lengths around the window, a tile and a stretch; and three stretches of one head, a small array."""
-    for n in (1, 2, 31, 32, 33, 126, 127, 128, 129, 130, 131, 159, 160, 161, 255, 256, 257, 512, 513):
+    for n in lengths:
         yield attention_case(n, dtype, keys=n, window=128, kv_heads=2)
         yield attention_case(n, dtype, keys=n, window=0, kv_heads=2)
         if n >= 4:

@@ -11,7 +11,7 @@ import pytest
 from mlx_gptoss.model.kernels import kernel as kernels
 from tests.metal import cases
 from tests.metal.cases import Case
-from tests.metal.emulator import Emulator, missing
+from tests.metal.emulator import Emulator, Report, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -30,7 +30,7 @@ def problems(some: Iterator[Case]) -> list[str]:
 
 @pytest.mark.usefixtures("emulator")
 def test_lengths_around_window_tile_and_stretch() -> None:
-    assert not problems(cases.edges(mx.float32))
+    assert not problems(cases.edges(mx.float32, (*cases.WINDOW_EDGES, 32, 257)))
 
 
 @pytest.mark.usefixtures("emulator")
@@ -51,27 +51,16 @@ def test_random_shapes_and_dtypes(seed: int) -> None:
 
 @pytest.mark.parametrize("emulator", [True], indirect=True)
 def test_weights_keys_and_values_are_read_exactly_once(emulator: Emulator) -> None:
-    for case, read_once in once():
+    for case, once in cases.read_once(hidden=64, experts=6):
         assert not case.run()
-        loads = {name: n for report in emulator.reports for name, n in report.loads.items()}
-        for name, expected in read_once.items():
-            assert (loads[name].reshape(len(expected), -1) == expected[:, None]).all(), (case.about, name)
+        assert cases.read_otherwise(emulator.reports, once) == [], case.about
         emulator.reports.clear()
 
 
-def once(hidden: int = 64, experts: int = 6) -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
-    """Cases of a decoded token, and how often the parts of their inputs are to be read."""
-    for case in (
-        cases.gate_up_case(1, mx.float32, hidden=hidden, outputs=hidden, experts=experts, k=4),
-        cases.down_case(2, mx.float32, hidden=hidden, outputs=hidden, experts=experts, k=4),
-    ):
-        chosen = np.bincount(np.array(case.inputs[4]).reshape(-1), minlength=experts)
-        yield case, {"weight": chosen, "scales": chosen}
-    yield cases.router_case(3, mx.float32, hidden=64, experts=8, k=4), {"weight": np.ones(8)}
-    case = cases.attention_case(4, mx.float32, keys=40, window=0, kv_heads=1)
-    q, k, v, sinks = case.inputs
-    whole = (mx.contiguous(k), mx.contiguous(v))
-    yield Case(case.kernel, (q, *whole, sinks), case.about), {"k": np.ones(40), "v": np.ones(40)}
+def test_more_loads_than_one_are_noticed() -> None:
+    report = Report("some", 0, 0, {"weight": np.array([1, 1, 2, 0], np.uint8)})
+    for expected, wrong in (([1, 1], True), ([1, 1, 2, 0], False)):
+        assert bool(cases.read_otherwise([report], {"weight": np.array(expected)})) == wrong
 
 
 def test_a_kernel_takes_what_it_can_and_nothing_else() -> None:

@@ -1,0 +1,25 @@
+"""The demo model with every kernel in place of the operations it replaces: the same logits and reply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
+from mlx_gptoss.doctor import answers
+from tests.metal.emulator import missing
+from tests.metal.whole_model import as_on_metal, compare
+
+TOKENS = 12
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_a_reply_of_the_demo_model_is_the_same(tmp_path: Path) -> None:
+    """`make metal` decodes all stored replies, and a cut of 20b's width."""
+    stored = answers.stored().replies[answers.WALKED]
+    found = compare(as_on_metal(DEMO_FOLDER), stored.prompt, TOKENS, tmp_path / "record.json")
+    assert found.plain.tokens == found.emulated.tokens == stored.reply[:TOKENS]
+    assert 0 < found.difference < 1e-4
+    decoded = 4 * (TOKENS - 1)  # of four layers, the prompt's forward aside
+    assert found.launches == dict.fromkeys(("attention", "router", "gate_up", "down"), decoded)
