@@ -36,6 +36,7 @@ from mlx_gptoss.engine.stats import EngineStats
 from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError, did_you_mean
 from mlx_gptoss.harmony import Conversation
+from mlx_gptoss.model import tuning
 from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.model.experts import grouped_rows
@@ -239,7 +240,9 @@ def _engine(
     def read() -> LocalRunner:
         loaded, interleaved = read_model(checkpoint, progress), checkpoint.layout.interleaved
         streamed = streamed_experts(loaded)
-        kernels = DecodeKernels(loaded, kernel_mode(), Record(identity()))
+        record = Record(identity())
+        loaded.paces = tuning.known(loaded, record)
+        kernels = DecodeKernels(loaded, kernel_mode(), record)
         return LocalRunner(
             loaded, options.bits, streamed, block, usage, interleaved=interleaved, kernels=kernels
         )

@@ -73,6 +73,11 @@ UNITS = (
     metavar="FILE",
     help="Write the result to attach to the project, without personal data; see docs/results.",
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="First measure how to use this machine's GPU, and keep it for the next start; see docs/metal.md.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @model_options
 def bench(
@@ -83,6 +88,7 @@ def bench(
     compare: str | None,
     trace: Path | None,
     submit: Path | None,
+    tune: bool,
     as_json: bool,
 ) -> None:
     """Measure MODEL's speed on this machine.
@@ -104,6 +110,9 @@ def bench(
     bandwidth = measure_bandwidth()
     with ExitStack() as stack:
         llm = stack.enter_context(source.load())
+        tuned = tune_machine(llm) if tune else []
+        for line in tuned:
+            click.echo(line, err=True)
         if trace is not None:
             stack.enter_context(traced(llm, trace))
         rows = list(measure_engine(llm, lengths, counts, tokens))
@@ -126,6 +135,7 @@ def bench(
         "bandwidth_bytes_per_second": bandwidth,
         "machine": describe(),
         "experts": experts,
+        "tuned": tuned,
         "rows": [asdict(row) | {"bandwidth_share": share(row)} for row in rows],
     }
     if as_json:
@@ -137,6 +147,16 @@ def bench(
 
         submit.write_text(submission(report, memory, source, tokens).text(), encoding="utf-8")
         click.echo(f"wrote {submit}: docs/results tells how to attach it", err=True)
+
+
+def tune_machine(llm: LLM) -> list[str]:
+    """What LocalRunner.tune tells."""
+    from mlx_gptoss.engine.runner import LocalRunner
+
+    runner = llm.engine.scheduler.runner
+    if not isinstance(runner, LocalRunner):
+        return ["nothing to tune: the model lies on several machines"]
+    return llm.engine.worker.call(runner.tune)
 
 
 @contextmanager

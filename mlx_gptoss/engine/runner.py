@@ -13,16 +13,19 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
+from mlx_gptoss.device import on_metal
 from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
 from mlx_gptoss.model.graph import Layer, Model
 from mlx_gptoss.model.kernels.decode import DecodeKernels
+from mlx_gptoss.model.kernels.verified import UNFINISHED
 from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
 from mlx_gptoss.model.trace import Write, tell_choices
+from mlx_gptoss.model.tuning import keep, tune
 
 
 class KVCache(Protocol):
@@ -222,6 +225,31 @@ class LocalRunner:
 
     def use_quiet_moment(self) -> bool:
         return self.kernels is not None and self.kernels.examine_next()
+
+    def tune(self) -> list[str]:
+        """Measure on this machine what is otherwise assumed, keep it and use it; tells what came of it.
+
+        Takes some seconds. Between two forwards.
+        """
+        kernels, model = self.kernels, self._model
+        if not on_metal() or kernels is None:
+            return ["nothing to tune: command buffers and kernels of our own are Metal's"]
+        if self.streamed:
+            return ["nothing to tune: with experts on the disk, that decides"]
+        tuned = tune(model)
+        keep(tuned.paces, model, kernels.record)
+        model.paces = tuned.paces
+        told = [
+            f"{name}: launched every {getattr(tuned.paces, name) or len(model.layers)} layers ("
+            + ", ".join(f"{n or 'all'}: {1e3 * s:.2f} ms" for n, s in seconds.items())
+            + ")"
+            for name, seconds in tuned.seconds.items()
+        ]
+        for name, verdict in list(kernels.verdicts.items()):
+            # One that took its process down is not tried again.
+            found = verdict if verdict == UNFINISHED else kernels.examine(name)
+            told.append(f"{name}: {'on' if found.on else 'off'}, {found.why}")
+        return told
 
     def distrust(self, error: Exception) -> bool:
         return self.kernels is not None and self.kernels.distrust(error)

@@ -25,7 +25,7 @@ from mlx_gptoss.model.config import ModelConfig, YarnConfig
 from mlx_gptoss.model.experts import Experts, ResidentExperts
 from mlx_gptoss.model.kernels.layer import NONE, LayerKernels, OwnAttention
 from mlx_gptoss.model.matrix import Embedding
-from mlx_gptoss.model.pace import Pace
+from mlx_gptoss.model.pace import USUAL, Pace, Paces
 from mlx_gptoss.model.projection import Projection, replayable
 
 
@@ -220,11 +220,17 @@ class Layer:
 
 
 def run_layers(
-    layers: Sequence[Layer], x: mx.array, segments: Sequence[Segment], k: int, *, awaited: bool = False
+    layers: Sequence[Layer],
+    x: mx.array,
+    segments: Sequence[Segment],
+    k: int,
+    paces: Paces = USUAL,
+    *,
+    awaited: bool = False,
 ) -> mx.array:
     """The segments' rows x [T, D] through these layers -> [T, D]; moves their caches. k: experts a token."""
     batch = Batch(segments, k)
-    pace = Pace(batch, awaited=awaited)
+    pace = Pace(batch, paces, awaited=awaited)
     for layer in layers:
         x = layer(x, batch)
         pace.built(x)
@@ -235,7 +241,7 @@ def run_layers(
 
 
 class Model:
-    """Embedding, layers, final norm and head."""
+    """Embedding, layers, final norm and head. paces: what suits the machine, where it was measured."""
 
     def __init__(
         self,
@@ -249,6 +255,7 @@ class Model:
         self.config = config
         self.dtype = embedding.dtype
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
+        self.paces = USUAL
 
     def __call__(
         self,
@@ -266,7 +273,8 @@ class Model:
         is none.
         """
         x = self.embedding(tokens)
-        x = run_layers(self.layers, x, segments, self.config.experts_per_token, awaited=awaited)
+        k = self.config.experts_per_token
+        x = run_layers(self.layers, x, segments, k, self.paces, awaited=awaited)
         return self.logits(x, rows)
 
     def logits(self, x: mx.array, rows: Sequence[int] | None = None) -> mx.array | None:

@@ -65,3 +65,16 @@ def test_streamed_experts_are_measured_and_traced(tmp_path: Path, capsys: pytest
     assert read_trace(trace).slots == 5
     assert run(words) == 0
     assert "5 experts a layer in memory" in capsys.readouterr().out
+
+
+def test_without_metal_tuning_says_so_and_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = str(write_checkpoint(tmp_path / "m"))
+    options = ["--kv-budget", "32MB", "--contexts", "8", "--batches", "1", "--tokens", "2", "--json"]
+    assert run(["bench", folder, "--tune", *options]) == 0
+    told = capsys.readouterr()
+    line = "nothing to tune: command buffers and kernels of our own are Metal's"
+    assert line in told.err and json.loads(told.out)["tuned"] == [line]
+    assert not list(tmp_path.glob("state/**/machines.json"))

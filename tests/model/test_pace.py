@@ -13,6 +13,7 @@ from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.model import pace
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.pace import Paces
 from tests.model.test_streamed import as_on_a_gpu, streamed
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
@@ -60,7 +61,7 @@ def test_a_pipelined_step_is_launched_whole(folder: Path, told: list[str]) -> No
 
 def test_a_step_that_is_awaited_is_launched_every_few_layers(folder: Path, told: list[str]) -> None:
     run(read_model(Checkpoint(folder, "float32")), told, PROMPT[:5], awaited=True)
-    assert told == ["launch"] * (SHAPE.layers // pace.AWAITED_LAYERS)
+    assert told == ["launch"] * (SHAPE.layers // Paces().awaited)
 
 
 @pytest.mark.parametrize("awaited", [False, True])
@@ -72,6 +73,19 @@ def test_a_prompt_is_launched_layer_by_layer_and_at_most_a_few_are_under_way(
     ahead = np.cumsum([1 if what == "launch" else -1 for what in told])
     assert told.count("launch") == SHAPE.layers
     assert ahead.max() == pace.LAYERS_AHEAD + 1 and ahead[-1] == pace.LAYERS_AHEAD
+
+
+@pytest.mark.parametrize(("paces", "launches"), [(Paces(), 0), (Paces(decode=2), 4), (Paces(decode=4), 2)])
+def test_a_measured_pace_is_kept_to(folder: Path, told: list[str], paces: Paces, launches: int) -> None:
+    model = read_model(Checkpoint(folder, "float32"))
+    model.paces = paces
+    run(model, told, PROMPT[:1])
+    assert told == ["launch"] * launches
+    model.paces = Paces(awaited=3, prompt=2)
+    run(model, told, PROMPT[:1], awaited=True)
+    assert told == ["launch"] * 3
+    run(model, told, PROMPT)
+    assert told.count("launch") == 4
 
 
 def test_the_pace_changes_no_bit(folder: Path, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

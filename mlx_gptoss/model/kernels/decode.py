@@ -12,7 +12,7 @@ from mlx_gptoss.device import KernelMode
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels.candidates import Candidate, candidates
 from mlx_gptoss.model.kernels.layer import LayerKernels
-from mlx_gptoss.model.kernels.record import Record
+from mlx_gptoss.model.kernels.record import Record, sizes
 from mlx_gptoss.model.kernels.verified import BUDGET, Clock, Verdict, keep, known, settle
 
 logger = logging.getLogger("mlx_gptoss.model")
@@ -29,7 +29,8 @@ class DecodeKernels:
     def __init__(
         self, model: Model, mode: KernelMode, record: Record, *, clock: Clock = time.perf_counter
     ) -> None:
-        self._model, self._mode, self._record, self._clock = model, mode, record, clock
+        self.record = record
+        self._model, self._mode, self._clock = model, mode, clock
         self._spent = 0.0
         some = list(candidates(model)) if mode != "off" else []
         self._candidates: dict[str, Candidate] = {}
@@ -66,7 +67,9 @@ class DecodeKernels:
     def examine(self, name: str) -> Verdict:
         """Examine a kernel now, whatever is known of it, and use it or not."""
         candidate = self._candidates[name]
-        verdict = settle(candidate.examination(self._model, self._facts), self._record, clock=self._clock)
+        verdict = settle(
+            candidate.examination(self._model, sizes(self._model)), self.record, clock=self._clock
+        )
         self.verdicts[name] = verdict
         logger.info("kernel %s: %s", name, verdict.why)
         mx.clear_cache()
@@ -84,7 +87,7 @@ class DecodeKernels:
         named = [name for name in used if self._is_named(self._candidates[name], str(error))]
         for name in named or used:
             verdict = Verdict(False, f"failed while it ran: {str(error).splitlines()[0][:200]}")
-            keep(self._name(self._candidates[name]), verdict, self._record)
+            keep(self._name(self._candidates[name]), verdict, self.record)
             self.verdicts[name] = verdict
         logger.warning("without %s from now on: %s", ", ".join(named or used), error)
         self._use()
@@ -100,23 +103,7 @@ class DecodeKernels:
 
     def _name(self, candidate: Candidate) -> str:
         """As its verdict is kept."""
-        return candidate.kept_as(self._facts)
-
-    @property
-    def _facts(self) -> str:
-        """What a verdict is about beside the kernel: whatever the model's shapes follow from."""
-        config = self._model.config
-        sizes = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            config.experts_per_token,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.sliding_window,
-        )
-        return f"{str(self._model.dtype).removeprefix('mlx.core.')} {' '.join(map(str, sizes))}"
+        return candidate.kept_as(sizes(self._model))
 
     @staticmethod
     def _is_named(candidate: Candidate, text: str) -> bool:

@@ -11,15 +11,34 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_gptoss.files import read_limited, state_folder
+
+if TYPE_CHECKING:
+    from mlx_gptoss.model.graph import Model
 
 logger = logging.getLogger("mlx_gptoss.model")
 
 LARGEST = 1 << 20  # bytes
 # Machines that are remembered: an update of macOS or of MLX makes another one.
 MACHINES = 8
+
+
+def sizes(model: Model) -> str:
+    """What a layer's work follows from: the dtype and the sizes of a model."""
+    config = model.config
+    numbers = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.experts_per_token,
+        config.num_attention_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.sliding_window,
+    )
+    return f"{str(model.dtype).removeprefix('mlx.core.')} {' '.join(map(str, numbers))}"
 
 
 class Record:
