@@ -104,7 +104,7 @@ def convert(
         raise ConversionError(f"shard size {shard_size} is not possible, expected bytes such as 5GB")
     opened = _open(source, revision, offline)
     if adapter is not None:
-        opened = merged(opened, adapter)
+        opened = merged(opened, adapter, recipe)
     _require_outside(Path(target).expanduser(), opened)
     sidecars = find_sidecars(opened, None if tokenizer is None else Path(tokenizer), need=need_tokenizer)
     jobs = make_jobs(opened, recipe, search=not fast, mxfp4_search=mxfp4_search, for_streaming=for_streaming)

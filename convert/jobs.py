@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_gptoss.checkpoint.layouts import HF, MLX, RECORD_ALIGNMENT, RecordPart, record_parts, record_size
+from mlx_gptoss.checkpoint.layouts import (
+    HF,
+    LAYOUTS,
+    MLX,
+    RECORD_ALIGNMENT,
+    RecordPart,
+    record_parts,
+    record_size,
+)
 from mlx_gptoss.checkpoint.safetensors import DTYPES
 from mlx_gptoss.convert import affine, mxfp4
 from mlx_gptoss.convert.finite import not_finite
@@ -94,8 +102,12 @@ class Job:
 
 @dataclass
 class Jobs:
-    """All jobs in the order of the result, how matrices are packed (path -> format), remarks for the user."""
+    """All jobs in the order of the result, how matrices are packed (path -> format), remarks for the user.
 
+    dense: whether the experts are not quantised either.
+    """
+
+    dense: bool = False
     all: list[Job] = field(default_factory=list)
     quantizations: dict[str, Quantization] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -122,13 +134,15 @@ def make_jobs(
 
     for_streaming: all that an expert has lies side by side.
     """
-    jobs = Jobs()
+    jobs = Jobs(recipe.experts == "bf16")
     stacks: list[SourceTensor] = []  # of one layer
     for tensor in source.tensors.values():
         if tensor.path is None:
             jobs.all.append(_plain_job(tensor, tensor.part))
         elif tensor.part != "experts":
             jobs.all.extend(_matrix_jobs(jobs, tensor, recipe, search))
+        elif jobs.dense:
+            jobs.all.append(_dense_experts_job(tensor))
         elif for_streaming:
             stacks.append(tensor)
             if len(stacks) == 2:
@@ -149,6 +163,8 @@ def make_config(source: Source, jobs: Jobs) -> dict[str, Any]:
     """
     given = {key: value for key, value in source.raw_config.items() if value is not None}
     config = {**source.config.to_hf(), **given}
+    if jobs.dense:
+        return config
     if not jobs.quantizations:
         return {**config, "quantization_config": _MXFP4_CONFIG}
     default = Counter(jobs.quantizations.values()).most_common(1)[0][0]
@@ -269,6 +285,19 @@ def _expert_job(tensor: SourceTensor, *, search: bool) -> Job:
     )
     action: Action = "mxfp4-search" if search else "mxfp4"
     return Job("experts", action, tensor.sources, outputs, None, partial(_expert_rows, tensor, search), 1)
+
+
+def _dense_experts_job(tensor: SourceTensor) -> Job:
+    """Experts [E, rows, columns] -> bfloat16 [E, columns, rows], as transformers saves them."""
+    experts, rows, columns = tensor.shape
+    output = Output(tensor.name + LAYOUTS["bf16"].expert_weight, "BF16", (experts, columns, rows))
+    compute = partial(_dense_expert_rows, tensor)
+    return Job("experts", "cast", tensor.sources, (output,), None, compute, 1, in_order=True)
+
+
+def _dense_expert_rows(tensor: SourceTensor, first: int, last: int) -> Chunk:
+    chunk = _cast(tensor, first, last)
+    return chunk._replace(arrays=(chunk.arrays[0].swapaxes(1, 2),))
 
 
 def _records_job(source: Source, stacks: list[SourceTensor], *, search: bool) -> Job:

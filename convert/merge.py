@@ -1,7 +1,8 @@
 """An adapter merged into the weights it was trained beside: a source like any other, for the converter.
 
-Attention and router take it at any number of bits that keeps it: the recipe decides. Experts are MXFP4, whose
-rounding is of the size of what an adapter adds, or larger: that is refused, with the figures.
+Attention and router take it at any number of bits that keeps it: the recipe decides. Experts take it where
+the recipe stores them in bfloat16. MXFP4's rounding is of the size of what an adapter adds, or larger: that
+is refused, with the figures.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from mlx_gptoss.checkpoint.adapter import Adapter, read_adapter
 from mlx_gptoss.checkpoint.layouts import HF
 from mlx_gptoss.convert import mxfp4
+from mlx_gptoss.convert.recipes import BFLOAT16, Recipe
 from mlx_gptoss.convert.sources import Source
 from mlx_gptoss.convert.tensors import SourceTensor, to_float32
 from mlx_gptoss.errors import ConversionError
@@ -31,27 +33,29 @@ _KEYS = {
 }
 
 
-def merged(source: Source, folder: Path) -> Source:
-    """The source with the adapter in a folder added to its weights.
+def merged(source: Source, folder: Path, recipe: Recipe) -> Source:
+    """The source with the adapter in a folder added to its weights, to be stored by a recipe.
 
-    Raises AdapterError for what is no adapter of this model, ConversionError for one of the experts.
+    Raises AdapterError for what is no adapter of this model, ConversionError for experts that stay MXFP4.
     """
     adapter = read_adapter(folder, source.config)
-    _refuse_experts(source, adapter, folder)
+    if recipe.experts == "mxfp4":
+        _refuse_experts(source, adapter, folder)
     tensors = dict(source.tensors)
     for layer, name, pair in adapter.pairs():
-        tensor = tensors[HF.path(_KEYS[name], layer) + ".weight"]
+        tensor = tensors[HF.path(_KEYS[name], layer) + ("" if name in EXPERTS else ".weight")]
         tensors[tensor.name] = _added(tensor, pair, adapter.scale)
     return replace(source, tensors=tensors)
 
 
 def _added(tensor: SourceTensor, pair: Pair, scale: float) -> SourceTensor:
-    """A matrix [outputs, inputs] plus scale * b @ a, in float32."""
+    """A matrix [outputs, inputs], or those of all experts [E, ..], plus scale * b @ a, in float32."""
     a, b = (np.array(array.astype(mx.float32)) for array in (pair.a, pair.b))
     read = tensor.read
 
     def rows(first: int, last: int) -> np.ndarray:
-        values: np.ndarray = to_float32(read(first, last)) + np.float32(scale) * (b[first:last] @ a)
+        inner = a[first:last] if a.ndim == 3 else a
+        values: np.ndarray = to_float32(read(first, last)) + np.float32(scale) * (b[first:last] @ inner)
         return values
 
     return replace(tensor, dtype="F32", read=rows, extent=None, quantization=None, pieces=())
@@ -72,5 +76,5 @@ def _refuse_experts(source: Source, adapter: Adapter, folder: Path) -> None:
     raise ConversionError(
         f"{folder}: adapts the experts ({name}), which stay MXFP4: its change there is {change:.2g}, and "
         f"rounding would add an error of {lost:.2g} ({lost / max(change, 1e-30):.1f} times as much); keep "
-        "the adapter apart (--adapter), or train the attention alone"
+        f"the adapter apart (--adapter), merge it with --recipe {BFLOAT16.name}, or train the attention alone"
     )

@@ -19,7 +19,7 @@ KEEP = None
 
 @dataclass(frozen=True)
 class Recipe:
-    """Bits of the affine groups a part is quantised to, or KEEP. Experts are MXFP4 in every recipe.
+    """Bits of the affine groups a part is quantised to, or KEEP; experts are "mxfp4" or "bf16".
 
     `group_size` weights share a scale and a bias in bfloat16: 4 bits at 64 cost 4.5 bits a weight.
     """
@@ -31,6 +31,7 @@ class Recipe:
     head: int | None
     router: int | None = KEEP
     group_size: int = 64
+    experts: str = "mxfp4"
 
     def bits(self, part: str) -> int | None:
         """Bits of a part of the model: embedding, attention, head or router."""
@@ -39,7 +40,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"experts": "mxfp4", **dataclasses.asdict(self)}
+        return {"experts": self.experts, **dataclasses.asdict(self)}
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -63,6 +64,10 @@ RECIPES: Mapping[str, Recipe] = {
     )
 }
 DEFAULT_RECIPE = "mxfp4-q4"
+# Of `adapter merge` alone: nothing else is worth four times the bytes.
+BFLOAT16 = Recipe(
+    "bf16", "everything in bfloat16, experts too", embedding=KEEP, attention=KEEP, head=KEEP, experts="bf16"
+)
 
 
 def make_recipe(

@@ -116,9 +116,15 @@ class Verification:
 
 
 def verify(
-    folder: str | Path, source: str | Path | None = None, *, progress: Progress | None = None
+    folder: str | Path,
+    source: str | Path | None = None,
+    *,
+    adapter: Path | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare a converted folder with its manifest, and with `source` (a local folder) when one is given.
+
+    adapter: a folder with the adapter that is merged into the conversion.
 
     File hashes that the manifest does not hold yet are written into it once everything else agrees; a note
     tells where that cannot be done. Raises ConversionError when there is no usable manifest; every other
@@ -136,7 +142,7 @@ def verify(
     extra = _extra_files(root, manifest, problems)
     against = None
     if source is not None and not problems:  # a folder that is broken in itself is not worth comparing
-        against = compare_with_source(root, manifest, Path(source), tick)
+        against = compare_with_source(root, manifest, Path(source), tick, adapter)
         problems += [Problem(name, detail) for name, detail in against.problems]
     downloaded = (root / MANIFEST_NAME).is_symlink()  # the Hub's cache stays what was downloaded
     if not problems and not downloaded and any(entry.sha256 is None for entry in manifest.files.values()):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mlx_gptoss.cli.options import offline_option, revision_option
 from mlx_gptoss.cli.progress import progress_bar
-from mlx_gptoss.convert.recipes import RECIPES, make_recipe
+from mlx_gptoss.convert.recipes import BFLOAT16, RECIPES, make_recipe
 
 if TYPE_CHECKING:
     from mlx_gptoss.checkpoint.adapter import Adapter
@@ -80,8 +80,8 @@ def export_adapter(
 @click.argument("folder", metavar="ADAPTER")
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
-    "--recipe", type=click.Choice(list(RECIPES)), default=MERGED_RECIPE, show_default=True,
-    help="How the merged weights are stored; see `convert`.",
+    "--recipe", type=click.Choice([*RECIPES, BFLOAT16.name]), default=MERGED_RECIPE, show_default=True,
+    help="How the merged weights are stored; see `convert`. bf16: everything in bfloat16, experts too.",
 )  # fmt: skip
 @revision_option
 @offline_option
@@ -103,7 +103,9 @@ def merge_adapter(
     )
     with progress_bar("merging", in_bytes=True) as tell:
         made = convert(
-            source, target, make_recipe(recipe), adapter=apart, progress=lambda now: tell(now.done, now.total)
+            *(source, target, BFLOAT16 if recipe == BFLOAT16.name else make_recipe(recipe)),
+            adapter=apart,
+            progress=lambda now: tell(now.done, now.total),
         )
     with progress_bar("comparing, layer by layer") as tell:
         quality = compare_on_text(made.folder, source, adapter=apart, progress=tell)

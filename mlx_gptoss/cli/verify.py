@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", metavar="FOLDER")
 @click.option("--source", metavar="SRC", help="Folder or Hub id it was converted from; compares the weights.")
+@click.option(
+    "--adapter", metavar="ADAPTER", help="Adapter that was merged into FOLDER: compares with SRC beside it."
+)
 @click.option("--source-revision", help="Branch, tag or commit of SRC.  [default: the manifest's]")
 @click.option(
     "--quality", is_flag=True, help="Compare predictions on a text as well, and record it (needs --source)."
@@ -33,6 +36,7 @@ def verify(
     ctx: click.Context,
     folder: str,
     source: str | None,
+    adapter: str | None,
     source_revision: str | None,
     quality: bool,
     text: str | None,
@@ -44,7 +48,7 @@ def verify(
     With --source, verbatim tensors must be the source's own bytes, and the errors of the others are measured.
     FOLDER may also be a Hub id. The exit status is 1 when anything differs.
     """
-    from mlx_gptoss.checkpoint.hub import resolve
+    from mlx_gptoss.checkpoint.hub import resolve, resolve_adapter
     from mlx_gptoss.checkpoint.names import expand
     from mlx_gptoss.convert.manifest import read_manifest
     from mlx_gptoss.convert.verify import bytes_to_read
@@ -52,6 +56,8 @@ def verify(
 
     if (quality or text) and source is None:
         raise click.UsageError("--quality compares with the source: add --source SRC")
+    if adapter and source is None:
+        raise click.UsageError("--adapter is of the source: add --source SRC")
     if source_revision and source is None:
         raise click.UsageError("--source-revision is of the source: add --source SRC")
     source = source and expand(source)
@@ -62,11 +68,12 @@ def verify(
     origin = None
     if source is not None:
         origin = resolve(source, revision=revision, offline=offline, gguf=True)
+    apart = None if adapter is None else resolve_adapter(adapter, offline=offline)
     with byte_bar("checking", bytes_to_read(manifest, origin), quiet=as_json) as tick:
-        found = check(root, origin, progress=tick)
+        found = check(root, origin, adapter=apart, progress=tick)
     measured = None
     if origin is not None and (quality or text) and found.ok:
-        measured = _measure(root, origin, text, as_json)
+        measured = _measure(root, origin, apart, text, as_json)
     if as_json:
         click.echo(json.dumps(found.to_dict() | {"quality": measured and asdict(measured)}, indent=2))
         ctx.exit(0 if found.ok else 1)
@@ -74,14 +81,14 @@ def verify(
     found.check()
 
 
-def _measure(root: Path, origin: Path, text: str | None, quiet: bool) -> Quality:
+def _measure(root: Path, origin: Path, adapter: Path | None, text: str | None, quiet: bool) -> Quality:
     """Run both models over the text, and note the result in the manifest."""
     from mlx_gptoss.convert.manifest import MANIFEST_NAME
     from mlx_gptoss.convert.quality import compare_on_text, record
     from mlx_gptoss.errors import ConversionError
 
     with progress_bar("comparing, layer by layer", quiet=quiet) as tell:
-        measured = compare_on_text(root, origin, text, progress=tell)
+        measured = compare_on_text(root, origin, text, adapter=adapter, progress=tell)
     if not (root / MANIFEST_NAME).is_symlink():  # a download in the Hub's cache stays what was downloaded
         try:
             record(root, measured)

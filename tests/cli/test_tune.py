@@ -106,7 +106,9 @@ def test_a_merged_model_says_what_the_adapted_one_says(
     out = capsys.readouterr().out
     found = re.search(r"KL (\S+) nats .*, same likeliest token (\S+)%", out)
     assert found is not None and float(found[1]) < most and float(found[2]) > 90
-    assert run(["verify", str(target)]) == 0
+    assert run(["verify", str(target), "--source", str(DEMO_FOLDER), "--adapter", str(adapter)]) == 0
+    assert run(["verify", str(target), "--source", str(DEMO_FOLDER)]) == 1  # the base alone
+    assert run(["verify", str(target), "--adapter", str(adapter)]) == 2
     capsys.readouterr()
     prompt = ["--chat", "-p", "What is 2 + 2?", "--temperature", "0", "--max-tokens", "20"]
     assert run(["generate", str(target), *prompt]) == 0
@@ -115,14 +117,24 @@ def test_a_merged_model_says_what_the_adapted_one_says(
     assert capsys.readouterr().out != merged
 
 
-def test_an_adapter_of_the_experts_is_not_merged(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_adapter_of_the_experts_is_merged_into_bfloat16_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_adapter(tmp_path / "a", random_adapter(CONFIG, 4, (1,)), CONFIG)
     assert run(["adapter", "merge", "demo", str(tmp_path / "a"), str(tmp_path / "merged")]) == 1
     err = capsys.readouterr().err
     assert re.search(r"adapts the experts \(gate_up_proj\), .* times as much\); keep the adapter apart", err)
     assert not (tmp_path / "merged").exists()
+    apart, target = str(tmp_path / "a"), str(tmp_path / "merged")
+    assert run(["adapter", "merge", "demo", apart, target, "--recipe", "bf16"]) == 0
+    found = re.search(r"KL (\S+) nats .*, same likeliest token (\S+)%", capsys.readouterr().out)
+    assert found is not None and float(found[1]) < 0.002 and float(found[2]) > 97
+    (tmp_path / "text").write_text("What is the capital of Peru? Lima is the capital of Peru.")
+    check = ["verify", target, "--source", str(DEMO_FOLDER), "--text", str(tmp_path / "text")]
+    assert run([*check, "--adapter", apart]) == 0
+    found = re.search(r"KL divergence (\S+) nats", capsys.readouterr().out)
+    assert found is not None and float(found[1]) < 0.002
+    assert run(["convert", target, str(tmp_path / "again")]) == 0  # it is read like any other
 
 
 def test_answers_come_from_the_adapter_that_is_named(
