@@ -8,6 +8,7 @@ experts are outermost, in B innermost), or one module an expert, as Unsloth's 4-
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_gptoss.checkpoint.finite import not_finite
 from mlx_gptoss.errors import AdapterError
@@ -75,6 +77,15 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(pair.a.nbytes + pair.b.nbytes for _, _, pair in self.pairs())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what it does: its parts and the scale, whatever file they came from."""
+        digest = hashlib.sha256(f"{self.scale!r}".encode())
+        for layer, name, pair in self.pairs():
+            for array in (pair.a, pair.b):
+                digest.update(f"{layer} {name} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(np.asarray(array.astype(mx.float32))).data)
+        return digest.hexdigest()
 
     def pairs(self) -> Iterator[tuple[int, str, Pair]]:
         """Layer, name and pair of every part, in order."""

@@ -99,24 +99,28 @@ class PrefixDisk:
                 with suppress(OSError):
                     left_over.unlink()
 
-    def name(self, tokens: np.ndarray) -> str:
-        """The name of a prefix: a digest of the model and all its tokens, int32 [n]."""
-        return hashlib.sha256(self.model.encode() + tokens.astype("<i4").tobytes()).hexdigest()[:40]
+    def name(self, tokens: np.ndarray, adapter: str = "") -> str:
+        """The name of a prefix: a digest of the model, the adapter's digest and all tokens, int32 [n]."""
+        made_with = (self.model + adapter).encode()
+        return hashlib.sha256(made_with + tokens.astype("<i4").tobytes()).hexdigest()[:40]
 
     def path(self, upto: str, before: str) -> Path:
         """Where the span that leads from the prefix `before` to the prefix `upto` lies."""
         return self.folder / f"{upto}-{before}{SUFFIX}"
 
-    def write(self, before: np.ndarray, start: int, span: Span) -> Path:
-        """Save a span that follows `before`, int32 [start]. The file appears whole or not at all."""
+    def write(self, before: np.ndarray, start: int, span: Span, adapter: str = "") -> Path:
+        """Save a span that follows `before`, int32 [start]. The file appears whole or not at all.
+
+        adapter: the digest of the one that it was computed with.
+        """
         arrays = {f"part.{i}": part for i, part in enumerate(span.parts)}
         arrays |= {f"state.{s.start}.{e}": s.data for e, s in span.states.items() if s.data is not None}
-        upto = self.name(np.concatenate([before, span.tokens]))
+        upto = self.name(np.concatenate([before, span.tokens]), adapter)
         about = {
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
-            "before": self.name(before),
+            "before": self.name(before, adapter),
             "upto": upto,
             "start": str(start),
             "tokens": " ".join(map(str, span.tokens.tolist())),

@@ -99,13 +99,25 @@ class PrefixStore:
     ) -> None:
         self.limit = limit
         self.nbytes = 0
-        self._roots = {0: Node(_NOTHING, 0, KVSpan())}  # by the adapter that the KV is computed with
+        self._roots = dict[int, Node]()  # by the number of the adapter that the KV is computed with
+        self._digests = dict[Node, str]()  # of the roots that are kept on disk, what their adapter is
         self._clock = 0
         self._disk = disk
         self._fits, self._adopt_span = fits, adopt
         self._unsaved: list[Node] = []
-        if disk is not None:
-            self._adopt(disk)
+        self.open(0, "")
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether prefixes are kept on disk."""
+        return self._disk is not None
+
+    def open(self, adapter: int, digest: str) -> None:
+        """Let an adapter have what was computed with it, also what is on disk. digest: of what it does."""
+        root = self._roots.setdefault(adapter, Node(_NOTHING, 0, KVSpan()))
+        self._digests[root] = digest
+        if self._disk is not None:
+            self._adopt(self._disk, root, digest)
 
     def __len__(self) -> int:
         """How many nodes are held."""
@@ -186,7 +198,7 @@ class PrefixStore:
             owner.pinned = owner.pinned or owner.end <= pinned
         mx.eval(added)
         self.nbytes += sum(child.kv_bytes for child in fresh)
-        if self._disk is not None and not adapter:  # the disk knows the base model alone
+        if self._disk is not None and self._roots[adapter] in self._digests:
             self._unsaved += [n for n in reversed(line) if not n.saved]
         self.shrink(self.limit)
 
@@ -233,7 +245,8 @@ class PrefixStore:
             states = {end: state.whole() for end, state in node.states.items()}
             span = Span(node.tokens, node.parts.whole(), states)
             try:
-                node.path = self._disk.write(np.concatenate([_NOTHING, *before]), node.start, span)
+                tokens, digest = np.concatenate([_NOTHING, *before]), self._digests[self._root_of(node)]
+                node.path = self._disk.write(tokens, node.start, span, digest)
             except OSError as error:
                 logger.warning("a prefix is not kept on disk: %s", error)
                 return True
@@ -259,12 +272,15 @@ class PrefixStore:
     def forget(self, adapter: int) -> None:
         """Forget what was computed with an adapter, which is another one from now on."""
         root = self._roots.pop(adapter, None)
-        for node in list(root.children.values()) if root is not None else ():
-            self._forget(node)
+        if root is not None:
+            self._digests.pop(root, None)
+            for node in list(root.children.values()):
+                self._forget(node)
 
-    def _adopt(self, disk: PrefixDisk) -> None:
+    @staticmethod
+    def _adopt(disk: PrefixDisk, root: Node, digest: str) -> None:
         """Take in what is on disk, by its headers; the rest is read when it is used."""
-        by_name = {disk.name(_NOTHING): self._roots[0]}
+        by_name = {disk.name(_NOTHING, digest): root}
         for saved in disk.index():
             parent = by_name.get(saved.before)
             first = int(saved.tokens[0])
@@ -365,7 +381,7 @@ class PrefixStore:
         if node.path is not None:
             node.path.unlink(missing_ok=True)
             node.path = None
-        if self._disk is not None and self._root_of(head) is self._roots[0]:
+        if self._disk is not None and self._root_of(head) in self._digests:
             self._unsaved += [head, node]
         head.children[int(node.tokens[0])] = node
         mx.eval(head.parts, node.parts)

@@ -120,6 +120,8 @@ class Scheduler:
             raise BusyError(f"the adapter is in use by {using} requests: wait for their end", retry_after=5)
         self.store.forget(number)
         self.runner.put_adapter(number, adapter)
+        if adapter is not None and self.store.on_disk:
+            self.store.open(number, adapter.digest())
 
     def step(self) -> bool:
         """Run one forward and deliver what the one before sampled; False when there is nothing to do."""

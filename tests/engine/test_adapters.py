@@ -80,6 +80,26 @@ def test_a_prefix_is_used_again_by_its_own_adapter_alone(llm: gptoss.LLM) -> Non
     assert min(cached("a"), cached("b"), cached(None)) > 190
 
 
+def test_a_prefix_on_disk_is_found_by_what_its_adapter_does(
+    bare_folder: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """After a restart, under whatever name or number; never by the base or by another adapter."""
+    tokens = prompt(31, 200)
+    where = {"kv_budget": 1 << 26, "prefix_cache": tmp_path}
+    with gptoss.load(bare_folder, adapters={"a": folders["a"]}, **where) as first:
+        written = list(first.generate(tokens, GREEDY, adapter="a"))
+    shuffled = {"b": folders["b"], "x": folders["a"]}
+    with gptoss.load(bare_folder, adapters=shuffled, **where) as again:
+        for name, cached in (("b", 0), ("base", 0), ("x", 199)):
+            stream = again.submit(tokens, GREEDY, adapter=name)
+            assert ([o.token_id for o in stream] == written) == (name == "x")
+            assert stream.cached_tokens == cached, name
+        again.load_adapter("x", folders["c"])  # another one by that name
+        stream = again.submit(tokens, GREEDY, adapter="x")
+        list(stream)
+        assert stream.cached_tokens == 0
+
+
 def test_an_adapter_comes_and_goes_while_the_engine_runs(
     llm: gptoss.LLM, folders: dict[str, Path], alone: dict[str | None, list[list[int]]]
 ) -> None:

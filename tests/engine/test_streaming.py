@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss import llm as llm_module
+from mlx_gptoss.checkpoint.adapter import write_adapter
 from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import plan
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
@@ -29,6 +30,7 @@ from mlx_gptoss.errors import CheckpointError, MemoryLimitError, RequestError
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.sampling import PromptProgress, SamplingParams
+from tests.support.adapters import random_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
 from tests.support.scheduling import Client, make, prompt, run
@@ -102,6 +104,20 @@ def test_logits_are_the_same(folder: Path, resident: LLM) -> None:
         assert slots_of(llm) == 6
         assert np.array_equal(llm.logits(tokens[:1]), resident.logits(tokens[:1]))
         assert np.allclose(llm.logits(tokens), resident.logits(tokens), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_streamed_experts_is_that_of_experts_in_memory(folder: Path, tmp_path: Path) -> None:
+    """Of attention, router and experts, for a prompt that is swept layer by layer and for decoding."""
+    config = Checkpoint(folder).config
+    write_adapter(tmp_path, random_adapter(config, 4, (0, 1, 2)), config)
+    tokens = prompt(5, 120)
+    with load(folder, adapter=tmp_path) as one:
+        expected, said = one.logits(tokens), list(one.generate(tokens, GREEDY))
+        assert np.abs(expected - one.logits(tokens, adapter="base")).max() > 0.1
+    with load(folder, adapter=tmp_path, expert_memory=SIX) as streamed:
+        assert slots_of(streamed) < SHAPE.experts
+        assert np.array_equal(streamed.logits(tokens), expected)
+        assert list(streamed.generate(tokens, GREEDY)) == said
 
 
 def test_many_requests_with_few_slots_come_to_the_right_end(folder: Path) -> None:
