@@ -1,12 +1,14 @@
 """Training and serving adapters: speed and memory, beside mlx-lm's tuner on the same data.
 
-    python -m benchmarks.tune [speed] [memory] [serving] [streamed] [--checkpoint 20B] [--json]
+    python -m benchmarks.tune [speed] [memory] [serving] [streamed] [learning] [keeping] [preferring]
+                              [--checkpoint 20B] [--json]
 
 speed: learned tokens a second on the demo model, in float32; ours with the host's BLAS (on the CPU backend)
 and with MLX's operations alone. memory: the peak beyond the weights at 20b's vocabulary, on two small layers.
 serving: a decode step of 8 rows with no adapter, with four that are loaded and unused, and with all in use.
 streamed: a step of 512 tokens with 20b's whole shape, each layer read from disk: of the folder --checkpoint,
-or with weights of zeros. Each engine is measured in a process of its own.
+or with weights of zeros. learning, keeping, preferring: what adapters teach the demo model (teaching.py).
+Each engine is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.teaching import keeping, learning, preferring
 from mlx_gptoss.checkpoint.hub import DEMO_FOLDER
 from mlx_gptoss.checkpoint.memory import plan
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
@@ -50,7 +53,7 @@ from tests.support.tuning import style_rows
 
 RANK, SCALE, STEPS = 16, 2.0, 12
 TOKENS = 512  # a step's
-PARTS = ("speed", "memory", "serving", "streamed")
+PARTS = ("speed", "memory", "serving", "streamed", "learning", "keeping", "preferring")
 
 
 class Plain(Checkpoint):
@@ -239,6 +242,9 @@ UNITS = {
     "memory": "GB beyond the weights",
     "serving": "ms a step",
     "streamed": "s, GB",
+    "learning": "% of unseen questions",
+    "keeping": "% of unseen prompts",
+    "preferring": "% of unseen prompts",
 }
 
 
@@ -255,6 +261,9 @@ def main() -> None:
         "memory": memory,
         "serving": serving,
         "streamed": partial(streamed, args.checkpoint),
+        "learning": learning,
+        "keeping": keeping,
+        "preferring": preferring,
     }
     found = {name: measures[name]() for name in args.parts or PARTS}
     if args.as_json:

@@ -65,6 +65,9 @@ REPORTERS = ("wandb", "trackio", "swanlab")
 @click.option(
     "--beta", type=float, help="Of dpo: how much preferences weigh against the base.  [default: 0.1]"
 )
+@click.option(
+    "--anchor", type=float, help="Of dpo: how much the preferred answer's likelihood counts.  [default: 0.2]"
+)
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--stream", is_flag=True, default=None, help="Read each layer from disk when it is needed.")
 @click.option("--skip-long", is_flag=True, default=None, help="Leave out examples longer than --tokens.")

@@ -91,8 +91,10 @@ class Task:
     head: Head
 
 
-def task_of(items: Sequence[Example] | Sequence[Preference], base: Base, beta: float) -> Task:
-    """The batch of some examples, or of some pairs of answers."""
+def task_of(
+    items: Sequence[Example] | Sequence[Preference], base: Base, beta: float, anchor: float = 0.0
+) -> Task:
+    """The batch of some examples, or of some pairs of answers. beta, anchor: see `_preferred`."""
     if isinstance(items[0], Example):
         read = Read.of([item for item in items if isinstance(item, Example)])
         segments = whole_segments(base.config, read.lengths, TRAINED)
@@ -105,7 +107,9 @@ def task_of(items: Sequence[Example] | Sequence[Preference], base: Base, beta: f
         *whole_segments(base.config, read.lengths),
     ]
     tokens = mx.concatenate([read.tokens, read.tokens])
-    return Task(tokens, segments, len(read.lengths), lambda x, back: _preferred(base, x, read, beta, back))
+    return Task(
+        tokens, segments, len(read.lengths), lambda x, back: _preferred(base, x, read, beta, anchor, back)
+    )
 
 
 def measure(base: Base, tree: Tree, scale: float, task: Task) -> Measured:
@@ -175,11 +179,13 @@ def _learned(base: Base, x: mx.array, read: Read, back: bool) -> tuple[Measured,
 
 
 def _preferred(
-    base: Base, x: mx.array, read: Read, beta: float, back: bool
+    base: Base, x: mx.array, read: Read, beta: float, anchor: float, back: bool
 ) -> tuple[Measured, mx.array | None]:
     """DPO (Rafailov et al. 2023): -log sigmoid(beta (gain of the chosen - gain of the rejected)), summed.
 
-    The gain is the answer's log-probability above the base's. x: the adapted rows, then the base's.
+    The gain is the answer's log-probability above the base's. Both answers may lose, the rejected one more,
+    until neither is likely: `anchor` times the chosen answer's mean loss a token holds against that (as in
+    Pang et al. 2024). x: the adapted rows, then the base's.
     """
     size, pairs = sum(read.lengths), len(read.lengths) // 2
 
@@ -187,14 +193,17 @@ def _preferred(
         losses, _ = _cross_entropy(base, part, read.rows, read.wanted, None)
         return -np.bincount(read.sequence, losses, minlength=2 * pairs).reshape(pairs, 2)
 
-    gains = log_probability(x[:size]) - log_probability(x[size:])
+    adapted = log_probability(x[:size])
+    gains = adapted - log_probability(x[size:])
     margins = beta * (gains[:, 0] - gains[:, 1])
-    measured = Measured(float(np.logaddexp(0, -margins).sum()), pairs, 2 * size, int((margins > 0).sum()))
+    held = anchor / np.bincount(read.sequence, minlength=2 * pairs)[::2]
+    losses = np.logaddexp(0, -margins) - held * adapted[:, 0]
+    measured = Measured(float(losses.sum()), pairs, 2 * size, int((margins > 0).sum()))
     if not back:
         return measured, None
     # By the loss of a chosen answer's tokens it grows by this much, by a rejected one's it falls.
     slope = beta / (1 + np.exp(margins))
-    weights = np.stack([slope, -slope], axis=1).reshape(-1)[read.sequence].astype(np.float32)
+    weights = np.stack([slope + held, -slope], axis=1).reshape(-1)[read.sequence].astype(np.float32)
     return measured, _cross_entropy(base, x[:size], read.rows, read.wanted, weights)[1]
 
 

@@ -29,9 +29,10 @@ class TuneOptions:
     steps), falling as a cosine. valid: a file, a share such as "5%" or "none"; every: steps from one
     validation to the next (default: a tenth of all, at least 5). patience: validations without gain before it
     stops, 0 for never. keep: a file of examples that must not be forgotten. method: "sft" learns the
-    assistant's messages, "dpo" to prefer one answer to another, `beta` times as much as the base. stream:
-    read each layer from disk when it is needed. skip_long: leave out examples longer than `tokens`. samples:
-    answers to write at each validation.
+    assistant's messages, "dpo" to prefer one answer to another, `beta` times as much as the base; `anchor`:
+    how much the preferred one's own likelihood counts beside that, 0 for plain DPO. stream: read each layer
+    from disk when it is needed. skip_long: leave out examples longer than `tokens`. samples: answers to write
+    at each validation.
     """
 
     rank: int = 16
@@ -54,6 +55,7 @@ class TuneOptions:
     seed: int = 0
     method: str = "sft"
     beta: float = 0.1
+    anchor: float = 0.2
     stream: bool = False
     skip_long: bool = False
     samples: int = 2
@@ -76,6 +78,7 @@ class TuneOptions:
         positive = ("scale", "lr", "epochs", "beta", "clip")
         for name in positive:
             self._check(name, 0 < getattr(self, name) < 1e6, "a number above 0")
+        self._check("anchor", 0 <= self.anchor < 1e6, "a number, 0 or above")
         self._check("warmup", 0 <= self.warmup < 1, "a share from 0 to 1")
         self._check("weight_decay", 0 <= self.weight_decay < 1, "a number from 0 to 1")
         self._check("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))

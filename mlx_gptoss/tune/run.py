@@ -251,7 +251,7 @@ class _Run:
         return total, grads
 
     def _task(self, items: Sequence[Example] | Sequence[Preference]) -> Any:
-        return task_of(items, self.base, self.options.beta)
+        return task_of(items, self.base, self.options.beta, self.options.anchor)
 
     # --- the data's order
 

@@ -19,7 +19,7 @@ from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.tune import gradient as module
 from mlx_gptoss.tune.base import TRAINED, Base, Tree, flat, pairs_of, parts_of
 from mlx_gptoss.tune.examples import Example, Preference, examples_of
-from mlx_gptoss.tune.gradient import gradient, measure, task_of
+from mlx_gptoss.tune.gradient import Task, gradient, measure, task_of
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
 from tests.support.tuning import style_rows
@@ -171,6 +171,7 @@ def test_preferences_weigh_the_gain_over_the_base(tmp_path: Path) -> None:
     tree = noisy(base.new_parameters([0, 1], PARTS[:4], 4, 0), 3)
     zero = base.new_parameters([0, 1], PARTS[:4], 4, 0)
     task = task_of(pairs, base, 0.5)
+    anchored = task_of(pairs, base, 0.5, 0.3)
     assert measure(base, zero, SCALE, task).mean == pytest.approx(np.log(2), abs=1e-5)
 
     def sums(tree: Tree) -> np.ndarray:
@@ -180,13 +181,16 @@ def test_preferences_weigh_the_gain_over_the_base(tmp_path: Path) -> None:
 
     gains = sums(tree) - sums(zero)
     margins = 0.5 * (gains[:, 0] - gains[:, 1])
-    measured, grads = gradient(base, tree, SCALE, task)
+    measured, _ = gradient(base, tree, SCALE, task)
     assert measured.loss == pytest.approx(float(np.log1p(np.exp(-margins)).sum()), rel=1e-4)
     assert (measured.count, measured.won) == (2, int((margins > 0).sum()))
-    found = dict_of(grads)
-    norm = norm_of(found.values())
+    held = sum(0.3 * sums(tree)[i, 0] / len(pair.chosen.rows) for i, pair in enumerate(pairs))
+    assert measure(base, tree, SCALE, anchored).loss == pytest.approx(measured.loss - held, rel=1e-4)
+    for one in (task, anchored):
+        _, grads = gradient(base, tree, SCALE, one)
+        norm = norm_of(dict_of(grads).values())
 
-    def loss(at: float) -> float:
-        return measure(base, tree_map(lambda v, g: v + at * g / norm, tree, grads), SCALE, task).loss
+        def loss(at: float, one: Task = one, grads: Tree = grads, norm: float = norm) -> float:
+            return measure(base, tree_map(lambda v, g: v + at * g / norm, tree, grads), SCALE, one).loss
 
-    assert abs((loss(1e-3) - loss(-1e-3)) / 2e-3 / norm - 1) < 0.01
+        assert abs((loss(1e-3) - loss(-1e-3)) / 2e-3 / norm - 1) < 0.01
