@@ -79,7 +79,7 @@ class Settings(_Strict):
     expert_memory: Literal["auto", "all"] | Positive
     draft: Literal["lookup", "model"] | None
     adapters: Count
-    kernels: Literal["off", "on", "verify"] | None
+    kernels: Literal["off", "on", "verify"]
     max_ops_per_buffer: Count | None
     max_mb_per_buffer: Count | None
 
@@ -171,8 +171,10 @@ def submission(report: Mapping[str, Any], memory: MemoryPlan, source: ModelSourc
 
 
 def _settings(source: ModelSource, tokens: int) -> dict[str, Any]:
+    from mlx_gptoss.device import kernel_mode
+
     engine = source.engine
-    draft, kernels = engine.get("draft"), os.environ.get("GPTOSS_KERNELS")
+    draft = engine.get("draft")
     return {
         "tokens": tokens,
         "kv_bits": engine.get("kv_bits"),
@@ -181,7 +183,7 @@ def _settings(source: ModelSource, tokens: int) -> dict[str, Any]:
         "expert_memory": engine.get("expert_memory", "auto"),
         "draft": draft if draft in (None, "lookup") else "model",
         "adapters": len(source.adapters),
-        "kernels": kernels if kernels in ("off", "on", "verify") else None,
+        "kernels": kernel_mode(),
         "max_ops_per_buffer": _limit("MLX_MAX_OPS_PER_BUFFER"),
         "max_mb_per_buffer": _limit("MLX_MAX_MB_PER_BUFFER"),
     }
