@@ -164,6 +164,21 @@ def test_values_that_are_no_numbers_never_pass() -> None:
     assert "final norm (decode)" in found["operations"].detail
 
 
+def test_without_a_reply_as_stored_no_logits_pass() -> None:
+    kept = answers.stored()
+    others = replace(kept, replies=[replace(answer, reply=[1]) for answer in kept.replies])
+    found = by_name(list(answers.judge(others, {"stored": kept}, tolerance())))
+    assert found["greedy replies"].verdict == found["logits"].verdict == "failed"
+    assert found["greedy replies"].detail == "0 of 6 as stored"
+
+
+def test_what_is_just_allowed_is_no_difference() -> None:
+    kept = answers.stored().operations
+    assert walk.first_difference(kept, kept, 0.0) is None
+    found = walk.first_difference(kept, kept | {"embedding (prompt)": [9.0] * 5}, 0.0)
+    assert found is not None and found.operation == "embedding (prompt)"
+
+
 def test_an_operation_that_is_missing_is_named() -> None:
     kept = answers.stored().operations
     without = {name: values for name, values in kept.items() if name != "layer 1: router (prompt)"}
@@ -304,7 +319,7 @@ def test_a_cpu_backend_that_dies_is_told_and_the_stored_answers_still_count(
 
 
 def test_the_reference_process_says_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: no good")
+    failing = subprocess.CompletedProcess([], 1, "", "Traceback\n  line 1\nValueError: no good")
     monkeypatch.setattr(subprocess, "run", lambda *a, **b: failing)
     with pytest.raises(GptOssError, match="ValueError: no good"):
         answers.on_cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,11 @@ def test_an_open_door_of_the_sandbox_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(selftest, "run", lambda: checks)
     found = by_name(list(sandbox.findings()))
     assert found["python tool"].verdict == found["kills a process"].verdict == "failed"
-    assert found["sees the time"].verdict == "warning" and "1 of 3" in found["python tool"].detail
+    assert found["sees the time"].verdict == "warning"
+    assert found["python tool"].detail == "1 of 3 attempts to get out were held back; the tool refuses to run"
+    monkeypatch.setattr(selftest, "run", lambda: checks[::2])
+    found = by_name(list(sandbox.findings()))
+    assert found["python tool"].detail == "1 of 2 attempts to get out were held back"
 
 
 def test_no_sandbox_at_all_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +68,15 @@ def test_little_memory_and_disk_are_told_with_what_20b_needs(monkeypatch: pytest
     assert found["memory"].verdict == found["disk"].verdict == "warning"
     assert "5.0 GB" in found["memory"].detail and "11.2 GB" in found["memory"].detail
     assert "1.0 GB free" in found["disk"].detail
+
+
+@pytest.mark.parametrize(("free", "verdict"), [(2.5, "ok"), (1.5, "warning")])
+def test_a_disk_has_room_for_20b_and_its_conversion_or_not(
+    monkeypatch: pytest.MonkeyPatch, free: float, verdict: str
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free * machine.NEEDED}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert by_name(list(machine.findings()))["disk"].verdict == verdict
 
 
 @pytest.mark.parametrize(("chip", "raised"), [(18e9, "iogpu.wired_limit_mb"), (31e9, None)])
@@ -105,12 +119,54 @@ def test_a_gpus_memory_is_read_by_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found["GPU to CPU"].figures["seconds"] > 0
 
 
-def test_a_full_disk_is_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Clock:
+    """Passes take so many seconds, one after the other, and then all as long as the last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *spans: float) -> None:
+        self._spans, self._now, self._running = list(spans), 0.0, False
+        monkeypatch.setattr(time, "perf_counter", self)
+
+    def __call__(self) -> float:
+        if self._running:
+            self._now += self._spans.pop(0) if len(self._spans) > 1 else self._spans[0]
+        self._running = not self._running
+        return self._now
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_best_pass_of_a_while_is_the_bandwidth(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    Clock(monkeypatch, 0.003, 0.002, 0.002, 0.001, 0.004)
+    passes = speed.PASSES if gpu else 1
+    assert speed.measure_bandwidth() == pytest.approx(passes * (1 << 20) / 0.001)
+
+
+def test_a_crossing_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "CROSSINGS", 5)
+    Clock(monkeypatch, 0.009, 0.002, 0.003, 0.001, 0.003)
+    assert speed.measure_crossing() == pytest.approx(0.003)
+
+
+def test_disk_rates_are_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1}))
-    monkeypatch.setattr(speed, "scratch_rates", None)  # whoever calls it fails
+    monkeypatch.setattr(speed, "measure_bandwidth", lambda: 1.5e9)
+    Clock(monkeypatch, 0.001, 0.0005, 0.00025)  # for 1,048,576 bytes each
+    found = by_name(list(speed.findings()))
+    assert found["disk read"].detail == "1.0, 2.1, 4.2 GB/s by 1, 4, 8 reads at a time, Hub's cache"
+    assert found["memory read"].detail.endswith("1.5 GB/s")
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_disk_is_not_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: int) -> None:
+    monkeypatch.setattr(speed, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(speed, "SPARE", 5000)
+    free = speed.READS * speed.EXPERT + 5000 - missing
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free}))
+    if missing:
+        monkeypatch.setattr(speed, "scratch_rates", None)  # whoever calls it fails
     told = by_name(list(speed.findings()))["disk read"]
-    assert told.verdict == "warning" and "too little room" in told.detail and not told.figures
+    assert (told.verdict, bool(told.figures)) == (("warning", False) if missing else ("info", True))
+    assert not missing or told.detail == "not measured: a file of 1 MB would leave too little room"
 
 
 def test_a_disk_that_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
@@ -179,6 +235,11 @@ def test_what_fails_is_told_without_whose_machine_it_is(
 )
 def test_paths_and_models_are_taken_out_of_a_text(text: str, model: str | None, public: str | None) -> None:
     assert without_names(text, model) == (text if public is None else public)
+
+
+def test_a_home_with_a_space_is_taken_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/Users/Jane Doe"))
+    assert without_names("/Users/Jane Doe/models is gone") == "PATH is gone"
 
 
 @pytest.mark.usefixtures("quick")

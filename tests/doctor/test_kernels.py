@@ -13,7 +13,7 @@ from mlx_gptoss import device
 from mlx_gptoss.checkpoint import reader
 from mlx_gptoss.doctor import Finding, kernels
 from mlx_gptoss.model.graph import Model
-from mlx_gptoss.model.kernels import candidates, verified
+from mlx_gptoss.model.kernels import candidates, decode, verified
 from mlx_gptoss.model.kernels import kernel as metal
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.kernel import Launch, Program
@@ -46,7 +46,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> None:
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())
-def test_a_kernel_whose_text_was_tampered_with_is_named_and_the_others_are_right(
+def test_a_kernel_whose_text_was_tampered_with_is_named_and_another_is_right(
     monkeypatch: pytest.MonkeyPatch, model: Model, record: Record
 ) -> None:
     emulator = Emulator()
@@ -57,12 +57,12 @@ def test_a_kernel_whose_text_was_tampered_with_is_named_and_the_others_are_right
         return emulator.run(replace(program, source=source), inputs, launch)
 
     monkeypatch.setattr(metal, "run", run)
-    monkeypatch.setattr(candidates, "COMPARED_KEYS", (1, 65))
-    found = {f.name: f for f in kernels.examine(model, record, lambda: 0.0)}  # a clock that tells nothing
-    assert list(found) == NAMES
-    wrong = found.pop("gate_up")
-    assert wrong.verdict == "failed" and wrong.detail.startswith("wrong: off by ")
-    assert {f.detail for f in found.values()} == {"not faster: +0.0%"}
+    # The emulator takes a second to compile one.
+    some = [c for c in candidates.candidates(model) if c.name in ("gate_up", "down")]
+    monkeypatch.setattr(decode, "candidates", lambda model: some)
+    wrong, right = kernels.examine(model, record, lambda: 0.0)  # a clock that tells nothing
+    assert (wrong.name, wrong.verdict) == ("gate_up", "failed") and wrong.detail.startswith("wrong: off by ")
+    assert (right.name, right.verdict, right.detail) == ("down", "info", "not faster: +0.0%")
 
 
 def test_each_verdict_has_its_mark(monkeypatch: pytest.MonkeyPatch, model: Model, record: Record) -> None:
