@@ -25,6 +25,7 @@ from mlx_gptoss.sampling import SamplingParams
 if TYPE_CHECKING:
     from mlx_gptoss.checkpoint.memory import MemoryPlan
     from mlx_gptoss.llm import LLM
+    from mlx_gptoss.model.streamed import StreamCounts
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,14 @@ def traced(llm: LLM, path: Path) -> Iterator[None]:
     runner, worker = llm.engine.scheduler.runner, llm.engine.worker
     with path.open("w", encoding="utf-8") as file:
         trace = TraceWriter(file, llm.config)
+
+        def ended() -> list[StreamCounts]:  # at once: a step in between would be counted and not written
+            runner.tell_choices(None)
+            return runner.expert_counts()
+
         worker.call(lambda: runner.tell_choices(trace.step))
         yield
-        worker.call(lambda: runner.tell_choices(None))
-        counts = worker.call(runner.expert_counts)
-        if counts:
+        if counts := worker.call(ended):
             trace.end(counts[0].slots, [c.misses for c in counts])
 
 
