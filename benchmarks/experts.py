@@ -2,20 +2,27 @@
 
     python -m benchmarks.experts [TRACE ..] [--slots 8,16,32] [--bandwidth GB/s] [--disk GB/s]
 
-TRACE is a file of `mlx-gptoss bench --trace`; without one, synthetic traces are replayed that were fitted to
-a published replay of gpt-oss-120b. A run that streamed wrote its misses at the end: the replay must count the
-same. With --bandwidth and --disk (see `bench`) the table predicts tokens a second: the bytes of a token over
-the memory's bandwidth, and those of its misses over the disk's.
+TRACE is a file of `mlx-gptoss bench --trace`; without one, what the demo model chooses while it answers is
+replayed, and synthetic traces that were fitted to a published replay of gpt-oss-120b. A run that streamed
+wrote its misses at the end: the replay must count the same. With --bandwidth and --disk (see `bench`) the
+table predicts tokens a second: the bytes of a token over the memory's bandwidth, and those of its misses over
+the disk's.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mlx_gptoss.checkpoint.hub import resolve
+from mlx_gptoss.checkpoint.memory import plan_checkpoint
+from mlx_gptoss.checkpoint.reader import Checkpoint
+from mlx_gptoss.cli.bench import traced
+from mlx_gptoss.llm import load
 from mlx_gptoss.model.slots import Slots, replay
 from mlx_gptoss.model.trace import Trace, read_trace
 
@@ -62,6 +69,32 @@ def optimum(steps: Sequence[np.ndarray], slots: int) -> int:
     return misses
 
 
+ASKED = (
+    "What is the capital of France?",
+    "What is 12 + 30?",
+    "How many days are in March?",
+    "Is 17 a prime number?",
+    "Sort 5, 3, 9.",
+    "What is the opposite of hot?",
+    "Spell cat backwards.",
+    "Hello!",
+    "Who are you?",
+    "What colour is the sky?",
+)
+
+
+def demo(slots: int | None = None) -> Trace:
+    """What the demo model chooses while it answers, with so many slots a layer (default: all in memory)."""
+    slot = plan_checkpoint(Checkpoint(resolve("demo"), "float32"), slots).slot
+    memory = "all" if slots is None else slots * slot
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.jsonl"
+        with load("demo", dtype="float32", max_context=2048, expert_memory=memory) as llm, traced(llm, file):
+            for question in ASKED:
+                llm.respond(question, temperature=0.0)
+        return read_trace(file)
+
+
 def synthetic(experts: int, layers: int = 4, tokens: int = 1000, seed: int = 0) -> Trace:
     """Zipf favourites in each layer, repeats of the last eight tokens, and topics that change."""
     rng = np.random.default_rng(seed)
@@ -99,13 +132,13 @@ def hits(trace: Trace, slots: int) -> dict[str, float]:
 
 def rows(trace: Trace, counts: Sequence[int], bandwidth: float | None, disk: float | None) -> Iterator[str]:
     """The table's lines."""
-    predicted = bandwidth is not None and disk is not None
+    predicted = bandwidth is not None and disk is not None and trace.experts in DENSE
     yield "| slots | ours | recency | frequency | optimum |" + (" tok/s |" if predicted else "")
     yield "|---:|---:|---:|---:|---:|" + ("---:|" if predicted else "")
     for slots in counts:
         found = hits(trace, slots)
         line = f"| {slots} of {trace.experts} | " + " | ".join(f"{h:.1%}" for h in found.values()) + " |"
-        if bandwidth is not None and disk is not None:
+        if predicted and bandwidth and disk:
             used = trace.k * len(trace.steps) * RECORD
             seconds = (DENSE[trace.experts] + used) / bandwidth + (1 - found["ours"]) * used / disk
             line += f" {1 / seconds:.1f} |"
@@ -132,12 +165,15 @@ def main() -> None:
     parser.add_argument("--disk", type=float, help="the disk's, GB/s")
     args = parser.parse_args()
     traces = {str(path): read_trace(path) for path in args.traces}
-    for name, trace in (traces or {f"synthetic, {n} experts": synthetic(n) for n in (32, 128)}).items():
+    if not traces:
+        made = {f"synthetic, {n} experts": synthetic(n) for n in (32, 128)}
+        traces = {"the demo model": demo(), "the demo model, streamed": demo(3), **made}
+    for name, trace in traces.items():
         shares = [trace.experts * eighths // 8 for eighths in range(1, 8)]
         counts = [int(n) for n in args.slots.split(",")] if args.slots else shares
         print(f"{name}: {sum(map(len, trace.steps))} steps of {len(trace.steps)} layers; {check(trace)}")
         giga = [None if n is None else n * 1e9 for n in (args.bandwidth, args.disk)]
-        print("\n".join(rows(trace, [max(trace.k, n) for n in counts], *giga)))
+        print("\n".join(rows(trace, sorted({max(trace.k, n) for n in counts}), *giga)))
 
 
 if __name__ == "__main__":

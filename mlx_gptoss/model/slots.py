@@ -1,8 +1,9 @@
 """Which experts of a layer are in memory when not all of them are: slots, and who gives theirs up.
 
-The expert that was used longest ago leaves, or of the oldest quarter the one that was used least of late: a
-layer's choices have strong recency and some lasting favourites. Slots belong to a layer: one list for all
-layers, in least-recently-used order, forgets every expert before the next token asks for it again.
+The expert that was used longest ago leaves, or of the oldest quarter (of two at least) the one that was used
+least of late: a layer's choices have strong recency and some lasting favourites. Slots belong to a layer: one
+list for all layers, in least-recently-used order, forgets every expert before the next token asks for it
+again.
 
 Nothing here reads or computes, so a recorded trace is replayed by the same code that ran.
 """
@@ -14,8 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
-# What a use counts for after each further step: half of it is left after some 140.
-FADE = 0.995
+# What a use counts for after each further step: half of it is left after some 70 (benchmarks/experts.py).
+FADE = 0.99
 
 
 class Slots:
@@ -76,7 +77,7 @@ class Slots:
 
     def _evict(self, stay: Collection[int]) -> int:
         others = [e for e in self._held if e not in stay and e not in self._spared]
-        oldest = others[: max(1, self.count // 4)]
+        oldest = others[: max(2, self.count // 4)]
         return self._held.pop(min(oldest, key=lambda e: self._lately[e]))
 
     def fill(self, expert: int, slot: int) -> None:

@@ -54,6 +54,15 @@ def test_of_the_oldest_quarter_the_less_used_leaves() -> None:
     assert 0 in slots.held and 1 not in slots.held
 
 
+def test_of_two_the_less_used_leaves_however_few_slots_there_are() -> None:
+    slots = Slots(3, E)
+    for _ in range(3):
+        slots.note(np.array([[0]]))
+    take(slots, [0, 1, 2])
+    take(slots, [2, 3])
+    assert set(slots.held) == {0, 2, 3}
+
+
 def test_what_is_in_use_stays() -> None:
     slots = Slots(4, E)
     take(slots, [0, 1, 2, 3])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.experts import check, hits, optimum, synthetic
+from benchmarks.experts import check, demo, hits, optimum, synthetic
 from mlx_gptoss.cli.bench import traced
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.slots import Slots, replay
@@ -65,6 +65,16 @@ def test_our_policy_lies_between_plain_recency_and_the_optimum(experts: int) -> 
     for slots in (experts // 8, experts // 4, experts // 2):
         found = hits(trace, slots)
         assert found["recency"] * 0.97 <= found["ours"] <= found["optimum"]
+
+
+def test_our_policy_is_better_than_plain_recency_on_what_the_demo_model_chooses() -> None:
+    """And what a run with three slots missed is what the replay counts."""
+    streamed = demo(slots=3)
+    assert streamed.misses and "as in the run" in check(streamed)
+    for slots in (2, 3):
+        found = hits(streamed, slots)
+        assert found["recency"] * 0.97 <= found["ours"] <= found["optimum"]
+    assert found["recency"] < found["ours"]
 
 
 def test_the_optimum_is_what_trying_everything_finds() -> None:
