@@ -21,6 +21,8 @@ from mlx_gptoss.model.quantization import MXFP4
 
 # The context that says how much of the KV cache each layer needs; long enough that windows are full.
 TYPICAL_CONTEXT = 4096
+# What a rank has at least of an even share of the experts' columns, where it has room.
+LEAST_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def plan_tensor(
 ) -> list[Share]:
     """Some KV heads and some columns of the experts of every layer for each machine.
 
-    kv, beside: as in plan_pipeline. split: how many groups of columns each has (default: as many as let all
-    read about the same bytes a token and find room). Raises RequestError, MemoryLimitError.
+    kv, beside: as in plan_pipeline. split: how many groups of columns each has (default: as lets all read
+    about the same bytes a token, within bounds, and find room). Raises RequestError, MemoryLimitError.
     """
     config, whole, count = checkpoint.config, plan_checkpoint(checkpoint), len(machines)
     unit = column_unit(checkpoint)
@@ -169,9 +171,11 @@ def in_proportion(count: int, free: Sequence[int]) -> tuple[int, ...]:
 
 
 def _evenly_read(count: int, reads: Sequence[float], each: float, fitting: Sequence[int]) -> tuple[int, ...]:
-    """At least one of `count` groups for each, the others to who reads least and has room for one more."""
-    counts = [1] * len(reads)
-    for _ in range(count - len(reads)):
+    """So many of `count` groups for each that all read alike: one by one to who reads least and has room for
+    one more. First each gets most of an even share, as prompts are computed at the pace of who has most.
+    """
+    counts = [max(1, min(int(LEAST_SHARE * count / len(reads)), room)) for room in fitting]
+    for _ in range(count - sum(counts)):
         open_ = [r for r in range(len(reads)) if counts[r] < fitting[r]] or range(len(reads))
         counts[min(open_, key=lambda r: reads[r] + counts[r] * each)] += 1
     return tuple(counts)
