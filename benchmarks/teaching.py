@@ -40,8 +40,8 @@ def exact(folder: Path | None, rows: list[dict[str, Any]]) -> float:
 
 def same(written: list[list[int]], examples: Sequence[Example]) -> float:
     """The share of examples that were written; the last token ends the answer and is not part of it."""
-    found = [w[: len(e.wanted) - 1] == e.wanted[:-1].tolist() for w, e in zip(written, examples, strict=True)]
-    return sum(found) / len(found)
+    pairs = list(zip(written, examples, strict=True))
+    return sum(bool(w[: len(e.wanted) - 1] == e.wanted[:-1].tolist()) for w, e in pairs) / len(pairs)
 
 
 def formed(folder: Path | None, rows: list[dict[str, Any]]) -> float:

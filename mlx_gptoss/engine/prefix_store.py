@@ -267,7 +267,8 @@ class PrefixStore:
         """Forget everything that is in memory; what is on disk is found again."""
         self.clear()
         if self._disk is not None:
-            self._adopt(self._disk)
+            for root, digest in self._digests.items():
+                self._adopt(self._disk, root, digest)
 
     def forget(self, adapter: int) -> None:
         """Forget what was computed with an adapter, which is another one from now on."""

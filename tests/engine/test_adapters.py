@@ -10,6 +10,7 @@ import pytest
 
 import mlx_gptoss as gptoss
 from mlx_gptoss.checkpoint.adapter import write_adapter
+from mlx_gptoss.engine.options import EngineKeywords
 from mlx_gptoss.errors import AdapterError, BusyError, ModelNotFoundError, RequestError
 from mlx_gptoss.model.config import read_config
 from mlx_gptoss.sampling import SamplingParams
@@ -85,7 +86,7 @@ def test_a_prefix_on_disk_is_found_by_what_its_adapter_does(
 ) -> None:
     """After a restart, under whatever name or number; never by the base or by another adapter."""
     tokens = prompt(31, 200)
-    where = {"kv_budget": 1 << 26, "prefix_cache": tmp_path}
+    where: EngineKeywords = {"kv_budget": 1 << 26, "prefix_cache": tmp_path}
     with gptoss.load(bare_folder, adapters={"a": folders["a"]}, **where) as first:
         written = list(first.generate(tokens, GREEDY, adapter="a"))
     shuffled = {"b": folders["b"], "x": folders["a"]}
