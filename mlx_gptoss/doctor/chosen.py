@@ -66,7 +66,7 @@ def _memory(memory: MemoryPlan, room: int) -> Finding:
 
 def _ceiling(memory: MemoryPlan, bandwidth: float) -> Finding:
     rate = bandwidth / memory.read_per_token
-    told = f"a token reads {gigabytes(memory.read_per_token)}: {rate:,.1f} a second at most"
+    told = f"{rate:,.1f} tokens/s at most: each reads {gigabytes(memory.read_per_token)}"
     if memory.slots is not None:
-        told += f"; of the disk {gigabytes(read_from_disk(memory))}, as expected of most texts"
+        told += f", beside {gigabytes(read_from_disk(memory))} of the disk, as a model of hit rates has it"
     return Finding("model", "decode", "info", told, {"most_tokens_per_second": rate})
