@@ -35,7 +35,7 @@ class Recent(Slots):
     """The longest unused leaves, however often it was used."""
 
     def _evict(self, stay: object) -> int:
-        self._lately[:] = 0
+        self._lately = [0.0] * self.experts
         return super()._evict(stay)  # type: ignore[arg-type]
 
 

@@ -45,12 +45,13 @@ class ExpertUsage:
             return
         for experts, uses in zip(layers, counts, strict=True):
             total = max(1, int(uses.sum()))
-            experts.slots.uses += uses * min(total, MEMORY) // total
+            earlier = uses * min(total, MEMORY) // total
+            experts.slots.uses = (experts.slots.uses + earlier).tolist()
             experts.prepare([e for e in experts.slots.favourites() if uses[e]])
 
     def save(self, layers: Sequence[StreamedExperts]) -> None:
         """Write what was counted; a full disk costs the next process its warm start, and nothing else."""
-        counts = np.stack([experts.slots.uses for experts in layers])
+        counts = np.array([experts.slots.uses for experts in layers], np.int64)
         if not counts.any():
             return
         unfinished = self._path.with_suffix(f".{os.getpid()}.tmp")

@@ -17,16 +17,19 @@ import numpy as np
 
 # What a use counts for after each further step: half of it is left after some 70 (benchmarks/experts.py).
 FADE = 0.99
+# Up to so many (token, expert) pairs Python's own containers are faster than numpy: the code of numpy's calls
+# has left the core's cache while a layer computed, and each costs 10 to 50 us then.
+FEW = 64
 
 
 class Slots:
     """The slots of one layer: at any time some of them hold an expert each."""
 
     def __init__(self, slots: int, experts: int) -> None:
-        self.count = slots
-        self.table = np.zeros(experts, np.uint32)  # the slot of each expert that is held
-        self.uses = np.zeros(experts, np.int64)  # (token, expert) pairs so far
-        self._lately = np.zeros(experts)
+        self.count, self.experts = slots, experts
+        self.uses = [0] * experts  # (token, expert) pairs so far
+        self._lately = [0.0] * experts
+        self._worth = 1.0  # of a use in `_lately` now: it grows, which fades earlier ones
         self._held: OrderedDict[int, int] = OrderedDict()  # expert -> slot, the longest unused first
         self._free = list(range(slots - 1, -1, -1))
         self._spared: set[int] = set()  # the experts of the last tokens, while waves go by
@@ -36,15 +39,35 @@ class Slots:
         """The experts that are in a slot, the longest unused first."""
         return self._held.keys()
 
+    def places(self, chosen: np.ndarray) -> list[list[int]] | np.ndarray:
+        """The slots of experts [T, k] that are held."""
+        if chosen.size <= FEW:
+            held = self._held
+            return [[held[expert] for expert in row] for row in chosen.tolist()]
+        table = np.zeros(self.experts, np.uint32)
+        table[list(self._held)] = list(self._held.values())
+        places: np.ndarray = table[chosen]
+        return places
+
     def note(self, chosen: np.ndarray) -> list[int]:
-        """Count what a step chose, int [.., k]; the experts among it."""
+        """Count what a step chose, int [T, k]; the experts among it."""
         self._spared = set()
-        counts = np.bincount(chosen.reshape(-1), minlength=len(self.uses))
-        self.uses += counts
-        self._lately *= FADE
-        self._lately += counts > 0
-        experts: list[int] = np.flatnonzero(counts).tolist()
-        return experts
+        counts: dict[int, int] = {}
+        if chosen.size <= FEW:
+            for row in chosen.tolist():
+                for expert in row:
+                    counts[expert] = counts.get(expert, 0) + 1
+        else:
+            each = np.bincount(chosen.reshape(-1)).tolist()
+            counts = {expert: count for expert, count in enumerate(each) if count}
+        self._worth /= FADE
+        if self._worth > 1e100:
+            self._lately = [lately / self._worth for lately in self._lately]
+            self._worth = 1.0
+        for expert, count in counts.items():
+            self.uses[expert] += count
+            self._lately[expert] += self._worth
+        return sorted(counts)
 
     def waves(self, need: Sequence[int], chosen: np.ndarray) -> list[list[int]]:
         """`need`, all at once where it fits; else in groups of a quarter of the slots.
@@ -83,7 +106,6 @@ class Slots:
     def fill(self, expert: int, slot: int) -> None:
         """The expert is in the slot now."""
         self._held[expert] = slot
-        self.table[expert] = slot
 
     def give_back(self, slot: int) -> None:
         """A claimed slot in which there is no expert after all."""
@@ -91,8 +113,8 @@ class Slots:
 
     def resized(self, count: int) -> tuple[Slots, list[tuple[int, int]]]:
         """Another number of slots with what was used last, and from which slot to which it has to go."""
-        made = Slots(count, len(self.table))
-        made.uses, made._lately = self.uses, self._lately
+        made = Slots(count, self.experts)
+        made.uses, made._lately, made._worth = self.uses, self._lately, self._worth
         kept = list(self._held)[-count:]
         places = [(self._held[expert], slot) for expert, slot in made.claim(kept)]
         for expert, (_, slot) in zip(kept, places, strict=True):
@@ -101,8 +123,7 @@ class Slots:
 
     def favourites(self) -> list[int]:
         """The experts used most, as many as there are slots, the most used last."""
-        order: list[int] = np.argsort(self.uses, kind="stable").tolist()
-        return order[-self.count :]
+        return sorted(range(self.experts), key=lambda expert: self.uses[expert])[-self.count :]
 
 
 def replay(slots: Slots, steps: Iterable[np.ndarray]) -> Iterator[int]:

@@ -119,7 +119,7 @@ class StreamedExperts:
         def settle() -> None:
             ids = np.asarray(chosen)
             self._hold(self._note(ids))
-            np.asarray(slots)[:] = self.slots.table[ids]
+            np.asarray(slots)[:] = self.slots.places(ids)
             self._keep(y)
 
         batch.defer(settle)
@@ -161,7 +161,7 @@ class StreamedExperts:
 
     def _apply(self, block: Block) -> mx.array:
         """One block whose experts are all held."""
-        slots = mx.array(self.slots.table[block.chosen])
+        slots = mx.array(self.slots.places(block.chosen), mx.uint32)
         y = block.way(block.x, slots, block.pairs)
         if block.chosen.size > SMALL_STEP:
             mx.eval(y)
@@ -234,6 +234,6 @@ class StreamedExperts:
     def _some(self, block: Block, pairs: np.ndarray) -> mx.array:
         """The outputs [P, D] of some (token, expert) pairs of a block."""
         rows = block.x[mx.array(pairs // block.chosen.shape[1])]
-        slots = self.slots.table[block.chosen.reshape(-1)[pairs]][:, None]
+        slots = mx.array(self.slots.places(block.chosen.reshape(-1)[pairs][:, None]), mx.uint32)
         low_rank = None if block.pairs.low_rank is None else block.pairs.low_rank.some(pairs)
-        return block.way(rows, mx.array(slots), Pairs(len(slots), 1, low_rank)).squeeze(1)
+        return block.way(rows, slots, Pairs(len(pairs), 1, low_rank)).squeeze(1)

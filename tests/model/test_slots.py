@@ -32,7 +32,7 @@ def test_every_slot_has_one_expert() -> None:
     slots = Slots(5, E)
     for chosen in steps(0, 200):
         take(slots, slots.note(chosen))
-        places = [int(slots.table[e]) for e in slots.held]
+        (places,) = slots.places(np.array([list(slots.held)]))
         assert len(slots.held) <= 5 and len(set(places)) == len(places)
         assert set(chosen.reshape(-1)) <= set(slots.held)
 
@@ -75,7 +75,30 @@ def test_a_slot_that_was_given_back_is_used_again() -> None:
     ((_, slot),) = slots.claim([0])
     slots.give_back(slot)
     assert 0 not in slots.held
-    assert take(slots, [1, 2]) == [1, 2] and sorted(slots.table[[1, 2]]) == [0, 1]
+    assert take(slots, [1, 2]) == [1, 2] and sorted(slots.places(np.array([[1], [2]]))) == [[0], [1]]
+
+
+def test_many_choices_are_counted_and_placed_as_few_are() -> None:
+    for seed in range(3):
+        one, other = Slots(E, E), Slots(E, E)
+        (chosen,) = steps(seed, 1, rows=50)
+        take(one, sorted({e for row in chosen for e in one.note(row[None])}))
+        take(other, other.note(chosen))
+        assert one.uses == other.uses == np.bincount(chosen.reshape(-1), minlength=E).tolist()
+        places = other.places(chosen)
+        assert np.array_equal(places, [one.places(row[None])[0] for row in chosen])
+
+
+def test_uses_fade_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps there were, a use of long ago counts for less than one of late."""
+    slots = Slots(8, E)
+    take(slots, list(range(8)))
+    slots.note(np.array([[0]]))
+    for _ in range(40_000):
+        slots.note(np.array([[5]]))
+    slots.note(np.array([[1]]))
+    take(slots, [8])
+    assert 0 not in slots.held and 1 in slots.held
 
 
 @given(st.integers(4, E), st.integers(0, 10_000), st.integers(2, 40))
@@ -130,7 +153,7 @@ class Plain(Slots):
 
     def note(self, chosen: np.ndarray) -> list[int]:
         found = super().note(chosen)
-        self._lately[:] = 0
+        self._lately = [0.0] * self.experts
         return found
 
 
