@@ -96,11 +96,15 @@ def check_form(command: list[str]) -> bool:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with a context that bounds what an unlucky sample can cost."""
+    """The demo model with a context and a length of answers that bound what an unlucky sample can cost."""
     folder = tmp_path_factory.mktemp("model") / "demo"
     shutil.copytree(DEMO, folder)
-    config = json.loads((DEMO / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    for name, change in (
+        ("config.json", {"max_position_embeddings": 4096}),
+        ("generation_config.json", {"max_new_tokens": 192}),
+    ):
+        config = json.loads((DEMO / name).read_text())
+        (folder / name).write_text(json.dumps(config | change))
     return folder
 
 
