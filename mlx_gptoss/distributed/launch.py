@@ -56,6 +56,10 @@ class Spread:
             lines.append(f"\n  {share.machine.host}: {ends}{what}: {sizes}")
         return "".join(lines)
 
+    def needed(self, share: Share) -> int:
+        """Bytes of a rank's process without caches, once it has loaded."""
+        return _weights(self.memory, share) + runtime_bytes()
+
     @property
     def ranges(self) -> list[range]:
         """The layers of each rank."""

@@ -51,7 +51,7 @@ class Process:
         self.rank = rank
         self._control, self._token = control, token
         self._orders: SimpleQueue[tuple[list[Any], list[bytearray]]] = SimpleQueue()
-        self._arriving: SimpleQueue[bytearray] = SimpleQueue()
+        self._arriving: SimpleQueue[tuple[float, bytearray]] = SimpleQueue()
         self._silence = float("inf")  # until rank 0 says how long it may be silent
         self._busy_since: float | None = None
         self._alone: float | None = None  # since when this rank waits for others to join it
@@ -154,16 +154,17 @@ class Process:
     def _forward(self, stage: Stage, step: int, shares: list[list[int]], rows: list[int] | None) -> None:
         started = time.monotonic()
         self._busy_since = None
-        frame = self._arriving.get()
+        arrived, frame = self._arriving.get()
         self._busy_since = time.monotonic()
         self._waited += self._busy_since - started
-        number, count = STEP.unpack_from(frame)
+        number, count, spent = STEP.unpack_from(frame)
         if number != step:
             raise ProtocolError(f"sent step {number} where {step} was expected")
         x = from_bytes(memoryview(frame)[STEP.size :], stage.dtype, (count, stage.config.hidden_size))
         x = stage.forward(x, shares, rows)
         if self._onward is not None:
-            self._onward.send(STEP.pack(step, len(x)), to_bytes(x))
+            data = to_bytes(x)
+            self._onward.send(STEP.pack(step, len(x), spent + time.monotonic() - arrived), data)
         self._steps += 1
 
     # --- threads
@@ -193,7 +194,8 @@ class Process:
             raise ProtocolError("is not the rank before this one")
         try:
             while True:
-                self._arriving.put(channel.take())
+                frame = channel.take()
+                self._arriving.put((time.monotonic(), frame))
         except (OSError, ProtocolError) as error:
             self._fail(HostError(f"rank {self.rank - 1} is lost to it: {error}"))
 

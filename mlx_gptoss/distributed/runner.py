@@ -8,6 +8,7 @@ the head.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,9 @@ from mlx_gptoss.model.streamed import StreamCounts
 from mlx_gptoss.model.sweep import Progress
 from mlx_gptoss.model.trace import Write
 
+# Forwards with logits that may be under way. Of what is measured, the weight of the newest.
+MOST_UNDER_WAY = 16
+NEWEST = 0.1
 # Forwards whose result nobody waits for (chunks of prompts) that may be under way, for each rank.
 AHEAD = 2
 
@@ -205,6 +209,7 @@ class Passing(Pending):
 
     def __init__(self, step: int, land: Callable[[Passing], mx.array]) -> None:
         self.step, self._land = step, land
+        self.sent = time.monotonic()
         self.x: mx.array | None = None  # the wanted rows, once they are back
 
     def logits(self) -> mx.array:
@@ -223,6 +228,8 @@ class PipelineRunner:
     ) -> None:
         self._group, self._model, self.stage, self._ranges = group, model, stage, ranges
         self.depth = len(ranges)
+        self._held = False
+        self._own = self._hops = 0.0  # seconds of a forward: in rank 0's layers, between all ranks
         self._config = model.config
         self._empty = SequenceCache(model.config, model.dtype, kv_bits)
         self.full_bytes = sum(layer.token_bytes for layer in self._empty.full)
@@ -232,6 +239,15 @@ class PipelineRunner:
         self._adapters: dict[int, Adapter] = {}
         self._steps = 0
         self._flying: deque[Passing] = deque()  # those that have not come back
+
+    @property
+    def session(self) -> Session:
+        """The group's life that is. Raises HostError while there is none."""
+        return self._group.session
+
+    def hold_depth(self, depth: int) -> None:
+        """Have so many forwards under way from now on, whatever is measured."""
+        self.depth, self._held = depth, True
 
     # --- the engine's calls
 
@@ -360,10 +376,15 @@ class PipelineRunner:
         for member in session.members:
             wanted = None if rows is None or member is not session.last else list(rows)
             session.tell(member, ["forward", self._steps, numbers, wanted])
-        x = self.stage.forward(self._model.embedding(tokens), numbers, None)
+        x = self._model.embedding(tokens)
+        mx.eval(x)  # the tokens may still be being sampled
+        started = time.monotonic()
+        x = self.stage.forward(x, numbers, None)
+        spent = time.monotonic() - started
         session.send(self._steps, len(x), to_bytes(x))
         self._flying.append(made := Passing(self._steps, partial(self._logits, session)))
         if rows is None or len(rows):
+            self._own += NEWEST * (spent - self._own)
             return made
         while len(self._flying) > AHEAD * len(session.members):
             self._land(session)
@@ -381,8 +402,13 @@ class PipelineRunner:
         if session.loss is not None:
             raise session.lost()
         oldest = self._flying.popleft()
-        rows, data = session.receive(oldest.step)
-        oldest.x = from_bytes(data, self._model.dtype, (rows, self._config.hidden_size))
+        found = session.receive(oldest.step)
+        oldest.x = from_bytes(found.data, self._model.dtype, (found.rows, self._config.hidden_size))
+        self._hops += NEWEST * (max(0.0, found.at - oldest.sent - found.spent) - self._hops)
+        if not self._held:
+            # One on each rank, and those that are between them while rank 0 works on one.
+            between = round(self._hops / max(self._own, 1e-6))
+            self.depth = min(len(self._ranges) + between, MOST_UNDER_WAY)
 
     # --- what is behind them
 

@@ -23,8 +23,8 @@ logger = logging.getLogger("mlx_gptoss.distributed")
 
 # Seconds between two signs of life, each way.
 BEAT = 0.5
-# A step comes with its number, and how many rows it has.
-STEP = struct.Struct("<II")
+# A step comes with its number, how many rows it has, and the seconds that the ranks before have spent on it.
+STEP = struct.Struct("<IIf")
 
 
 def versions() -> dict[str, str]:
@@ -44,6 +44,17 @@ class Member:
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host})"
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A step as it comes back: its rows, what all other ranks spent on it, and when it came."""
+
+    step: int
+    rows: int
+    spent: float
+    data: memoryview
+    at: float
 
 
 class Session:
@@ -69,7 +80,7 @@ class Session:
         self.over = threading.Event()
         self.waited = 0.0  # seconds that rank 0 has waited for hidden states
         self._silence, self._retry_after, self._told = silence, retry_after, told
-        self._returned: SimpleQueue[bytearray | None] = SimpleQueue()
+        self._returned: SimpleQueue[Returned | None] = SimpleQueue()
         self._lock = threading.Lock()
         for member in members:
             member.channel.heard = time.monotonic()
@@ -102,21 +113,20 @@ class Session:
         """Hand a step's hidden states on. Raises HostError when the group is lost."""
         for member, channel in zip(self.members, self.onward, strict=False):
             try:
-                channel.send(STEP.pack(step, rows), data)
+                channel.send(STEP.pack(step, rows, 0.0), data)
             except OSError as error:
                 raise self.lose(f"{member} is lost: {error}") from None
 
-    def receive(self, step: int) -> tuple[int, memoryview]:
-        """What the last rank made of a step: its rows, and their bytes. Raises HostError."""
+    def receive(self, step: int) -> Returned:
+        """What the last rank made of a step. Raises HostError."""
         started = time.monotonic()
-        frame = self._returned.get()
+        found = self._returned.get()
         self.waited += time.monotonic() - started
-        if frame is None:
+        if found is None:
             raise self.lost()
-        number, rows = STEP.unpack_from(frame)
-        if number != step:
-            raise self.lose(f"{self.last} sent step {number} where {step} was expected")
-        return rows, memoryview(frame)[STEP.size :]
+        if found.step != step:
+            raise self.lose(f"{self.last} sent step {found.step} where {step} was expected")
+        return found
 
     # --- its end
 
@@ -157,7 +167,10 @@ class Session:
     def _collect(self, back: Channel) -> None:
         try:
             while True:
-                self._returned.put(back.take())
+                frame = back.take()
+                step, rows, spent = STEP.unpack_from(frame)
+                data = memoryview(frame)[STEP.size :]
+                self._returned.put(Returned(step, rows, spent, data, time.monotonic()))
         except (OSError, ProtocolError) as error:
             self._found(f"{self.last} is lost: {error}")
 

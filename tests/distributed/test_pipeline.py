@@ -76,7 +76,7 @@ def test_mixed_requests_equal_one_process(
     one = local(kv_bits)
     expected, whole = Recorded(one), played(scheduler(one, **options), ranks, 12)
     with pipeline(DEMO, ranks, split, kv_bits) as runner:
-        runner.depth = 1  # one forward at a time, so that all are the same
+        runner.hold_depth(1)  # one forward at a time, so that all are the same
         found, parts = Recorded(runner), played(scheduler(runner, **options), ranks, 12)
         assert parts[0] == whole[0]
         assert parts[1].counters == whole[1].counters
@@ -115,6 +115,7 @@ def test_with_a_forward_on_every_rank_each_request_is_what_it_is_alone(ranks: in
 
 def test_every_rank_has_a_forward_of_its_own() -> None:
     with pipeline(DEMO, 2) as runner:
+        runner.hold_depth(2)
         made = scheduler(runner, budget=1 << 28)
         clients = [Client(made, prompt(i, 40, 2000), 8) for i in range(4)]
         under_way = []

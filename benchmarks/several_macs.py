@@ -1,0 +1,246 @@
+"""A model over several ranks of this machine: is it the same, what crosses the wire, what does a delay cost?
+
+    python -m benchmarks.several_macs requests [--count 200]    2, 3, 4 ranks against one process
+    python -m benchmarks.several_macs wire                      bytes a token; CPU of ranks that wait
+    python -m benchmarks.several_macs delay                     1 and 10 ms away (Linux, as root)
+    python -m benchmarks.several_macs whole DIR                 a model on two ranks: bytes, memory, output
+
+The ranks share the machine's cores, so their speed says nothing of two Macs. Each exits 1 when something is
+not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gptoss.checkpoint.hub import resolve
+from mlx_gptoss.checkpoint.memory import gigabytes, plan_experts
+from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
+from mlx_gptoss.distributed.group import Group, Patience
+from mlx_gptoss.distributed.hosts import Host
+from mlx_gptoss.distributed.launch import Source, load_spread, spread
+from mlx_gptoss.distributed.plan import parse_split
+from mlx_gptoss.distributed.runner import PipelineRunner
+from mlx_gptoss.distributed.session import BEAT
+from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
+from mlx_gptoss.engine.scheduler import Scheduler
+from mlx_gptoss.engine.speculate import PromptLookup
+from tests.support.checkpoints import write_checkpoint
+from tests.support.delayed_link import HERE, THERE, StarterThere, delayed
+from tests.support.groups import PATIENT, pipeline
+from tests.support.mixed_requests import Script
+from tests.support.random_weights import Shape
+from tests.support.scheduling import Client, prompt, run
+
+# Of the model that is slow enough for delays to be of its size: a row costs more than starting operations.
+SHAPE = Shape(layers=4, hidden=768, intermediate=768, experts=16, vocab=2000)
+DEMO = resolve("demo")
+TOKENS = 100
+BEAT_BYTES = 13  # a sign of life, which comes without tokens as well
+FOUR = 4
+
+
+def local(folder: Path) -> LocalRunner:
+    """The model in one process, its matrices in memory as a group has them."""
+    checkpoint = Checkpoint(folder)
+    checkpoint.unpacked = plan_experts(checkpoint, "all", 1 << 40, 0).unpacked
+    return LocalRunner(read_model(checkpoint), interleaved=checkpoint.layout.interleaved)
+
+
+def decode(runner: ModelRunner, tokens: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens after a prompt, and the seconds of each."""
+    cache, fed, found, seconds = runner.make_cache(), tokens, list[int](), list[float]()
+    for _ in range(count):
+        started = time.perf_counter()
+        logits = runner.forward(mx.array(fed, mx.int32), [(len(fed), cache)], [len(fed) - 1], awaited=True)
+        assert logits is not None
+        fed = np.array(mx.argmax(logits, axis=-1)).tolist()
+        seconds.append(time.perf_counter() - started)
+        found += fed
+    return found, seconds[1:]
+
+
+def requests(count: int) -> bool:
+    """Mixed requests, one forward at a time and one on every rank, each against itself alone."""
+    one, right = local(DEMO), True
+    for ranks in (2, 3, 4):
+        for drafters in (None, PromptLookup):
+            options = {"budget": 4 << 20, "chunk": 64, "max_running": 6, "drafters": drafters}
+            with pipeline(DEMO, ranks) as runner:
+                made = Scheduler(runner, **options)  # type: ignore[arg-type]
+                clients = Script(made, ranks).run(count // 2)
+                counts = made.counters
+            same = sum(_same(one, client) for client in clients)
+            right &= same == len(clients)
+            print(
+                f"{ranks} ranks, {'drafts' if drafters else 'plain'}: {same} of {len(clients)} requests as "
+                f"alone; {counts.forwards} forwards, {counts.cached_tokens} tokens from prefixes, "
+                f"{counts.preempted} preempted, {counts.cancelled} cancelled, "
+                f"{counts.accepted_tokens} guesses right"
+            )
+    return right
+
+
+def _same(one: LocalRunner, client: Client) -> bool:
+    asked = client.request
+    alone = Scheduler(one, budget=1 << 28, chunk=64, max_running=1)
+    again = Client(
+        alone, asked.prompt, asked.max_tokens, asked.params, asked.stop_ids, constraint=asked.constraint
+    )
+    run(alone)
+    whole = client.done.finish_reason != "cancelled"
+    return client.tokens == (again.tokens if whole else again.tokens[: len(client.tokens)])
+
+
+def wire() -> bool:
+    """Bytes that a decoded token sends, and the CPU that waiting ranks use."""
+    with pipeline(DEMO, 2) as runner:
+        session = runner.session
+        decode(runner, prompt(1, 20, 2000), 2)
+        member = session.members[0]
+        assert session.back is not None
+        before = (session.onward[0].sent, session.back.received, member.channel.sent)
+        started = time.monotonic()
+        decode(runner, prompt(2, 20, 2000)[:1], 1 + TOKENS)
+        beats = BEAT_BYTES * (time.monotonic() - started) / BEAT
+        after = (session.onward[0].sent, session.back.received, member.channel.sent)
+        there, back, control = ((b - a) / (1 + TOKENS) for a, b in zip(before, after, strict=True))
+        hops = 2 * Checkpoint(DEMO).config.hidden_size * mx.float32.size
+        total = there + back + control - beats / (1 + TOKENS)
+        print(
+            f"a token: {there:.0f} bytes to rank 1, {back:.0f} back, {control:.0f} of orders; "
+            f"{total / hops:.3f} times two hops of a hidden state ({hops} bytes)"
+        )
+        pid, seconds = int(member.facts["pid"]), 10.0
+        used = _cpu(pid)
+        time.sleep(seconds)
+        idle = (_cpu(pid) - used) / seconds
+        print(f"waiting: {100 * idle:.2f} % of a core")
+    return total <= 1.1 * hops and idle < 0.02
+
+
+def _cpu(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def away(folder: Path, seconds: float) -> Iterator[PipelineRunner]:
+    """Two ranks with a core each, the other one so far away, each way."""
+    checkpoint = Checkpoint(folder)
+    hosts = [Host("localhost", (HERE,)), Host(THERE, (THERE,))]
+    with delayed(seconds), closing(Group(hosts, lambda host: StarterThere(), PATIENT)) as group:
+        plan = spread(checkpoint, group.gather(), 1 << 26, 0, None)
+        source = Source.of(str(folder), folder, offline=True)
+        runner = load_spread(lambda job: job(), group, checkpoint, plan, source, (None, None))
+        for process, core in ((os.getpid(), 0), (int(group.members[0].facts["pid"]), 1)):
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {core})
+        yield runner
+
+
+def delay() -> bool:
+    """What a delay costs a token; and four sequences with a forward on each rank against one at a time."""
+    right, tokens, base = True, prompt(3, 20, SHAPE.vocab), 0.0
+    with tempfile.TemporaryDirectory() as made:
+        folder = write_checkpoint(made, SHAPE)
+        expected = decode(local(folder), tokens, TOKENS)[0]
+        for milliseconds in (0, 1, 10):
+            with away(folder, milliseconds / 1000) as runner:
+                decode(runner, tokens, 10)
+                found, seconds = decode(runner, tokens, TOKENS)
+                each, chosen = statistics.median(seconds), runner.depth
+                base = base or each
+                rates = {n: statistics.median(_rate(runner, n) for _ in range(3)) for n in (1, 2, FOUR)}
+            lost, gain = each - base, max(rates[2], rates[FOUR]) / rates[1]
+            right &= found == expected
+            print(
+                f"{milliseconds} ms away: {1000 * each:.2f} ms a token, {1000 * lost:.2f} more than at 0 "
+                f"(two hops: {2 * milliseconds}). {FOUR} sequences, {chosen} forwards at a time if left "
+                f"alone; with {', '.join(f'{n}: {rate:.0f}' for n, rate in rates.items())} tokens/s, "
+                f"{gain:.2f} times",
+                flush=True,
+            )
+    return right
+
+
+def _rate(runner: PipelineRunner, depth: int) -> float:
+    runner.hold_depth(depth)
+    made = Scheduler(runner, budget=1 << 28, chunk=64, max_running=FOUR)
+    for i in range(FOUR):
+        Client(made, prompt(i, 4, SHAPE.vocab), TOKENS)
+    for _ in range(3 * FOUR):
+        made.step()
+    before, started = made.counters.generated_tokens, time.perf_counter()
+    run(made)
+    return (made.counters.generated_tokens - before) / (time.perf_counter() - started)
+
+
+def whole(folder: Path, split: Sequence[int] | None) -> bool:
+    """A whole model on two ranks, each in a process of its own: bytes opened, peak memory, the output."""
+    tokens, count = prompt(5, 40, 2000), 6
+    checkpoint = Checkpoint(folder)
+    hosts = [Host("localhost")] * 2
+    with closing(Group(hosts, patience=Patience(silence=60.0))) as group:
+        plan = spread(checkpoint, group.gather(), 1 << 28, 0, split)
+        source = Source.of(str(folder), folder, offline=True)
+        runner = load_spread(lambda job: job(), group, checkpoint, plan, source, (None, None))
+        found, seconds = decode(runner, tokens, count)
+        time.sleep(1.0)  # a rank tells of itself twice a second
+        facts = group.members[0].facts
+        share = plan.shares[1]
+        total = sum(t.path.stat().st_size for t in {t.path: t for t in checkpoint.tensors.values()}.values())
+        needed = plan.needed(share)
+        ratio = int(facts["peak_rss"]) / needed
+        print(
+            f"rank 1: layers {share.layers.start} to {share.layers.stop - 1}, opened "
+            f"{gigabytes(facts['opened'])} of {gigabytes(total)}, peak {gigabytes(facts['peak_rss'])}, "
+            f"planned {gigabytes(needed)}: {ratio:.3f}"
+        )
+        print(f"{1000 * statistics.median(seconds):.0f} ms a token")
+    out = subprocess.run(
+        [sys.executable, "-m", __spec__.name, "alone", str(folder), str(count)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = [int(t) for t in out.stdout.split()]
+    print("output:", "the same as in one process" if found == expected else f"{found}, alone {expected}")
+    return found == expected and ratio <= 1.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["requests", "wire", "delay", "whole", "alone"])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("tokens", nargs="?", type=int, default=6)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--split")
+    args = parser.parse_args()
+    if args.what == "alone":  # in a process of its own, for `whole`
+        print(*decode(local(args.folder), prompt(5, 40, 2000), args.tokens)[0])
+        return
+    split = None if args.split is None else parse_split(args.split)
+    runs: dict[str, Callable[[], bool]] = {
+        "requests": lambda: requests(args.count),
+        "wire": wire,
+        "delay": delay,
+        "whole": lambda: whole(args.folder, split),
+    }
+    sys.exit(0 if runs[args.what]() else 1)
+
+
+if __name__ == "__main__":
+    main()
