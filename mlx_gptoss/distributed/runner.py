@@ -19,12 +19,14 @@ from itertools import count, pairwise
 import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
+from mlx_gptoss.device import peak_rss
 from mlx_gptoss.distributed.channel import Buffer
 from mlx_gptoss.distributed.group import Group
 from mlx_gptoss.distributed.session import Session
 from mlx_gptoss.distributed.stage import Stage
 from mlx_gptoss.distributed.wire import describe, from_bytes, read, to_bytes
 from mlx_gptoss.engine.runner import KVCache, Pending
+from mlx_gptoss.engine.stats import RankStats
 from mlx_gptoss.errors import HostError, RequestError
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, grown, in_steps
 from mlx_gptoss.model.config import FULL, SLIDING
@@ -39,6 +41,8 @@ NEWEST = 0.1
 # Forwards whose result nobody waits for (chunks of prompts) that may be under way, for each rank.
 AHEAD = 2
 
+# What a rank tells of itself, in the order of RankStats.
+RANK_FACTS = ("steps", "sent", "waited", "peak_rss", "active")
 CACHES, SPANS, STATES = range(3)
 
 
@@ -268,6 +272,17 @@ class PipelineRunner:
     def tell_choices(self, write: Write | None) -> None:
         if write is not None:
             raise RequestError("experts can be traced where all layers are in one process: leave out hosts")
+
+    @property
+    def losses(self) -> int:
+        return self._group.losses
+
+    def rank_stats(self) -> tuple[RankStats, ...]:
+        members, life = self._group.members, self._life
+        sent, waited = (0, 0.0) if life is None else (life.session.sent, life.session.waited)
+        here = (self._steps, sent, waited, peak_rss(), mx.get_active_memory())
+        facts = [(m.facts[name] for name in RANK_FACTS) for m in members]
+        return tuple(RankStats(len(r), *of) for r, of in zip(self._ranges, [here, *facts], strict=False))
 
     def take_loss(self) -> HostError | None:
         if self._life is not None and (loss := self._life.session.loss) is not None:

@@ -88,6 +88,11 @@ class Session:
         for job in (self._beat, self._watch):
             threading.Thread(target=job, name=f"group {job.__name__}", daemon=True).start()
 
+    @property
+    def sent(self) -> int:
+        """Bytes that rank 0 has sent."""
+        return sum(c.sent for c in (*(m.channel for m in self.members), *self.onward))
+
     # --- what the engine's thread does
 
     def tell(self, member: Member, record: list[Any], tensors: list[Buffer] | None = None) -> None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.device import on_metal
 from mlx_gptoss.engine.expert_usage import ExpertUsage
+from mlx_gptoss.engine.stats import RankStats
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
@@ -171,6 +172,15 @@ class ModelRunner(Protocol):
         """What the layers did whose experts are not all in memory."""
         ...
 
+    def rank_stats(self) -> tuple[RankStats, ...]:
+        """What each of several machines has done; none for a model in one process."""
+        ...
+
+    @property
+    def losses(self) -> int:
+        """How often one of them was lost."""
+        ...
+
     def take_loss(self) -> GptOssError | None:
         """What has taken away every cache, span and state since the last call; None where they are there."""
         ...
@@ -197,6 +207,7 @@ class LocalRunner:
     """
 
     depth = 1
+    losses = 0
 
     def __init__(
         self,
@@ -219,6 +230,9 @@ class LocalRunner:
         self._empty = self.make_cache()
         if usage is not None and streamed:
             usage.warm(streamed)
+
+    def rank_stats(self) -> tuple[RankStats, ...]:
+        return ()
 
     def take_loss(self) -> GptOssError | None:
         return None

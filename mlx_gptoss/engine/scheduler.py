@@ -102,6 +102,8 @@ class Scheduler:
             prefix_bytes=self.store.nbytes,
             prefix_nodes=len(self.store),
             kv_budget=self.budget,
+            ranks=self.runner.rank_stats(),
+            rank_losses=self.runner.losses,
             **expert_totals(self.runner.expert_counts()),
         )
 

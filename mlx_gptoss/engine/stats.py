@@ -27,6 +27,18 @@ class Counters:
     drafts_given_up: int = 0  # requests for which guessing did not pay
 
 
+@dataclass(frozen=True)
+class RankStats:
+    """One of the machines that share a model, as it last told of itself."""
+
+    layers: int
+    steps: int  # forwards
+    sent_bytes: int
+    waited_seconds: float  # for hidden states
+    peak_bytes: int  # of its process
+    active_bytes: int  # of MLX's arrays
+
+
 @dataclass
 class EngineStats(Counters):
     """The totals, and what there is now: sequences, and bytes."""
@@ -44,6 +56,9 @@ class EngineStats(Counters):
     expert_read_seconds: float = 0.0
     expert_wait_seconds: float = 0.0
     expert_layers: tuple[StreamCounts, ...] = ()
+    # Of the machines that share the model, this one first; none where it has none.
+    ranks: tuple[RankStats, ...] = ()
+    rank_losses: int = 0  # how often one of them was lost
 
     @property
     def expert_hit_rate(self) -> float | None:

@@ -123,6 +123,9 @@ def test_every_rank_has_a_forward_of_its_own() -> None:
             under_way.append(sorted(made.running.index(r) for r in made.running if r.flight is not None))
         assert [0, 1] in under_way and [2, 3] in under_way
         assert [client.done.finish_reason for client in clients] == ["length"] * 4
+        here, there = made.stats().ranks
+        assert (here.layers, there.layers, made.stats().rank_losses) == (2, 2, 0)
+        assert here.steps == made.counters.forwards and here.sent_bytes > 0 and here.peak_bytes > 0
 
 
 def test_prefixes_on_disk_are_those_of_one_process(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 
-from mlx_gptoss.engine.stats import EngineStats
+from mlx_gptoss.engine.stats import EngineStats, RankStats
 from mlx_gptoss.model.streamed import StreamCounts
 from mlx_gptoss.server import create_app
 from mlx_gptoss.server.running import sse
@@ -42,6 +42,14 @@ def test_what_the_engine_counts_by_layer_has_the_layer_in_its_label() -> None:
     assert values['gptoss_engine_expert_layers_misses{layer="0"}'] == 1
     assert values['gptoss_engine_expert_layers_hits{layer="1"}'] == 4
     assert not any("layers" in name for name in values_of(Metrics().text(EngineStats()).decode()))
+
+
+def test_what_machines_tell_of_themselves_has_their_rank_in_its_label() -> None:
+    ranks = (RankStats(14, 5, 100, 0.5, 10, 8), RankStats(10, 5, 200, 0.25, 9, 7))
+    values = values_of(Metrics().text(EngineStats(ranks=ranks, rank_losses=2)).decode())
+    assert values["gptoss_engine_rank_losses"] == 2
+    assert values['gptoss_engine_ranks_sent_bytes{rank="1"}'] == 200
+    assert values['gptoss_engine_ranks_waited_seconds{rank="0"}'] == 0.5
 
 
 def test_routes_that_begin_alike_are_counted_apart(client: TestClient) -> None:

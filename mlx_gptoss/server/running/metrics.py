@@ -49,7 +49,8 @@ class Metrics:
                 Gauge(name, f"{title}.", registry=now).set(value)
                 continue
             for part in dataclasses.fields(value[0]) if value else ():
-                gauge = Gauge(f"{name}_{part.name}", f"{title}: {part.name}.", ["layer"], registry=now)
-                for layer, counts in enumerate(value):
-                    gauge.labels(str(layer)).set(getattr(counts, part.name))
+                of = "rank" if item.name == "ranks" else "layer"
+                gauge = Gauge(f"{name}_{part.name}", f"{title}: {part.name}.", [of], registry=now)
+                for number, counts in enumerate(value):
+                    gauge.labels(str(number)).set(getattr(counts, part.name))
         return generate_latest(self._registry) + generate_latest(now)
