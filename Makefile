@@ -72,6 +72,12 @@ bits: $(VENV)/.installed-test
 		$(BIN)/python -m benchmarks.streaming same $(STREAMED)/$$shape-4 && rm -r $(STREAMED)/$$shape-4 || exit 1; \
 	done
 
+# A model over several ranks of this machine: against one process, what crosses the wire, and 100 faults.
+several-macs: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.several_macs requests
+	$(BIN)/python -m benchmarks.several_macs wire
+	$(BIN)/python -m benchmarks.faults
+
 # Write docs/cli.md again from the commands' own help, and the page and schema of docs/results.
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/make_cli_docs.py
