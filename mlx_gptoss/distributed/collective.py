@@ -12,11 +12,12 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv4Interface, ip_address
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_gptoss.distributed.hosts import RdmaDevices
+from mlx_gptoss.distributed.hosts import Host, RdmaDevices
 from mlx_gptoss.distributed.stage import Stage
 from mlx_gptoss.errors import HostError
 
@@ -76,6 +77,30 @@ def free_port() -> int:
     """A port that nothing listens at now."""
     with socket.create_server(("", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def ipv4_addresses(ranks: Sequence[tuple[Host, str, Sequence[str]]]) -> list[str]:
+    """Where the ranks reach each other, by IPv4 as MLX wants it: the address that the hostfile gives, else
+    that from which a rank reached rank 0, else one in a network that all are in.
+
+    ranks: of each its host, that address, and its own addresses with their networks. Raises HostError.
+    """
+    seen = [ip_address(address.partition("%")[0]) for _, address, _ in ranks]
+    if all(address.is_loopback for address in seen):
+        return ["127.0.0.1"] * len(ranks)
+    common = set.intersection(*({IPv4Interface(n).network for n in networks} for *_, networks in ranks))
+    found = []
+    for (host, _, networks), address in zip(ranks, seen, strict=True):
+        own = [str(i.ip) for i in map(IPv4Interface, networks) if i.network in common]
+        usable = address.version == 4 and not address.is_loopback
+        known = [*host.ips[:1], *([str(address)] if usable else own)]
+        if not known:
+            raise HostError(
+                f"{host.name} has no IPv4 address in a network that all hosts are in: give `ips` in a "
+                "hostfile (mlx-gptoss hosts check --write)"
+            )
+        found.append(known[0])
+    return found
 
 
 def collective_settings(

@@ -16,13 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from mlx_gptoss.device import available_memory
 from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dial_any
-from mlx_gptoss.distributed.collective import collective_settings
+from mlx_gptoss.distributed.collective import collective_settings, ipv4_addresses
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.session import Member, Session, versions
@@ -93,8 +92,8 @@ class Group:
         self._members: list[Member] = []
         self._lost_at: deque[float] = deque(maxlen=self.patience.restarts + 1)
         self._closed = threading.Event()
-        self._local = all(map(is_here, hosts))
-        self._listener = Listener("127.0.0.1" if self._local else "", self._token, self._arrived)
+        local = all(map(is_here, hosts))
+        self._listener = Listener("127.0.0.1" if local else "", self._token, self._arrived)
         self._keeper = threading.Thread(target=self._keep, name="group", daemon=True)
 
     @property
@@ -222,8 +221,8 @@ class Group:
                 self._arrivals.get_nowait().channel.close()  # late ones of the last life
             except Empty:
                 break
-        addresses = ["127.0.0.1"] if self._local else list(self.hosts[0].ips)
         for rank, host in enumerate(self.hosts[1:], start=1):
+            addresses = ["127.0.0.1"] if is_here(host) else self.hosts[0].ips
             arguments = ["-m", RANK_MODULE, str(rank), str(self.port), *addresses]
             self._handles[rank] = self._starter(host).start(rank, arguments, self._token)
         found: dict[int, Member] = {}
@@ -338,12 +337,9 @@ class Group:
         """How a rank joins the others in MLX's own group."""
         if self.collective is None:
             return None
-        # This machine, as the others reach it, is where they found rank 0.
-        elsewhere = [m.channel.here for m in members if not is_loopback(m.channel.peer)]
-        addresses = []
-        for one in members:
-            given, peer = self.hosts[one.rank].ips, one.channel.peer
-            addresses.append(given[0] if given else elsewhere[0] if is_loopback(peer) and elsewhere else peer)
+        addresses = ipv4_addresses(
+            [(self.hosts[one.rank], one.channel.peer, one.facts["networks"]) for one in members]
+        )
         ports = [int(one.facts["free_port"]) for one in members]
         rdma = [self.hosts[one.rank].rdma for one in members]
         return collective_settings(self.collective, members.index(member), addresses, ports, rdma)
@@ -365,11 +361,6 @@ class Group:
             handle.kill()
             with suppress(subprocess.TimeoutExpired):
                 handle.wait(LEAVING)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address is this machine's to itself alone."""
-    return ip_address(address.partition("%")[0]).is_loopback
 
 
 def _shown(found: Any) -> str:

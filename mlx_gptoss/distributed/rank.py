@@ -26,6 +26,7 @@ from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.part import PartOfCheckpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_layers
 from mlx_gptoss.device import available_memory, limit_memory, peak_rss, share_arenas
+from mlx_gptoss.distributed.about import networks
 from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dial_any
 from mlx_gptoss.distributed.collective import Collective, free_port
 from mlx_gptoss.distributed.session import BEAT, STEP, versions
@@ -64,7 +65,8 @@ class Process:
     def run(self) -> None:
         """Say hello, load, and work until the end."""
         facts = {"rank": self.rank, "pid": os.getpid(), "port": self._listener.port, **self._facts()}
-        facts |= {"free_port": free_port(), "memory": available_memory(), "versions": versions()}
+        facts |= {"free_port": free_port(), "networks": networks()}
+        facts |= {"memory": available_memory(), "versions": versions()}
         self._control.tell(["hello", facts])
         threading.Thread(target=self._hear, name="rank 0", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

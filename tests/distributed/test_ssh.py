@@ -13,12 +13,14 @@ from queue import Queue
 
 import pytest
 
-from mlx_gptoss.distributed import ssh
+from mlx_gptoss.distributed import group, ssh
 from mlx_gptoss.distributed.group import Patience
 from mlx_gptoss.distributed.hosts import Host
+from mlx_gptoss.distributed.launch import Parallel
 from mlx_gptoss.distributed.ssh import HostProcess, is_here, starter_of
 from mlx_gptoss.errors import HostError
 from mlx_gptoss.llm import load
+from mlx_gptoss.sampling import SamplingParams
 from tests.support.fake_ssh import FakeSsh
 
 MAC = Host("mac2.test")
@@ -34,7 +36,8 @@ STUCK = (
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
-    monkeypatch.setattr(ssh, "is_here", lambda host: host.is_local)  # asks no resolver
+    for module in (ssh, group):
+        monkeypatch.setattr(module, "is_here", lambda host: host.is_local)  # asks no resolver
     return FakeSsh(tmp_path, monkeypatch)
 
 
@@ -174,11 +177,13 @@ def test_this_machine_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_here(Host("192.0.2.1"))  # an address of documentation, which no machine has
 
 
-def test_a_model_is_loaded_over_ssh(fake: FakeSsh) -> None:
-    question = "What is 17 + 25?"
+@pytest.mark.parametrize("parallel", ["pipeline", "tensor"])
+def test_a_model_is_loaded_over_ssh(fake: FakeSsh, parallel: Parallel) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=3, stop_token_ids=())
+    question, hosts = list(range(100, 120)), ["localhost", "mac2.test"]
     patience = Patience(silence=120.0, start=300.0)
-    with load("demo", hosts=["localhost", "mac2.test"], patience=patience) as llm:
-        found = llm.respond(question, temperature=0.0).text
+    with load("demo", hosts=hosts, parallel=parallel, force=True, patience=patience) as llm:
+        found = list(llm.generate(question, greedy))
     with load("demo") as llm:
-        assert found == llm.respond(question, temperature=0.0).text
+        assert found == list(llm.generate(question, greedy))
     assert fake.log[0][-2] == "mac2.test"

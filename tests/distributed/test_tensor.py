@@ -17,7 +17,9 @@ import mlx_gptoss
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.part import part_config
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
+from mlx_gptoss.distributed.collective import ipv4_addresses
 from mlx_gptoss.distributed.group import Group, Patience
+from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.launch import Spread, require_gain, spread_tensor
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.runner import PipelineRunner
@@ -207,3 +209,37 @@ def test_what_is_asked_for_wrongly_is_told_before_anything_is_read(
 ) -> None:
     with pytest.raises(RequestError, match=told):
         mlx_gptoss.load("demo", hosts=["localhost", "localhost"], **options)
+
+
+LAN, CABLE = "192.168.1.{}/24", "10.0.5.{}/30"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wanted"),
+    [
+        ([("", "127.0.0.1", []), ("", "127.0.0.1", [])], ["127.0.0.1", "127.0.0.1"]),
+        # The part beside rank 0 reached it at home; the other one over IPv6, as Bonjour has it.
+        (
+            [("", "127.0.0.1", [LAN.format(2), CABLE.format(1)]), ("", "fe80::1%en0", [LAN.format(3)])],
+            ["192.168.1.2", "192.168.1.3"],
+        ),
+        ([("10.0.5.1", "127.0.0.1", []), ("10.0.5.2", "fe80::1%en0", [])], ["10.0.5.1", "10.0.5.2"]),
+        (
+            [("", "127.0.0.1", [LAN.format(2)]), ("", "192.168.1.3", [LAN.format(3)])],
+            ["192.168.1.2", "192.168.1.3"],
+        ),
+    ],
+)
+def test_parts_meet_at_addresses_that_all_reach(
+    ranks: list[tuple[str, str, list[str]]], wanted: list[str]
+) -> None:
+    asked = [(Host(f"mac{i}", (ip,) if ip else ()), seen, own) for i, (ip, seen, own) in enumerate(ranks)]
+    assert ipv4_addresses(asked) == wanted
+
+
+def test_parts_without_a_common_network_are_told_what_to_give() -> None:
+    asked = [(Host("mac1"), "127.0.0.1", [LAN.format(2)]), (Host("mac2"), "fe80::1%en0", [CABLE.format(2)])]
+    with pytest.raises(
+        HostError, match="mac1 has no IPv4 address in a network that all hosts are in: give `ips`"
+    ):
+        ipv4_addresses(asked)
