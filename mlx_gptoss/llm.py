@@ -242,7 +242,7 @@ def _engine(
         streamed = streamed_experts(loaded)
         record = Record(identity())
         loaded.paces = tuning.known(loaded, record)
-        kernels = DecodeKernels(loaded, kernel_mode(), record)
+        kernels = DecodeKernels(loaded, kernel_mode(), record, kv_bits=options.bits)
         return LocalRunner(
             loaded, options.bits, streamed, block, usage, interleaved=interleaved, kernels=kernels
         )

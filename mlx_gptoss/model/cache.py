@@ -45,7 +45,7 @@ def grown(capacity: int, length: int, tokens: int) -> int:
 class LayerCache:
     """Keys and values of one layer, in slabs [1, H, capacity, D] with room for more tokens."""
 
-    plain = True  # what `update_and_fetch` gives is what is stored: any attention may read it
+    bits: KVBits = (None, None)  # in which keys and values are stored
 
     def __init__(self, slabs: list[mx.array]) -> None:
         self._slabs = slabs
@@ -64,6 +64,10 @@ class LayerCache:
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append t tokens [1, H, t, D]; the keys and values that any of them sees."""
         raise NotImplementedError
+
+    def update_and_fetch_stored(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """`update_and_fetch` for those who read keys and values as they are stored."""
+        return list(self.update_and_fetch(k, v))
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
@@ -182,16 +186,14 @@ class QuantizedFullCache(FullCache):
     `bits` is (keys', values'), None for unquantised. Keys are the sensitive half.
     """
 
-    plain = False
-
     def __init__(self, config: ModelConfig, dtype: mx.Dtype, bits: KVBits) -> None:
-        self._bits = bits
+        self.bits = bits
         self._group = 64 if config.head_dim % 64 == 0 else 32
         super().__init__(config, dtype)
 
     def encode(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """Keys, then values: one dense array, or the words, scales and biases of a quantised one."""
-        return [*self._quantize(k, self._bits[0]), *self._quantize(v, self._bits[1])]
+        return [*self._quantize(k, self.bits[0]), *self._quantize(v, self.bits[1])]
 
     def _quantize(self, x: mx.array, bits: int | None) -> list[mx.array]:
         if bits is None:
@@ -204,9 +206,13 @@ class QuantizedFullCache(FullCache):
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Append t tokens; every key and value up to the last of them, unpacked, [1, H, offset + t, D]."""
+        keys, values = self._split(self.update_and_fetch_stored(k, v))
+        return self._dense(keys, self.bits[0]), self._dense(values, self.bits[1])
+
+    def update_and_fetch_stored(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """Append t tokens; the parts of every key and value up to the last of them."""
         self.append(k, v)
-        keys, values = self._stored()
-        return self._dense(keys, self._bits[0]), self._dense(values, self._bits[1])
+        return self.parts(0, self.offset)
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, sinks: mx.array, mask: Mask
@@ -218,19 +224,17 @@ class QuantizedFullCache(FullCache):
         """
         if q.shape[2] > 1:
             return super().attend(q, k, v, scale=scale, sinks=sinks, mask=mask)
-        self.append(k, v)
-        packed_keys, packed_values = self._stored()
+        packed_keys, packed_values = self._split(self.update_and_fetch_stored(k, v))
         heads, kv_heads = q.shape[1], k.shape[1]
         shape = (1, kv_heads, heads // kv_heads, 1)
         grouped = (q * scale).reshape(*shape, q.shape[3])
-        scores = self._product(grouped, packed_keys, self._bits[0], transpose=True)
+        scores = self._product(grouped, packed_keys, self.bits[0], transpose=True)
         column = mx.broadcast_to(sinks.astype(scores.dtype).reshape(*shape, 1), (*shape, 1))
         weights = mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1, precise=True)[..., :-1]
-        return self._product(weights, packed_values, self._bits[1], transpose=False).reshape(q.shape)
+        return self._product(weights, packed_values, self.bits[1], transpose=False).reshape(q.shape)
 
-    def _stored(self) -> tuple[list[mx.array], list[mx.array]]:
-        parts = self.parts(0, self.offset)
-        of_keys = 1 if self._bits[0] is None else 3
+    def _split(self, parts: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        of_keys = 1 if self.bits[0] is None else 3
         return parts[:of_keys], parts[of_keys:]
 
     def _dense(self, parts: list[mx.array], bits: int | None) -> mx.array:

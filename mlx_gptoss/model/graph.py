@@ -88,8 +88,8 @@ class Attention:
             if segment.length > 1:  # a single token's rows are the same either way
                 qs, ks, vs = (a.transpose(2, 1, 0, 3) for a in (qs, ks, vs))
             cache, own = segment.cache.layers[self.index], self.own
-            if own is not None and own.serves(segment) and isinstance(cache, LayerCache) and cache.plain:
-                y = own.run(qs, *cache.update_and_fetch(ks, vs))
+            if own is not None and isinstance(cache, LayerCache) and own.serves(segment, cache):
+                y = own.run(qs, *cache.update_and_fetch_stored(ks, vs))
             else:
                 y = cache.attend(qs, ks, vs, scale=self.scale, sinks=self.sinks, mask=masks[self.kind])
             outputs.append(y.transpose(2, 1, 0, 3) if segment.length > 1 else y)

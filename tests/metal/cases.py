@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.kernels.attention import attention
 from mlx_gptoss.model.kernels.down import down
 from mlx_gptoss.model.kernels.gate_up import gate_up
@@ -186,19 +187,26 @@ def attention_case(
     group: int = 8,
     channels: int = 64,
     scale: float = 1.0,
+    bits: KVBits = (None, None),
 ) -> Case:
     """Keys and values are views into slabs, queries are laid out as the graph has them."""
     draw = Draw(seed)
     before, after = draw.of(range(4)), draw.of(range(3))
     slabs = [draw.normal(1, kv_heads, before + keys + after, channels, dtype=dtype) for _ in range(2)]
     q = draw.normal(queries, group * kv_heads, 1, channels, dtype=dtype, scale=scale).transpose(2, 1, 0, 3)
-    views = [slab[:, :, before : before + keys] for slab in slabs]
+    group_size = 64 if channels % 64 == 0 else 32
+    stored = [
+        array
+        for slab, b in zip(slabs, bits, strict=True)
+        for array in ([slab] if b is None else mx.quantize(slab, group_size=group_size, bits=b))
+    ]
+    views = [array[:, :, before : before + keys] for array in stored]
     inputs = (q, *views, draw.normal(group * kv_heads, dtype=dtype))
     about = (
         f"seed {seed}, {dtype}, {queries} queries of {group} x {kv_heads} heads, {keys} keys, {window=}, "
-        f"{channels} channels"
+        f"{channels} channels, {bits=}"
     )
-    return Case(attention(scale=channels**-0.5, window=window), inputs, about)
+    return Case(attention(scale=channels**-0.5, window=window, bits=bits), inputs, about)
 
 
 # ---------------------------------------------------------------------------------------- many of them
@@ -206,14 +214,19 @@ def attention_case(
 # Each line is compiled once for each dtype, so shapes that the text is compiled for come from short lists.
 EXPERT_SHAPES = ((64, 64, 4), (160, 96, 2), (192, 33, 3), (1056, 31, 1), (96, 160, 4))  # D, F, k
 ROUTER_SHAPES = ((64, 8, 4), (160, 1, 1), (192, 33, 2), (132, 128, 4), (2880, 32, 4))  # D, E, k
-ATTENTION_SHAPES = (  # queries, query heads a KV head, channels, window
-    (1, 8, 64, 0),
-    (1, 8, 64, 128),
-    (4, 8, 64, 128),
-    (3, 8, 64, 0),
-    (2, 1, 32, 16),
-    (1, 4, 96, 0),
-    (4, 3, 64, 5),
+ATTENTION_SHAPES: tuple[tuple[int, int, int, int, KVBits], ...] = (
+    # queries, query heads a KV head, channels, window, bits of keys and values
+    (1, 8, 64, 0, (None, None)),
+    (1, 8, 64, 128, (None, None)),
+    (4, 8, 64, 128, (None, None)),
+    (3, 8, 64, 0, (None, None)),
+    (2, 1, 32, 16, (None, None)),
+    (1, 4, 96, 0, (None, None)),
+    (4, 3, 64, 5, (None, None)),
+    (1, 8, 64, 0, (8, 8)),
+    (3, 2, 96, 0, (8, 8)),
+    (1, 8, 64, 0, (8, 4)),
+    (1, 3, 64, 0, (None, 8)),
 )
 
 
@@ -223,7 +236,7 @@ def drawn(seed: int) -> Case:
     dtype = DTYPES[draw.of(range(3))]
     kind = seed % 4
     if kind == 0:
-        queries, group, channels, window = ATTENTION_SHAPES[draw.of(range(len(ATTENTION_SHAPES)))]
+        queries, group, channels, window, bits = ATTENTION_SHAPES[draw.of(range(len(ATTENTION_SHAPES)))]
         most = draw.of((8, 33, 300, 1100))
         return attention_case(
             seed,
@@ -235,6 +248,7 @@ def drawn(seed: int) -> Case:
             group=group,
             channels=channels,
             scale=draw.of((1, 1, 20)),
+            bits=bits,
         )
     if kind == 1:
         hidden, experts, k = ROUTER_SHAPES[draw.of(range(len(ROUTER_SHAPES)))]
@@ -269,6 +283,7 @@ def true_shapes(dtype: mx.Dtype, experts: int) -> Iterator[Case]:
     for n in (1, 128, 2048):
         for window in (0, 128):
             yield attention_case(4, dtype, keys=n, window=window)
+        yield attention_case(4, dtype, keys=n, window=0, bits=(8, 8))
 
 
 def read_once(hidden: int, experts: int, keys: int = 40) -> Iterator[tuple[Case, dict[str, np.ndarray]]]:
@@ -284,10 +299,10 @@ def read_once(hidden: int, experts: int, keys: int = 40) -> Iterator[tuple[Case,
         yield case, {"weight": chosen, "scales": chosen}
     case = router_case(3, mx.float32, hidden=hidden, experts=experts, k=4)
     yield case, {"weight": np.ones(experts)}
-    case = attention_case(4, mx.float32, keys=keys, window=0, kv_heads=1)
-    q, k, v, sinks = case.inputs
-    whole = Case(case.kernel, (q, mx.contiguous(k), mx.contiguous(v), sinks), case.about)
-    yield whole, {"k": np.ones(keys), "v": np.ones(keys)}
+    for bits in ((None, None), (8, 8)):
+        case = attention_case(4, mx.float32, keys=keys, window=0, kv_heads=1, bits=bits)
+        whole = tuple(map(mx.contiguous, case.inputs))
+        yield Case(case.kernel, whole, case.about), {"k": np.ones(keys), "v": np.ones(keys)}
 
 
 def read_otherwise(reports: Sequence[Report], expected: dict[str, np.ndarray]) -> list[str]:
@@ -308,6 +323,7 @@ def edges(dtype: mx.Dtype, lengths: Sequence[int] = EDGES) -> Iterator[Case]:
         if n >= 4:
             yield attention_case(n, dtype, keys=n, window=128, queries=4, kv_heads=2)
     yield attention_case(600, dtype, keys=600, window=0, kv_heads=1, group=1)
+    yield attention_case(257, dtype, keys=257, window=0, kv_heads=2, bits=(8, 8))
 
 
 def equals(dtype: mx.Dtype) -> Iterator[Case]:

@@ -76,6 +76,10 @@ def tried_on(kernel: str) -> Iterator[Case]:
             for dtype in (f32, b16):
                 yield cases.attention_case(1, dtype, keys=keys, window=window, queries=3, kv_heads=2, group=3)
         yield cases.attention_case(2, f32, keys=600, window=0, kv_heads=1, group=2, scale=30.0)
+    elif kernel == "attention_8_8":
+        for dtype in (f32, b16):
+            yield cases.attention_case(3, dtype, keys=75, window=0, kv_heads=2, group=2, bits=(8, 8))
+        yield cases.attention_case(3, f32, keys=20, window=0, kv_heads=1, channels=96, group=2, bits=(8, 8))
     yield from (c for c in cases.not_finite(f32) if c.kernel.name == kernel)
 
 

@@ -1,7 +1,7 @@
 """Every kernel against MLX's operations, on true shapes, odd ones and many drawn ones, run by the emulator;
 then whole models, all kernels in place of the operations that they replace.
 
-python -m tests.metal.parity [--drawn 420] [--seed 0]
+python -m tests.metal.parity [--drawn 500] [--seed 0]
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def kinds(drawn: int, seed: int) -> dict[str, Iterator[Case]]:
         "true shapes, 20b": (c for t in DTYPES for c in cases.true_shapes(t, 32)),
         "true shapes, 120b": cases.true_shapes(mx.bfloat16, 128),
         "lengths to 40,000": (
-            cases.attention_case(n, mx.float32, keys=n, window=0, kv_heads=1) for n in LENGTHS
+            cases.attention_case(n, mx.float32, keys=n, window=0, kv_heads=1, bits=bits)
+            for n in LENGTHS
+            for bits in ((None, None), (8, 8))
         ),
         "edges of window and tiles": (c for t in DTYPES for c in cases.edges(t)),
         "equal experts": (c for t in DTYPES for c in cases.equals(t)),
@@ -68,6 +70,8 @@ def whole_models(folder: Path) -> Iterator[tuple[str, Compared]]:
     demo, record = as_on_metal(DEMO_FOLDER), folder / "record.json"
     for i, answer in enumerate(answers.stored().replies):
         yield f"reply {i} of the demo model", compare(demo, answer.prompt, len(answer.reply), record)
+    eight = compare(demo, answer.prompt, len(answer.reply), record, kv_bits=(8, 8))
+    yield "the same with keys and values in 8 bits", eight
     cut = replace(SHAPES["20b"], layers=2, vocab=2048)
     wide = as_on_metal(write_checkpoint(folder / "cut", cut))
     prompt = np.random.default_rng(0).integers(0, cut.vocab, 300).tolist()
@@ -92,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--drawn", type=int, default=420)
+    parser.add_argument("--drawn", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if reason := missing():

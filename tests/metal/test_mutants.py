@@ -19,13 +19,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
 def programs() -> dict[str, Program]:
-    first: list[Case] = [next(tried_on(kernel)) for kernel in ("gate_up", "down", "router", "attention")]
+    first: list[Case] = [next(tried_on(kernel)) for kernel in sorted({m.kernel for m in mutants()})]
     return {program.name: program for case in first for program in case.kernel.programs}
 
 
 def test_every_slip_changes_its_program() -> None:
     texts = programs()
-    assert {m.program for m in mutants()} == set(texts)
+    assert {m.program for m in mutants()} == set(texts) - {"attention_8_8_parts"}  # of the same two texts
     for mutant in mutants():
         assert not mutant.kind or mutant.applied(texts[mutant.program]) != texts[mutant.program], mutant.what
 

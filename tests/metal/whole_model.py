@@ -13,6 +13,7 @@ import numpy as np
 from mlx_gptoss.checkpoint import reader
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.model.batch import Segment
+from mlx_gptoss.model.cache import KVBits, SequenceCache
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels import kernel as kernels
 from mlx_gptoss.model.kernels.decode import DecodeKernels
@@ -49,12 +50,12 @@ def as_on_metal(folder: Path, dtype: str = "float32") -> Model:
         return read_model(Checkpoint(folder, dtype))
 
 
-def decode(model: Model, prompt: Sequence[int], count: int, stops: frozenset[int] = frozenset()) -> Decoded:
-    """The prompt in one forward, then up to `count` tokens one by one."""
-    cache, fed = model.make_cache(), list(prompt)
+def decode(model: Model, prompt: Sequence[int], count: int, kv_bits: KVBits) -> Decoded:
+    """The prompt in one forward, then `count` tokens one by one."""
+    cache, fed = SequenceCache(model.config, model.dtype, kv_bits), list(prompt)
     tokens: list[int] = []
     rows = []
-    while len(tokens) < count and not (tokens and tokens[-1] in stops):
+    while len(tokens) < count:
         logits = model(mx.array(fed, mx.int32), [Segment(len(fed), cache)], [len(fed) - 1])
         assert logits is not None
         rows.append(np.array(logits[0].astype(mx.float32)))
@@ -64,14 +65,14 @@ def decode(model: Model, prompt: Sequence[int], count: int, stops: frozenset[int
 
 
 def compare(
-    model: Model, prompt: Sequence[int], count: int, record: Path, stops: frozenset[int] = frozenset()
+    model: Model, prompt: Sequence[int], count: int, record: Path, kv_bits: KVBits = (None, None)
 ) -> Compared:
     """record: a file for verdicts, of which there are none."""
-    plain = decode(model, prompt, count, stops)
+    plain = decode(model, prompt, count, kv_bits)
     emulator = Emulator(seed=len(prompt))
     with patch.object(kernels, "run", emulator.run):
-        DecodeKernels(model, "on", Record("emulated", record))
-        emulated = decode(model, prompt, count, stops)
+        DecodeKernels(model, "on", Record("emulated", record), kv_bits=kv_bits)
+        emulated = decode(model, prompt, count, kv_bits)
         for layer in model.layers:
             layer.use(NONE)
     launches: dict[str, int] = {}

@@ -4,18 +4,21 @@ MLX's form that reads the keys and values of a KV head once for all of its query
 that does reads them once for each. Here a threadgroup serves a KV head and a stretch of the keys, a simdgroup
 in it one query head: 32 keys at a time are brought into threadgroup memory, where each lane scores one of
 them. Where there are several stretches, a second kernel joins what they found (Milakov and Gimelshein 2018,
-"Online normalizer calculation for softmax").
+"Online normalizer calculation for softmax"). Keys and values in 8 or 4 bits are unpacked on their way there.
 
 Shapes: t queries, Hq query heads, H KV heads, C channels, n keys. Arrays may be views: strides are read.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
 
-from mlx_gptoss.model.kernels.kernel import FLOATS, Kernel, Launch, Program
+from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.kernels.kernel import FLOATS, Kernel, Launch, Program, Template
 
 MAX_QUERIES = 4
 MAX_GROUP = 16  # query heads a KV head, of which each is a simdgroup
@@ -25,10 +28,10 @@ STRETCH_KEYS, MAX_STRETCHES = 256, 64
 
 SCAN = """
   constexpr int PER = C / 32;
-  constexpr int PAD = 4 / sizeof(T);
+  constexpr int PAD = 4 / sizeof(TILE);
   threadgroup float asked[GROUP * QUERIES * C];
-  threadgroup T key_tile[32 * (C + PAD)];
-  threadgroup T value_tile[32 * C];
+  threadgroup TILE key_tile[32 * (C + PAD)];
+  threadgroup TILE value_tile[32 * C];
   int lane = int(thread_index_in_simdgroup);
   int member = int(simdgroup_index_in_threadgroup);
   int index = int(thread_index_in_threadgroup);
@@ -42,11 +45,6 @@ SCAN = """
   int each = (tiles + stretches - 1) / stretches;
   int begin = start + 32 * each * stretch;
   int end = metal::min(n, begin + 32 * each);
-  const device T* keys = k + size_t(kv_head) * size_t(k_strides[1]);
-  const device T* values = v + size_t(kv_head) * size_t(v_strides[1]);
-  int key_step = int(k_strides[2]), key_channel = int(k_strides[3]);
-  int value_step = int(v_strides[2]), value_channel = int(v_strides[3]);
-
   for (int i = index; i < GROUP * QUERIES * C; i += 32 * GROUP) {
     int c = i % C, t = i / C % QUERIES, of = kv_head * GROUP + i / (C * QUERIES);
     asked[i] = SCALE * float(q[of * q_strides[1] + t * q_strides[2] + c * q_strides[3]]);
@@ -62,12 +60,7 @@ SCAN = """
   }
   for (int first = begin; first < end; first += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = index; i < 32 * C; i += 32 * GROUP) {
-      int row = i / C, c = i % C, at = first + row;
-      key_tile[row * (C + PAD) + c] = at < end ? keys[at * key_step + c * key_channel] : T(0.0f);
-      value_tile[i] = at < end ? values[at * value_step + c * value_channel] : T(0.0f);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+@LOAD@    threadgroup_barrier(mem_flags::mem_threadgroup);
     float score[QUERIES];
     for (int t = 0; t < QUERIES; t++) {
       score[t] = 0.0f;
@@ -105,6 +98,26 @@ SCAN = """
       }
     }
   }
+"""
+# 32 rows of keys or values into their tile, past the last one zeros.
+LOAD_DENSE = """
+    for (int i = index; i < 32 * C; i += 32 * GROUP) {
+      int row = i / C, c = i % C, at = first + row;
+      TILE_[row * STEP_ + c] = at < end ? TILE(VALUE_) : TILE(0.0f);
+    }
+"""
+# The same of words that hold PER_ values of BITS_ bits each, the lowest first; some of them share a factor.
+LOAD_PACKED = """
+    for (int i = index; i < 32 * C / PER_; i += 32 * GROUP) {
+      int row = i / (C / PER_), w = i % (C / PER_), g = w * PER_ / SHARING_, at = first + row;
+      uint word = at < end ? WORD_ : 0u;
+      float factor = at < end ? float(FACTOR_) : 0.0f;
+      float bias = at < end ? float(BIAS_) : 0.0f;
+      for (int j = 0; j < PER_; j++) {
+        TILE_[row * STEP_ + w * PER_ + j] = metal::fma(float(word & MASK_), factor, bias);
+        word >>= BITS_;
+      }
+    }
 """
 WHOLE = """
   for (int t = 0; t < QUERIES; t++) {
@@ -158,77 +171,153 @@ def stretches_of(keys: int, window: int, queries: int) -> int:
     return min(MAX_STRETCHES, -(-seen // STRETCH_KEYS))
 
 
-def shared_bytes(q: mx.array, k: mx.array) -> int:
-    """Threadgroup memory: the queries of a KV head in float32, and 32 keys and values."""
-    _, heads, queries, channels = q.shape
-    asked = heads // k.shape[1] * queries * channels * 4
-    return int(asked + 32 * (2 * channels * q.itemsize + 4))
-
-
 @cache
-def attention(*, scale: float, window: int) -> Kernel:
+def attention(*, scale: float, window: int, bits: KVBits = (None, None)) -> Kernel:
     """Q [1, Hq, t, C], keys and values [1, H, n, C], sinks [Hq] -> (what is attended to [1, Hq, t, C],).
 
     The queries are those of the last t keys, and each sees the `window` keys that end with its own; 0: all.
+    bits: of the keys and of the values, None for arrays as they are. In place of a packed one stand three:
+    words, scales and biases, as mx.quantize makes them.
     """
-    header = f"constant float SCALE = {scale!r}f;\n"
-    inputs = ("q", "k", "v", "sinks")
-    whole = Program("attention", inputs, ("out",), SCAN + WHOLE, header, contiguous=False)
-    parts = Program(
-        "attention_parts", inputs, ("part", "mosts", "sums"), SCAN + PART, header, contiguous=False
-    )
-    join = Program("attention_join", ("part", "mosts", "sums"), ("out",), JOIN)
+    parts = Parts(bits)
+    text = SCAN.replace("@LOAD@", parts.load)
+    header = f"constant float SCALE = {scale!r}f;\n" + parts.header
+    inputs = ("q", *parts.names, "sinks")
+    name = "attention" + "".join(f"_{b or 'dense'}" for b in bits if bits != (None, None))
+    whole = Program(name, inputs, ("out",), text + WHOLE, header, contiguous=False)
+    found = ("part", "mosts", "sums")
+    some = Program(f"{name}_parts", inputs, found, text + PART, header, contiguous=False)
+    join = Program("attention_join", found, ("out",), JOIN)
 
-    def launch(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> tuple[mx.array, ...]:
+    def launch(q: mx.array, *stored: mx.array) -> tuple[mx.array, ...]:
         _, heads, queries, channels = q.shape
-        _, kv_heads, n, _ = k.shape
+        _, kv_heads, n, _ = stored[0].shape
         group = heads // kv_heads
-        template = (
+        template: Template = (
             ("T", q.dtype),
             ("C", channels),
             ("GROUP", group),
             ("QUERIES", queries),
             ("WINDOW", window),
+            *parts.template(stored[:-1], channels),
         )
         stretches = stretches_of(n, window, queries)
         grid, threadgroup = (32 * group * stretches, kv_heads, 1), (32 * group, 1, 1)
         out = ((tuple(q.shape), q.dtype),)
         if stretches == 1:
-            return tuple(whole(q, k, v, sinks, launch=Launch(grid, threadgroup, out, template)))
+            return tuple(whole(q, *stored, launch=Launch(grid, threadgroup, out, template)))
         rows = heads * queries
         results = (
             ((rows, stretches, channels), mx.float32),
             ((rows, stretches), mx.float32),
             ((rows, stretches), mx.float32),
         )
-        found = parts(q, k, v, sinks, launch=Launch(grid, threadgroup, results, template))
+        results_of = some(q, *stored, launch=Launch(grid, threadgroup, results, template))
         how = Launch((32, rows, 1), (32, 1, 1), out, (("T", q.dtype), ("C", channels)))
-        return tuple(join(*found, launch=how))
+        return tuple(join(*results_of, launch=how))
 
-    def reference(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> tuple[mx.array, ...]:
+    def reference(q: mx.array, *stored: mx.array) -> tuple[mx.array, ...]:
+        k, v = parts.dense(stored[:-1], q.shape[3])
         queries, n = q.shape[2], k.shape[2]
         own = mx.arange(n - queries, n)[:, None]
         key = mx.arange(n)[None]
         mask = (key <= own) & (key > own - window) if window else key <= own
-        return (mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks),)
+        return (mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=stored[-1]),)
 
-    return Kernel("attention", (whole, parts, join), _accepts, launch, reference)
+    def accepts(q: mx.array, *stored: mx.array) -> bool:
+        return len(stored) == len(parts.names) + 1 and _accepts(parts, q, stored[:-1], stored[-1])
+
+    return Kernel(name, (whole, some, join), accepts, launch, reference)
 
 
-def _accepts(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array) -> bool:
-    if not q.ndim == k.ndim == v.ndim == 4:
+class Parts:
+    """How keys and values are stored, in the text and in arrays."""
+
+    def __init__(self, bits: KVBits) -> None:
+        self.bits = bits
+        packed = [(n, f"{n}_scales", f"{n}_biases") for n in "kv"]
+        self._named = [names if b else names[:1] for names, b in zip(packed, bits, strict=True)]
+        self.names = [name for names in self._named for name in names]
+        self.header = f"#define TILE {'T' if bits == (None, None) else 'float'}\n"
+
+    @property
+    def load(self) -> str:
+        """The text that fills both tiles."""
+        k, v = self.bits
+        return self._load("k", k, "key_tile", "(C + PAD)") + self._load("v", v, "value_tile", "C")
+
+    @staticmethod
+    def _load(name: str, bits: int | None, tile: str, step: str) -> str:
+        def at(array: str, column: str) -> str:
+            strides = f"{array}_strides"
+            return f"{array}[kv_head * {strides}[1] + at * {strides}[2] + {column} * {strides}[3]]"
+
+        words = {"TILE_": tile, "STEP_": step, "VALUE_": at(name, "c"), "SHARING_": f"SHARING_OF_{name}"}
+        if bits:
+            words |= {"PER_": str(32 // bits), "BITS_": str(bits), "MASK_": f"{(1 << bits) - 1}u"}
+            words |= {"WORD_": at(name, "w"), "FACTOR_": at(f"{name}_scales", "g")}
+            words |= {"BIAS_": at(f"{name}_biases", "g")}
+        return re.sub(r"\b[A-Z]+_(?!\w)", lambda m: words[m[0]], LOAD_PACKED if bits else LOAD_DENSE)
+
+    def _of(self, stored: Sequence[mx.array]) -> list[Sequence[mx.array]]:
+        """Keys' arrays, values' arrays."""
+        count = len(self._named[0])
+        return [stored[:count], stored[count:]]
+
+    def template(self, stored: Sequence[mx.array], channels: int) -> list[tuple[str, int]]:
+        """How many channels share a scale, where there are any."""
+        return [
+            (f"SHARING_OF_{name}", channels // some[1].shape[3])
+            for name, some in zip("kv", self._of(stored), strict=True)
+            if len(some) == 3
+        ]
+
+    def dense(self, stored: Sequence[mx.array], channels: int) -> list[mx.array]:
+        """Keys and values."""
+        found = []
+        for bits, (first, *others) in zip(self.bits, self._of(stored), strict=True):
+            if bits is not None:
+                scales, biases = others
+                group = channels // scales.shape[3]
+                first = mx.dequantize(first, scales, biases, group_size=group, bits=bits)
+            found.append(first)
+        return found
+
+    def fit(self, stored: Sequence[mx.array], dtype: mx.Dtype, shape: tuple[int, ...]) -> bool:
+        """Whether they hold keys and values of this shape and dtype."""
+        for b, (first, *others) in zip(self.bits, self._of(stored), strict=True):
+            columns = shape[3] if b is None else shape[3] * b // 32
+            if tuple(first.shape) != (*shape[:3], columns) or first.dtype != (
+                dtype if b is None else mx.uint32
+            ):
+                return False
+            if any(tuple(a.shape[:3]) != shape[:3] or a.dtype != dtype for a in others):
+                return False
+        return True
+
+
+def shared_bytes(q: mx.array, kv_heads: int, tile_bytes: int) -> int:
+    """Threadgroup memory: the queries of a KV head in float32, and 32 keys and values."""
+    _, heads, queries, channels = q.shape
+    asked = heads // kv_heads * queries * channels * 4
+    return int(asked + 32 * (2 * channels * tile_bytes + 4))
+
+
+def _accepts(parts: Parts, q: mx.array, stored: Sequence[mx.array], sinks: mx.array) -> bool:
+    if not all(a.ndim == 4 for a in (q, *stored)):
         return False
     batch, heads, queries, channels = q.shape
+    _, kv_heads, n, _ = stored[0].shape
+    tile_bytes = q.itemsize if parts.bits == (None, None) else 4
     return bool(
-        batch == k.shape[0] == 1
-        and tuple(k.shape) == tuple(v.shape)
-        and channels == k.shape[3]
+        batch == 1
+        and parts.fit(stored, q.dtype, (1, kv_heads, n, channels))
         and channels % 32 == 0
-        and heads % k.shape[1] == 0
-        and heads // k.shape[1] <= MAX_GROUP
-        and shared_bytes(q, k) <= MAX_SHARED
-        and 0 < queries <= min(MAX_QUERIES, k.shape[2])
+        and heads % kv_heads == 0
+        and heads // kv_heads <= MAX_GROUP
+        and shared_bytes(q, kv_heads, tile_bytes) <= MAX_SHARED
+        and 0 < queries <= min(MAX_QUERIES, n)
         and q.dtype in FLOATS
-        and q.dtype == k.dtype == v.dtype == sinks.dtype
+        and q.dtype == sinks.dtype
         and sinks.size == heads
     )

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import SequenceCache, SlidingCache
+from mlx_gptoss.model.cache import FullCache, KVBits, SequenceCache, SlidingCache
 from mlx_gptoss.model.config import FULL, SLIDING
 from mlx_gptoss.model.experts import ExpertWeights, ResidentExperts
 from mlx_gptoss.model.graph import Layer, MixtureOfExperts, Model
@@ -58,6 +58,7 @@ class Candidate:
     activations: Callable[[Layer, int], Operands]
     at: int = 1
     kind: str | None = None
+    kv_bits: KVBits = (None, None)  # of the sequences that it is for
     compared: Sequence[int] = range(DRAWS)
     timed: Sequence[int] = (USUAL_KEYS,)
     ordered: Callable[[Outputs], Outputs] = lambda outputs: outputs
@@ -82,7 +83,8 @@ class Candidate:
             outputs = kernel(*activations[:at], *operands, *activations[at:])
             return outputs[0] if len(outputs) == 1 else outputs
 
-        return {self.part: OwnAttention(run, since) if self.part == "attention" else run}
+        bits = self.kv_bits if self.kind == FULL else (None, None)
+        return {self.part: OwnAttention(run, since, bits) if self.part == "attention" else run}
 
     def kept_as(self, facts: str) -> str:
         """The name of its verdict. facts: what that is about beside the kernel."""
@@ -132,7 +134,7 @@ class Step:
         first = next(i for i, layer in enumerate(model.layers) if self._candidate.bound(layer))
         chosen = model.layers[first : first + STEP_LAYERS]
         self._layers = {own: [self._copy(layer, own) for layer in chosen] for own in (True, False)}
-        self._cache = model.make_cache()
+        self._cache = SequenceCache(model.config, model.dtype, self._candidate.kv_bits)
         for layer in chosen:
             cache = self._cache.layers[layer.attention.index]
             old = _normal(n, (2, 1, layer.attention.kv_heads, n, layer.attention.channels), model.dtype)
@@ -152,13 +154,16 @@ class Step:
         return made
 
 
-def candidates(model: Model) -> Iterator[Candidate]:
-    """Those that suit some layer of a model; none where experts are read when they are chosen."""
+def candidates(model: Model, kv_bits: KVBits = (None, None)) -> Iterator[Candidate]:
+    """Those that suit some layer of a model; none where experts are read when they are chosen.
+
+    kv_bits: of the full layers' keys and values in the sequences to come.
+    """
     if not all(isinstance(layer.moe.experts, ResidentExperts) for layer in model.layers):
         return
     for made in (
-        _attention(model, FULL),
-        _attention(model, SLIDING),
+        _attention(model, FULL, kv_bits),
+        _attention(model, SLIDING, kv_bits),
         _router(model),
         _gate_up(model),
         _down(model),
@@ -171,26 +176,33 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def _attention(model: Model, kind: str) -> Candidate:
+def _attention(model: Model, kind: str, kv_bits: KVBits) -> Candidate:
     config = model.config
     window = config.sliding_window if kind == SLIDING else 0
     around = (1, window - 1, window) if window else COMPARED_KEYS
+    bits = kv_bits if kind == FULL else (None, None)
+    name = f"attention over {'a window' if window else 'everything'}"
+    if bits != (None, None):
+        name += ", keys and values in {} and {} bits".format(*(b or "all" for b in bits))
 
     def activations(layer: Layer, keys: int) -> Operands:
         """As caches give them: views of slabs with room for more."""
         heads, kv_heads, channels = layer.attention.heads, layer.attention.kv_heads, layer.attention.channels
         q = _normal(keys, (1, heads, 1, channels), model.dtype)
         k, v = _normal(keys + 1, (2, 1, kv_heads, keys + 64, channels), model.dtype)
-        return q, k[:, :, :keys], v[:, :, :keys]
+        cache = SequenceCache(config, model.dtype, bits).layers[layer.attention.index]
+        stored = cache.encode(k, v) if isinstance(cache, FullCache) else [k, v]
+        return q, *(array[:, :, :keys] for array in stored)
 
     return Candidate(
-        f"attention over {'a window' if window else 'everything'}",
+        name,
         "attention",
-        attention(scale=model.layers[0].attention.scale, window=window),
+        attention(scale=model.layers[0].attention.scale, window=window, bits=bits),
         lambda layer: (layer.attention.sinks,),
         activations,
-        at=3,
+        at=1 + sum(1 if b is None else 3 for b in bits),
         kind=kind,
+        kv_bits=kv_bits,
         compared=sorted({max(1, n) for n in around}),
         timed=(window,) if window else TIMED_KEYS,
     )

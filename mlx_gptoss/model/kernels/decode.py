@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_gptoss.device import KernelMode
+from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels.candidates import Candidate, candidates
 from mlx_gptoss.model.kernels.layer import LayerKernels
@@ -23,16 +24,23 @@ TRUSTED = Verdict(True, "asked for by GPTOSS_KERNELS=on, without a proof")
 class DecodeKernels:
     """Puts kernels into a model's layers and takes them out. Used by the engine's thread only.
 
+    kv_bits: of the full layers' keys and values in the sequences to come.
     mode: "off" for none, "verify" for those with a good verdict, "on" for all of which no bad one is known.
     """
 
     def __init__(
-        self, model: Model, mode: KernelMode, record: Record, *, clock: Clock = time.perf_counter
+        self,
+        model: Model,
+        mode: KernelMode,
+        record: Record,
+        *,
+        kv_bits: KVBits = (None, None),
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.record = record
         self._model, self._mode, self._clock = model, mode, clock
         self._spent = 0.0
-        some = list(candidates(model)) if mode != "off" else []
+        some = list(candidates(model, kv_bits)) if mode != "off" else []
         self._candidates: dict[str, Candidate] = {}
         self.verdicts: dict[str, Verdict | None] = {}  # by the candidate's name; None: not examined yet
         for candidate in some:

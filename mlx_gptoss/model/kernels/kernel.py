@@ -18,6 +18,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # MLX hands smaller arrays over in constant memory, to which the texts' pointers do not point.
 DEVICE_SIZE = 8
 Size: TypeAlias = tuple[int, int, int]
+Template: TypeAlias = tuple[tuple[str, mx.Dtype | int | bool], ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Launch:
     grid: Size
     threadgroup: Size
     outputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
-    template: tuple[tuple[str, mx.Dtype | int | bool], ...] = ()
+    template: Template = ()
 
 
 @dataclass(frozen=True)

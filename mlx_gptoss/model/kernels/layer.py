@@ -10,21 +10,25 @@ import mlx.core as mx
 
 if TYPE_CHECKING:
     from mlx_gptoss.model.batch import Segment
+    from mlx_gptoss.model.cache import KVBits, LayerCache
 
 
 @dataclass(frozen=True)
 class OwnAttention:
     """Attention of one token to `since` keys or more.
 
-    run: q [1, Hq, 1, C], keys and values [1, H, n, C], all of which it sees -> [1, Hq, 1, C].
+    run: q [1, Hq, 1, C], keys and values [1, H, n, C], all of which it sees -> [1, Hq, 1, C]. bits: how they
+    are to be stored; then in place of one stand the parts that the cache has of it.
     """
 
-    run: Callable[[mx.array, mx.array, mx.array], mx.array]
+    run: Callable[..., mx.array]
     since: int = 0
+    bits: KVBits = (None, None)
 
-    def serves(self, segment: Segment) -> bool:
-        """Whether it attends for these tokens, if their keys are stored as they are."""
-        return segment.length == 1 and segment.cache.offset + segment.ahead >= self.since - 1
+    def serves(self, segment: Segment, cache: LayerCache) -> bool:
+        """Whether it attends for these tokens, whose keys and values are in this cache."""
+        enough = segment.cache.offset + segment.ahead >= self.since - 1
+        return segment.length == 1 and enough and cache.bits == self.bits
 
 
 @dataclass(frozen=True)
