@@ -181,6 +181,7 @@ class _Run:
     def to_end(self, memory: TuneMemory) -> Finished:
         """Take the steps that are left."""
         progress, options = self.progress, self.options
+        self._require_together()
         self.folder.mkdir(parents=True, exist_ok=True)
         parameters = trainable(self.base.config, options)
         self.tell(
@@ -195,6 +196,16 @@ class _Run:
             progress.finished = self._steps() or f"all {self.total} steps are taken"
             self._save()
         return self._finish()
+
+    def _require_together(self) -> None:
+        """Raise TuneError unless all machines that train together go on from the same step."""
+        if self.group.size() > 1:
+            steps = np.array(mx.distributed.all_gather(mx.array([self.progress.step]))).tolist()
+            if len(set(steps)) > 1:
+                raise TuneError(
+                    f"{self.folder}: the machines are at steps {' and '.join(map(str, steps))}: have --out in "
+                    "a folder that all of them share, or --restart"
+                )
 
     def _steps(self) -> str | None:
         """Step after step; why it ended early, or None."""
