@@ -1,10 +1,12 @@
-"""Where examples come from: a jsonl file, a folder with train.jsonl and valid.jsonl, or a Hub data set."""
+"""Where examples come from: a jsonl file, a folder with train.jsonl and valid.jsonl, or what the package
+datasets reads: a Hub data set, or a folder of parquet and the like.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -56,16 +58,18 @@ def read_data(source: str, valid: str | None, keep: str | None, seed: int) -> Da
     """
     path = Path(source).expanduser()
     found: Rows | None = None
-    if path.is_dir():
-        if not (path / "train.jsonl").is_file():
-            raise TuneError(f"{path}: no train.jsonl in this folder")
+    if (path / "train.jsonl").is_file():
         train = read_jsonl(path / "train.jsonl")
         if (path / "valid.jsonl").is_file():
             found = read_jsonl(path / "valid.jsonl")
-    elif path.exists():
+    elif path.exists() and not path.is_dir():
         train = read_jsonl(path)
+    elif path.is_dir() or is_repo_id(source):
+        train, found = _by_datasets(str(path) if path.is_dir() else source)
     else:
-        train, found = _from_hub(source)
+        raise TuneError(
+            f"no file or folder {source!r}: expected a .jsonl file, a folder or a Hub data set's id"
+        )
     if valid is not None and valid != "none" and not valid.endswith("%"):
         found = read_jsonl(Path(valid).expanduser())
     elif valid == "none":
@@ -176,20 +180,20 @@ def _split(rows: Rows, share: str, seed: int) -> tuple[Rows, Rows | None]:
     return Rows(parts[0], rows.sha256), Rows(parts[1], rows.sha256)
 
 
-def _from_hub(name: str) -> tuple[Rows, Rows | None]:
-    if not is_repo_id(name):
-        raise TuneError(
-            f"no file or folder {name!r}: expected a .jsonl file, a folder or a Hub data set's id"
-        )
+def _by_datasets(name: str) -> tuple[Rows, Rows | None]:
+    """The rows of a folder or of a Hub data set, by the package datasets."""
+    local = Path(name).is_dir()
     try:
         load_dataset = import_module("datasets").load_dataset
     except ImportError:
-        raise TuneError(
-            f"{name!r} is no file, and data sets of the Hub need the package datasets: pip install datasets"
-        ) from None
+        missing = f"{name}: no train.jsonl in this folder, and" if local else f"{name!r} is no file, and"
+        what = "other files" if local else "data sets of the Hub"
+        raise TuneError(f"{missing} {what} need the package datasets: pip install datasets") from None
     try:
         parts = load_dataset(name)
     except Exception as error:
+        if local:
+            raise TuneError(f"{name}: no train.jsonl, nor what datasets reads ({error})") from error
         raise explain(error, name) from error
     if "train" not in parts:
         raise TuneError(f"{name!r}: no split 'train': it has {', '.join(map(repr, parts))}")
@@ -198,6 +202,13 @@ def _from_hub(name: str) -> tuple[Rows, Rows | None]:
 
 
 def _listed(name: str, part: str, rows: Iterable[Any]) -> Rows:
-    listed = [(f"{name}, {part} {i}", dict(row)) for i, row in enumerate(rows)]
+    listed = [(f"{name}, {part} {i}", _said(row)) for i, row in enumerate(rows)]
     text = json.dumps([row for _, row in listed], default=str)
     return Rows(listed, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _said(value: Any) -> Any:
+    """A row without its nulls: all rows of a table have the same keys, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: _said(inner) for key, inner in value.items() if inner is not None}
+    return [_said(inner) for inner in value] if isinstance(value, list) else value

@@ -202,9 +202,10 @@ class _Run:
         if self.group.size() > 1:
             steps = np.array(mx.distributed.all_gather(mx.array([self.progress.step]))).tolist()
             if len(set(steps)) > 1:
+                told = " and ".join(map(str, steps))
                 raise TuneError(
-                    f"{self.folder}: the machines are at steps {' and '.join(map(str, steps))}: have --out in "
-                    "a folder that all of them share, or --restart"
+                    f"{self.folder}: the machines are at steps {told}: let --out be a folder that all of "
+                    "them share, or --restart"
                 )
 
     def _steps(self) -> str | None:

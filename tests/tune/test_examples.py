@@ -193,6 +193,26 @@ def test_a_data_set_that_is_not_there_is_told(
         read_data(source, None, None, 0)
 
 
+def test_tables_are_read_by_the_package_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of parquet, as data sets of the Hub are. Its rows have each other's keys, which are null."""
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows: list[dict[str, Any]] = [{"messages": [USER, ANSWER], "tools": None, "reasoning_effort": None}]
+    rows.append({"messages": [USER, CALL, RESULT, ANSWER], "tools": [TOOL]})
+    rows.append({"messages": [USER, {**ANSWER, "weight": 0}, AGAIN, ANSWER], "reasoning_effort": "low"})
+    for name, some in (("train", rows), ("validation", rows[:1])):
+        datasets.Dataset.from_list(some).to_parquet(tmp_path / "set" / f"{name}-00000-of-00001.parquet")
+    found = read_data(str(tmp_path / "set"), None, None, 0)
+    assert found.valid is not None and (len(found.train.rows), len(found.valid.rows)) == (3, 1)
+    for (where, row), expected in zip(found.train.rows, rows, strict=True):
+        made, wanted = examples_of(row, TOKENIZER, where), examples_of(expected, TOKENIZER, "")
+        assert [learned(e) for e in made] == [learned(e) for e in wanted]
+        assert all(np.array_equal(e.ids, w.ids) for e, w in zip(made, wanted, strict=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TuneError, match="no train.jsonl, nor what datasets reads"):
+        read_data(str(tmp_path / "empty"), None, None, 0)
+
+
 def test_a_share_is_set_aside_for_validation_and_a_folders_own_file_is_taken(tmp_path: Path) -> None:
     rows = [{"text": f"number {i}"} for i in range(40)]
     data = read_data(str(write_rows(tmp_path / "train.jsonl", rows)), None, None, 0)
