@@ -33,8 +33,8 @@ def model(tmp_path: Path) -> Model:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("STEPS", "CONTEXT", "PROMPT"):
-        monkeypatch.setattr(tuning, name, 4)
+    for name, value in {"STEPS": 2, "ROUNDS": 2, "CONTEXT": 4, "PROMPT": 4}.items():
+        monkeypatch.setattr(tuning, name, value)
 
 
 def clock_of(model: Model, cost: Cost) -> Callable[[], float]:

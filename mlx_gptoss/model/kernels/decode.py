@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels.candidates import Candidate, candidates
 from mlx_gptoss.model.kernels.layer import LayerKernels
 from mlx_gptoss.model.kernels.record import Record, sizes
-from mlx_gptoss.model.kernels.verified import BUDGET, Clock, Verdict, keep, known, settle
+from mlx_gptoss.model.kernels.verified import BUDGET, UNFINISHED, Clock, Verdict, examining, keep, known
 
 logger = logging.getLogger("mlx_gptoss.model")
 
@@ -40,6 +41,7 @@ class DecodeKernels:
         self.record = record
         self._model, self._mode, self._clock = model, mode, clock
         self._spent = 0.0
+        self._examined: tuple[str, Generator[None, None, Verdict]] | None = None
         some = list(candidates(model, kv_bits)) if mode != "off" else []
         self._candidates: dict[str, Candidate] = {}
         self.verdicts: dict[str, Verdict | None] = {}  # by the candidate's name; None: not examined yet
@@ -60,24 +62,45 @@ class DecodeKernels:
         return on
 
     def examine_next(self) -> bool:
-        """Examine one kernel that there is no verdict on; False when there is none, or no time left for it.
+        """A piece of the examination of one that there is no verdict on; False when nothing is left to do.
 
-        Takes BUDGET seconds at most, and all calls of a process together not much more.
+        A piece takes some milliseconds, or a compilation, and all of a process two seconds.
         """
-        left = [name for name, verdict in self.verdicts.items() if verdict is None]
-        if not left or self._mode != "verify" or self._spent >= BUDGET:
-            return False
+        if self._examined is None:
+            left = [name for name, verdict in self.verdicts.items() if verdict is None]
+            if not left or self._mode != "verify" or self._spent >= BUDGET:
+                return False
+            self._examined = left[0], self._examining(left[0])
         start = self._clock()
-        self.examine(left[0])
+        name, pieces = self._examined
+        if self._piece(name, pieces) is not None:
+            self._examined = None
         self._spent += self._clock() - start
         return True
 
     def examine(self, name: str) -> Verdict:
         """Examine a kernel now, whatever is known of it, and use it or not."""
+        self._examined, pieces = None, self._examining(name)
+        while True:
+            verdict = self._piece(name, pieces)
+            if verdict is not None:
+                return verdict
+
+    def _examining(self, name: str) -> Generator[None, None, Verdict]:
         candidate = self._candidates[name]
-        verdict = settle(
-            candidate.examination(self._model, sizes(self._model)), self.record, clock=self._clock
-        )
+        return examining(candidate.examination(self._model, sizes(self._model)), clock=self._clock)
+
+    def _piece(self, name: str, pieces: Generator[None, None, Verdict]) -> Verdict | None:
+        """A piece of an examination, and the verdict if it was the last one."""
+        kept = self._name(self._candidates[name])
+        keep(kept, UNFINISHED, self.record)  # should it take the process down
+        try:
+            next(pieces)
+            keep(kept, None, self.record)
+            return None
+        except StopIteration as end:
+            verdict: Verdict = end.value
+        keep(kept, verdict, self.record)
         self.verdicts[name] = verdict
         logger.info("kernel %s: %s", name, verdict.why)
         mx.clear_cache()

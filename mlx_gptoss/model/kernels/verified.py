@@ -2,17 +2,17 @@
 
 It is compiled and run on the model's own weights, several times and at several lengths, and compared with
 its reference; then a step of the model is timed with it and without it. The verdict is kept for the next
-process. A kernel that takes the whole process down is off in the next one: it is entered as unfinished
-beforehand.
+process. A kernel that takes the whole process down is off in the next one: whoever examines it enters it as
+unfinished beforehand.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ from mlx_gptoss.model.kernels.record import Record
 logger = logging.getLogger("mlx_gptoss.model")
 
 SECTION = "kernels"
-# Seconds that one examination may take; it is also what a request may have to wait for one.
+# Seconds that one examination may take.
 BUDGET = 2.0
 LEAST_GAIN = 0.03
 # The largest difference, as a share of the reference's largest value. In half precision the reference rounds
@@ -74,29 +74,42 @@ class _Refused(Exception):
 
 def examine(examination: Examination, *, clock: Clock = time.perf_counter, budget: float = BUDGET) -> Verdict:
     """Compare and time a kernel. Whatever it does, there is a verdict."""
-    end = clock() + budget
-    try:
-        _compare(examination, clock, end)
-        return _time(examination, clock, end)
-    except _Refused as refused:
-        return Verdict(False, str(refused))
-    except Exception as error:  # a kernel may fail in any way; none of them may reach a request
-        logger.info("the kernel %s fails", examination.name, exc_info=error)
-        lines = str(error).splitlines() or [""]
-        return Verdict(False, f"fails: {type(error).__name__}: {lines[0][:200]}")
+    pieces = examining(examination, clock=clock, budget=budget)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            verdict: Verdict = end.value
+            return verdict
 
 
-def settle(examination: Examination, record: Record, **how: Any) -> Verdict:
-    """Examine a kernel and keep the verdict. how: as `examine` takes it."""
-    keep(examination.name, UNFINISHED, record)
-    verdict = examine(examination, **how)
-    keep(examination.name, verdict, record)
-    return verdict
+def examining(
+    examination: Examination, *, clock: Clock = time.perf_counter, budget: float = BUDGET
+) -> Generator[None, None, Verdict]:
+    """`examine` in small pieces, between which something else may be done; budget: seconds of all pieces."""
+    spent, work = 0.0, _compare_and_time(examination, clock)
+    while True:
+        start = clock()
+        try:
+            next(work)
+        except StopIteration as end:
+            verdict: Verdict = end.value
+            return verdict
+        except _Refused as refused:
+            return Verdict(False, str(refused))
+        except Exception as error:  # a kernel may fail in any way; none of them may reach a request
+            logger.info("the kernel %s fails", examination.name, exc_info=error)
+            lines = str(error).splitlines() or [""]
+            return Verdict(False, f"fails: {type(error).__name__}: {lines[0][:200]}")
+        spent += clock() - start
+        if spent > budget:
+            return Verdict(False, "takes too long to examine")
+        yield
 
 
-def keep(name: str, verdict: Verdict, record: Record) -> None:
-    """Remember a verdict."""
-    record.put(SECTION, name, asdict(verdict))
+def keep(name: str, verdict: Verdict | None, record: Record) -> None:
+    """Remember a verdict, or that there is none."""
+    record.put(SECTION, name, None if verdict is None else asdict(verdict))
 
 
 def known(name: str, record: Record) -> Verdict | None:
@@ -108,7 +121,7 @@ def known(name: str, record: Record) -> Verdict | None:
     return Verdict(**found) if all(isinstance(found[k], kind) for k, kind in kinds.items()) else None
 
 
-def _compare(examination: Examination, clock: Clock, end: float) -> None:
+def _compare_and_time(examination: Examination, clock: Clock) -> Generator[None, None, Verdict]:
     kernel = examination.kernel
     for make in examination.inputs:
         inputs = list(make())
@@ -120,13 +133,25 @@ def _compare(examination: Examination, clock: Clock, end: float) -> None:
         for _ in range(REPEATS):
             found = list(examination.ordered(kernel(*inputs)))
             mx.eval(found)
-            _in_time(clock, end)
             if [(a.shape, a.dtype) for a in found] != [(a.shape, a.dtype) for a in expected]:
                 raise _Refused("wrong: other shapes or dtypes than its reference")
             sizes = ", ".join(str(tuple(a.shape)) for a in inputs)
             for a, b in zip(found, expected, strict=True):
                 if told := difference(a, b):
                     raise _Refused(f"wrong: {told} for inputs {sizes}")
+            yield
+    gains = []
+    for size, step in examination.steps:
+        best = {True: float("inf"), False: float("inf")}
+        for i in range(ROUNDS):
+            for own in (True, False):
+                start = clock()
+                mx.eval(step(own))
+                if i:
+                    best[own] = min(best[own], clock() - start)
+            yield
+        gains.append((size, best[False] / best[True] - 1 if best[True] else 0.0))
+    return _judged(gains)
 
 
 def difference(found: mx.array, expected: mx.array) -> str:
@@ -145,18 +170,8 @@ def difference(found: mx.array, expected: mx.array) -> str:
     return f"off by {share:.1e} of the largest value" if share > TOLERANCE[expected.dtype] else ""
 
 
-def _time(examination: Examination, clock: Clock, end: float) -> Verdict:
-    gains = []
-    for size, step in examination.steps:
-        best = {True: float("inf"), False: float("inf")}
-        for i in range(ROUNDS):
-            for own in (True, False):
-                start = clock()
-                mx.eval(step(own))
-                if i:
-                    best[own] = min(best[own], clock() - start)
-                _in_time(clock, end)
-        gains.append((size, best[False] / best[True] - 1 if best[True] else 0.0))
+def _judged(gains: Sequence[tuple[int, float]]) -> Verdict:
+    """The verdict on a right kernel, by what it gains at each size."""
     since, least = None, float("inf")
     for size, gain in reversed(gains):
         if gain < LEAST_GAIN:
@@ -165,8 +180,3 @@ def _time(examination: Examination, clock: Clock, end: float) -> Verdict:
     if since is None:
         return Verdict(False, f"not faster: {gains[-1][1]:+.1%}", gain=gains[-1][1])
     return Verdict(True, f"right, and a step is {least:.1%} faster", since, least)
-
-
-def _in_time(clock: Clock, end: float) -> None:
-    if clock() > end:
-        raise _Refused("takes too long to examine")

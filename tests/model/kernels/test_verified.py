@@ -14,7 +14,7 @@ import pytest
 from mlx_gptoss.model.kernels import verified
 from mlx_gptoss.model.kernels.kernel import Kernel, Program
 from mlx_gptoss.model.kernels.record import MACHINES, Record
-from mlx_gptoss.model.kernels.verified import Examination, Verdict, examine, keep, known, settle
+from mlx_gptoss.model.kernels.verified import Examination, Verdict, examine, examining, keep, known
 
 LENGTHS = (1, 127, 128, 129, 1000)
 Launch = Callable[[mx.array], tuple[mx.array, ...]]
@@ -200,6 +200,20 @@ def test_a_kernel_for_other_shapes_is_off() -> None:
     assert not verdict.on and verdict.why == "does not take these shapes"
 
 
+def test_what_happens_between_two_pieces_takes_none_of_the_time() -> None:
+    clock, count = Clock(), 0
+    pieces = examining(made(clock=clock), clock=clock)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            assert end.value.on and end.value.gain == pytest.approx(0.25)
+            break
+        count += 1
+        clock.now += 1.0
+    assert count == verified.REPEATS * len(LENGTHS) + verified.ROUNDS
+
+
 @pytest.mark.parametrize("where", ["comparison", "step"])
 def test_a_kernel_that_takes_too_long_is_off(where: str) -> None:
     """It is left alone as soon as it gives the program back: nothing in this process can do more."""
@@ -223,24 +237,11 @@ def test_a_verdict_is_kept_for_the_machine_and_by_name(tmp_path: Path) -> None:
     examination = made(clock=clock)
     record = Record("M1", path)
     assert known(examination.name, record) is None
-    verdict = settle(examination, record, clock=clock)
+    verdict = examine(examination, clock=clock)
+    keep(examination.name, verdict, record)
     assert verdict.on and known(examination.name, Record("M1", path)) == verdict
     assert known(examination.name, Record("M2", path)) is None
     assert known(f"{examination.name}0", record) is None
-
-
-def test_a_kernel_that_ends_the_process_is_off_in_the_next_one(tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    def killing(x: mx.array) -> tuple[mx.array, ...]:
-        raise Killed
-
-    path = tmp_path / "machines.json"
-    examination = made(killing)
-    with pytest.raises(Killed):
-        settle(examination, Record("M1", path))
-    assert known(examination.name, Record("M1", path)) == verified.UNFINISHED
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"M1": 3}', "\0" * 9, "[" * 10_000])
@@ -290,5 +291,5 @@ def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(
     (tmp_path / "file").touch()
     clock = Clock()
     with caplog.at_level(logging.WARNING):
-        assert settle(made(clock=clock), Record("M1", tmp_path / "file" / "machines.json"), clock=clock).on
+        keep("a", examine(made(clock=clock), clock=clock), Record("M1", tmp_path / "file" / "machines.json"))
     assert any("is not written" in message for message in caplog.messages)
