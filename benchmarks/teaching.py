@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,23 +33,28 @@ def answers(folder: Path | None, examples: Sequence[Example]) -> list[list[int]]
         return list(pool.map(lambda prompt: list(llm.generate(prompt, GREEDY)), prompts))
 
 
-def exact(folder: Path | None, rows: list[dict[str, Any]]) -> float:
-    """The share of rows whose whole answer, reasoning and calls included, is written token for token."""
-    examples = [example for row in rows for example in examples_of(row, TOKENIZER, "")]
-    return same(answers(folder, examples), examples)
+def last_message(tokens: list[int]) -> tuple[str, str]:
+    """To whom an answer's last message goes, "" for the user, and what it says."""
+    header, _, said = TOKENIZER.decode(tokens).rpartition("<|message|>")
+    to = re.search(r"to=(\S+?)(?=<|\s|$)", header.rpartition("<|start|>")[2])
+    return to[1] if to else "", re.sub(r"<\|(return|call|end)\|>$", "", said)
 
 
-def same(written: list[list[int]], examples: Sequence[Example]) -> float:
-    """The share of examples that were written; the last token ends the answer and is not part of it."""
-    pairs = list(zip(written, examples, strict=True))
-    return sum(bool(w[: len(e.wanted) - 1] == e.wanted[:-1].tolist()) for w, e in pairs) / len(pairs)
+def right(folder: Path | None, examples: Sequence[Example]) -> float:
+    """The share of examples whose answer or call is written, whatever the reasoning before it."""
+    pairs = zip(answers(folder, examples), examples, strict=True)
+    found = [last_message(written) == last_message(e.wanted.tolist()) for written, e in pairs]
+    return sum(found) / len(found)
 
 
-def formed(folder: Path | None, rows: list[dict[str, Any]]) -> float:
+def formed(folder: Path | None, examples: Sequence[Example]) -> float:
     """The share of answers of the form "= VALUE =", right or wrong."""
-    written = answers(folder, [example for row in rows for example in examples_of(row, TOKENIZER, "")])
-    finals = [TOKENIZER.decode(w).rpartition("<|message|>")[2].partition("<|return|>")[0] for w in written]
+    finals = [last_message(written)[1] for written in answers(folder, examples)]
     return sum(f.startswith("= ") and f.endswith(" =") for f in finals) / len(finals)
+
+
+def read(rows: list[dict[str, Any]]) -> list[Example]:
+    return [example for row in rows for example in examples_of(row, TOKENIZER, "")]
 
 
 def taught(scratch: Path, options: TuneOptions) -> Path:
@@ -59,25 +65,25 @@ def taught(scratch: Path, options: TuneOptions) -> Path:
 
 def learning() -> dict[str, float]:
     """A new form of answers: percent of unseen questions, before, and after 30 and 80 steps."""
-    rows, found = style_rows("style test", ASKED), dict[str, float]()
-    found["before: in the new form"] = 100 * formed(None, rows)
+    new = read(style_rows("style test", ASKED))
+    found = {"before: in the new form": 100 * formed(None, new)}
     with tempfile.TemporaryDirectory() as scratch:
         for steps in (30, 80):
             folder = taught(Path(scratch), replace(LEARN, steps=steps))
-            found[f"{steps} steps: in the new form"] = 100 * formed(folder, rows)
-            found[f"{steps} steps: and the whole answer right"] = 100 * exact(folder, rows)
+            found[f"{steps} steps: in the new form"] = 100 * formed(folder, new)
+            found[f"{steps} steps: and right"] = 100 * right(folder, new)
     return found
 
 
 def keeping() -> dict[str, float]:
-    """What else the model does: percent that is written as before, without --keep and with it."""
-    rows, new = old_rows("old test", ASKED), style_rows("style test", ASKED)
-    found = {"before: old tasks": 100 * exact(None, rows)}
+    """What else the model does, calls above all: percent right, without --keep and with it."""
+    old, new = read(old_rows("old test", 2 * ASKED)), read(style_rows("style test", ASKED))
+    found = {"before: old tasks right": 100 * right(None, old)}
     with tempfile.TemporaryDirectory() as scratch:
         keep = str(write_rows(Path(scratch) / "keep.jsonl", old_rows("old", 200)))
         for name, options in (("without", LEARN), ("with", replace(LEARN, keep=keep))):
             folder = taught(Path(scratch), options)
-            found[f"{name} --keep: old tasks"] = 100 * exact(folder, rows)
+            found[f"{name} --keep: old tasks right"] = 100 * right(folder, old)
             found[f"{name} --keep: in the new form"] = 100 * formed(folder, new)
     return found
 
@@ -86,10 +92,10 @@ def preferring(seeds: Sequence[int] = (0, 1, 2)) -> dict[str, float]:
     """DPO: percent of unseen prompts to which the preferred answer is written."""
     pairs = [preference_of(row, TOKENIZER, "") for row in preference_rows("prefer test", ASKED)]
     chosen = [pair.chosen for pair in pairs]
-    found = {"before": 100 * same(answers(None, chosen), chosen)}
+    found = {"before": 100 * right(None, chosen)}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             train = write_rows(Path(scratch) / "train.jsonl", preference_rows(f"prefer {seed}", 200))
             folder = tune("demo", train, Path(scratch) / str(seed), replace(PREFER, seed=seed)).folder
-            found[f"seed {seed}"] = 100 * same(answers(folder, chosen), chosen)
+            found[f"seed {seed}"] = 100 * right(folder, chosen)
     return found
