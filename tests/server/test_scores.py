@@ -15,7 +15,7 @@ import mlx_gptoss
 from mlx_gptoss.llm import LLM
 from mlx_gptoss.server import create_app
 
-ITEMS = 200
+ITEMS = 48
 BATCH = 8
 WORDS = "the cat sees a red ball and Anna lives in Rome 2 + 3 = 5 of it is not here today"
 
@@ -94,4 +94,4 @@ def test_log_likelihoods_through_the_server_are_those_of_the_logits(llm: LLM) ->
             assert is_greedy == (rows.argmax(-1).tolist() == continuation)
             greedy += is_greedy
     assert worst < 1e-4
-    assert 20 < greedy < 180
+    assert 5 < greedy < 43

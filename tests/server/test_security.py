@@ -7,17 +7,18 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.server import ServerSettings, create_app
 from mlx_gptoss.tokenizer import Tokenizer
-from tests.support.scripted_llm import ScriptedLLM
+from tests.support.scripted_llm import Script, ScriptedLLM
 from tests.support.server_help import live
 
 pytest_plugins = ["tests.support.server_fixtures"]
@@ -303,7 +304,8 @@ def test_json_of_too_many_parts_is_refused_before_it_is_parsed(
     assert (response.status_code, code_of(response)) == (400, "json_too_large")
 
 
-def test_brackets_and_commas_in_texts_are_not_counted(scripted: TestClient) -> None:
+def test_brackets_and_commas_in_texts_are_not_counted(scripted: TestClient, llm: ScriptedLLM) -> None:
+    llm.write = lambda *_: Script(text="short")
     text = '[{,\\",' * 200_000
     response = scripted.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
     assert response.status_code == 200
@@ -322,13 +324,21 @@ def test_brackets_and_commas_in_texts_are_not_counted(scripted: TestClient) -> N
     ],
 )
 def test_a_list_of_wrong_values_is_refused_at_the_first(
-    scripted: TestClient, path: str, fields: dict[str, Any]
+    scripted: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
 ) -> None:
-    began = time.process_time()
+    problems: list[int] = []
+    errors = RequestValidationError.errors
+
+    def counted(error: RequestValidationError) -> Sequence[Any]:
+        found = errors(error)
+        problems.append(len(found))
+        return found
+
+    monkeypatch.setattr(RequestValidationError, "errors", counted)
     response = scripted.post(path, json=fields)
     assert response.status_code == 400
     assert len(response.content) < 1000
-    assert time.process_time() - began < 3
+    assert sum(problems) < 20
 
 
 @pytest.mark.parametrize(
@@ -494,18 +504,30 @@ def test_large_bodies_wait_for_room_and_small_ones_do_not(tokenizer: Tokenizer) 
 # --- on the wire
 
 
-@pytest.fixture(scope="module")
-def wire(tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
-    """A live server that is impatient."""
-    settings = ServerSettings(port=0, header_timeout=0.5, body_timeout=0.5, max_body_bytes=20_000)
+@contextlib.contextmanager
+def address(tokenizer: Tokenizer, **limits: Any) -> Iterator[tuple[str, int]]:
+    """That of a live server."""
+    settings = ServerSettings(port=0, max_body_bytes=20_000, **limits)
     with live(create_app(ScriptedLLM(tokenizer), settings)) as url:  # type: ignore[arg-type]
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 
 
+@pytest.fixture(scope="module")
+def wire(tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
+    with address(tokenizer) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def impatient(tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
+    with address(tokenizer, header_timeout=0.5, body_timeout=0.5) as found:
+        yield found
+
+
 def send(address: tuple[str, int], data: bytes, rest: bytes = b"", pause: float = 0.0) -> bytes:
     """What a server answers to raw bytes until it closes the connection."""
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=60) as connection:
         connection.sendall(data)
         if pause:
             time.sleep(pause)
@@ -516,14 +538,14 @@ def send(address: tuple[str, int], data: bytes, rest: bytes = b"", pause: float 
         return answer
 
 
-def test_headers_that_never_end_are_cut_off(wire: tuple[str, int]) -> None:
-    assert send(wire, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ") == b""
-    assert send(wire, b"") == b""
+def test_headers_that_never_end_are_cut_off(impatient: tuple[str, int]) -> None:
+    assert send(impatient, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ") == b""
+    assert send(impatient, b"") == b""
 
 
-def test_a_body_that_never_ends_is_cut_off(wire: tuple[str, int]) -> None:
+def test_a_body_that_never_ends_is_cut_off(impatient: tuple[str, int]) -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
-    answer = send(wire, head)
+    answer = send(impatient, head)
     assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
 
 
@@ -535,9 +557,9 @@ def test_a_refused_request_cannot_hold_its_connection_open(wire: tuple[str, int]
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 403")) and b"connection: close" in answer.lower()
 
 
-def test_a_second_request_may_be_as_late_as_keep_alive_allows(wire: tuple[str, int]) -> None:
+def test_a_second_request_may_be_as_late_as_keep_alive_allows(impatient: tuple[str, int]) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
-    answer = send(wire, request + b"\r\n", request + b"Connection: close\r\n\r\n", pause=0.8)
+    answer = send(impatient, request + b"\r\n", request + b"Connection: close\r\n\r\n", pause=0.8)
     assert answer.count(b"HTTP/1.1 200") == 2
 
 

@@ -28,7 +28,7 @@ class Notebook:
     def handle(self, call: ToolCall) -> str:
         self.calls += 1
         if "wait" in call.arguments:
-            self.closed.wait(20)
+            self.closed.wait(60)
         return f"cell {self.calls}: {call.arguments}"
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Maker:
 @contextmanager
 def served_tools(maker: Maker | None = None, *sources: Any, **options: Any) -> Iterator[Toolbox]:
     """A toolbox of `python` and the toy; `sources` are further MCP servers."""
-    connections = Connections(read_servers([make_server(), *sources]), timeout=5)
+    connections = Connections(read_servers([make_server(), *sources]), timeout=60)
     try:
         yield Toolbox({"python": maker or Maker()}, connections, **options)
     finally:

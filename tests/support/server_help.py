@@ -27,12 +27,12 @@ def live(app: FastAPI) -> Iterator[str]:
     server = make_server(app, listening)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(20), "the server did not open its port"
+    assert ready.wait(60), "the server did not open its port"
     try:
         yield urls[0]
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
 
 
@@ -58,7 +58,7 @@ def values_of(metrics: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def wait_until(true: Any, seconds: float = 10.0) -> None:
+def wait_until(true: Any, seconds: float = 60.0) -> None:
     """Wait for something that happens on another thread; the limit only ends a test that would fail."""
     end = time.monotonic() + seconds
     while not true():
