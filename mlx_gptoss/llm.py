@@ -141,7 +141,11 @@ def load(
 def _group(hosts: str | Path | Sequence[str], parallel: Parallel, patience: Patience | None) -> Group:
     known = read_hosts(hosts)
     require_here(known.hosts)
-    starter = partial(starter_of, environment=known.environment)
+    variables = known.environment
+    if parallel == "tensor" and known.collective.startswith("jaccl"):
+        # Without it each crossing between GPU and CPU takes longer than a sum (mlx #4438).
+        variables = {"MLX_METAL_FAST_SYNCH": "1", **variables}
+    starter = partial(starter_of, environment=variables)
     if parallel == "pipeline":
         return Group(known.hosts, starter, patience)
     if parallel != "tensor":
