@@ -27,11 +27,12 @@ import numpy as np
 
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.memory import gigabytes, plan_experts
-from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
+from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_model
+from mlx_gptoss.device import peak_rss
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.launch import Source, load_spread, spread
-from mlx_gptoss.distributed.plan import parse_split
+from mlx_gptoss.distributed.plan import Share, parse_split
 from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import BEAT
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
@@ -50,11 +51,13 @@ DEMO = resolve("demo")
 TOKENS = 100
 BEAT_BYTES = 13  # a sign of life, which comes without tokens as well
 FOUR = 4
+# The prompt for the whole model, and how many tokens follow.
+WHOLE = (prompt(5, 12, 2000), 4)
 
 
-def local(folder: Path) -> LocalRunner:
+def local(folder: Path, dtype: str | None = None) -> LocalRunner:
     """The model in one process, its matrices in memory as a group has them."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, dtype)
     checkpoint.unpacked = plan_experts(checkpoint, "all", 1 << 40, 0).unpacked
     return LocalRunner(read_model(checkpoint), interleaved=checkpoint.layout.interleaved)
 
@@ -188,56 +191,58 @@ def _rate(runner: PipelineRunner, depth: int) -> float:
     return (made.counters.generated_tokens - before) / (time.perf_counter() - started)
 
 
-def whole(folder: Path, split: Sequence[int] | None) -> bool:
-    """A whole model on two ranks, each in a process of its own: bytes opened, peak memory, the output."""
-    tokens, count = prompt(5, 40, 2000), 6
-    checkpoint = Checkpoint(folder)
-    hosts = [Host("localhost")] * 2
-    with closing(Group(hosts, patience=Patience(silence=60.0))) as group:
-        plan = spread(checkpoint, group.gather(), 1 << 28, 0, split)
+def whole(folder: Path, dtype: str | None, split: Sequence[int] | None) -> bool:
+    """A whole model on two ranks, after it ran in one process: bytes opened, peak memory, the output."""
+    command = [sys.executable, "-m", "benchmarks.several_macs", "alone", str(folder)]
+    command += [] if dtype is None else ["--dtype", dtype]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    expected = [int(token) for token in out.split()]
+    checkpoint = Checkpoint(folder, dtype)
+    sizes = {t.path: t.path.stat().st_size for t in checkpoint.tensors.values()}
+    with closing(Group([Host("localhost")] * 2, patience=Patience(silence=60.0))) as group:
+        plan = spread(checkpoint, group.gather(), 1 << 27, 1 << 26, split)
         source = Source.of(str(folder), folder, offline=True)
         runner = load_spread(lambda job: job(), group, checkpoint, plan, source, (None, None))
-        found, seconds = decode(runner, tokens, count)
-        time.sleep(1.0)  # a rank tells of itself twice a second
-        facts = group.members[0].facts
-        share = plan.shares[1]
-        total = sum(t.path.stat().st_size for t in {t.path: t for t in checkpoint.tensors.values()}.values())
-        needed = plan.needed(share)
-        ratio = int(facts["peak_rss"]) / needed
-        print(
-            f"rank 1: layers {share.layers.start} to {share.layers.stop - 1}, opened "
-            f"{gigabytes(facts['opened'])} of {gigabytes(total)}, peak {gigabytes(facts['peak_rss'])}, "
-            f"planned {gigabytes(needed)}: {ratio:.3f}"
-        )
-        print(f"{1000 * statistics.median(seconds):.0f} ms a token")
-    out = subprocess.run(
-        [sys.executable, "-m", __spec__.name, "alone", str(folder), str(count)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    expected = [int(t) for t in out.stdout.split()]
-    print("output:", "the same as in one process" if found == expected else f"{found}, alone {expected}")
-    return found == expected and ratio <= 1.05
+        found, seconds = decode(runner, *WHOLE)
+        time.sleep(2 * BEAT)  # until the other has told of itself
+        facts, share = group.members[0].facts, plan.shares[1]
+        opened = [int(facts["opened"]), sum(sizes[p] for p in _files(checkpoint, plan.shares[0]))]
+        right = found == expected
+        for rank, peak in ((1, int(facts["peak_rss"])), (0, peak_rss())):
+            share, needed = plan.shares[rank], plan.needed(plan.shares[rank])
+            right &= peak <= 1.05 * needed
+            print(
+                f"rank {rank}: layers {share.layers.start} to {share.layers.stop - 1}, files of "
+                f"{gigabytes(opened[1 - rank])} of {gigabytes(sum(sizes.values()))}, peak {gigabytes(peak)}, "
+                f"planned {gigabytes(needed)}: {peak / needed:.3f}"
+            )
+    same = "the same as in one process" if found == expected else f"{found}, alone {expected}"
+    print(f"{statistics.median(seconds):.2f} s a token; output: {same}")
+    return right
+
+
+def _files(checkpoint: Checkpoint, share: Share) -> set[Path]:
+    portion = Portion(share.layers, ends=share.rank == 0)
+    return {t.path for name, t in checkpoint.tensors.items() if portion.has(checkpoint.specs[name])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["requests", "wire", "delay", "whole", "alone"])
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("tokens", nargs="?", type=int, default=6)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--split")
+    parser.add_argument("--dtype")
     args = parser.parse_args()
     if args.what == "alone":  # in a process of its own, for `whole`
-        print(*decode(local(args.folder), prompt(5, 40, 2000), args.tokens)[0])
+        print(*decode(local(args.folder, args.dtype), *WHOLE)[0])
         return
     split = None if args.split is None else parse_split(args.split)
     runs: dict[str, Callable[[], bool]] = {
         "requests": lambda: requests(args.count),
         "wire": wire,
         "delay": delay,
-        "whole": lambda: whole(args.folder, split),
+        "whole": lambda: whole(args.folder, args.dtype, split),
     }
     sys.exit(0 if runs[args.what]() else 1)
 
