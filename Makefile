@@ -75,6 +75,7 @@ bits: $(VENV)/.installed-test
 # A model over several ranks of this machine: against one process, what crosses the wire, and 100 faults.
 several-macs: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.several_macs requests
+	$(BIN)/python -m benchmarks.several_macs tensor
 	$(BIN)/python -m benchmarks.several_macs wire
 	$(BIN)/python -m benchmarks.faults
 

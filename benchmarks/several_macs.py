@@ -1,6 +1,7 @@
 """A model over several ranks of this machine: is it the same, what crosses the wire, what does a delay cost?
 
     python -m benchmarks.several_macs requests [--count 200]    2, 3, 4 ranks against one process
+    python -m benchmarks.several_macs tensor [--count 200]      a part of every layer on 2, 3, 4 hosts
     python -m benchmarks.several_macs wire                      bytes a token; CPU of ranks that wait
     python -m benchmarks.several_macs delay                     1 and 10 ms away (Linux, as root)
     python -m benchmarks.several_macs whole DIR                 a model on two ranks: bytes, memory, output
@@ -40,7 +41,7 @@ from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.speculate import PromptLookup
 from tests.support.checkpoints import write_checkpoint
 from tests.support.delayed_link import HERE, THERE, StarterThere, delayed
-from tests.support.groups import PATIENT, pipeline
+from tests.support.groups import PATIENT, pipeline, tensor
 from tests.support.mixed_requests import Script
 from tests.support.random_weights import Shape
 from tests.support.scheduling import Client, prompt, run
@@ -94,6 +95,42 @@ def requests(count: int) -> bool:
                 f"{counts.accepted_tokens} guesses right"
             )
     return right
+
+
+def tensor_parts(count: int) -> bool:
+    """A part of every layer on each host: mixed requests, logits, and the CPU of parts that wait."""
+    one, right = local(DEMO), True
+    for hosts in (2, 3, 4):
+        with tensor(DEMO, hosts) as runner:
+            made = Scheduler(runner, budget=4 << 20, chunk=64, max_running=6)
+            clients = Script(made, hosts).run(count if hosts == 2 else count // 10)  # parts spin on two cores
+            counts = made.counters
+            tokens = prompt(hosts, 60, 2000)
+            wanted, found = _logits(one, tokens), _logits(runner, tokens)
+            worst = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+            pids = [int(member.facts["pid"]) for member in runner.session.members]
+            before, seconds = sum(map(_cpu, pids)), 10.0
+            time.sleep(seconds)
+            idle = (sum(map(_cpu, pids)) - before) / seconds / hosts
+            sums = max(float(member.facts["all_sum"]) for member in runner.session.members)
+        same = sum(_same(one, client) for client in clients)
+        right &= same == len(clients) and worst <= 1e-5 and idle < 0.02
+        print(
+            f"{hosts} hosts: {same} of {len(clients)} requests as alone ({counts.forwards} forwards, "
+            f"{counts.cached_tokens} tokens from prefixes, {counts.preempted} preempted, {counts.cancelled} "
+            f"cancelled); logits differ by {worst:.1e} of their scale; an all_sum takes "
+            f"{1e6 * sums:,.0f} us; waiting: {100 * idle:.2f} % of a core"
+        )
+    return right
+
+
+def _logits(runner: ModelRunner, tokens: list[int]) -> np.ndarray:
+    """Those of a prompt at once, and of its last tokens one by one after a rewind."""
+    cache = runner.make_cache()
+    found = [runner.forward(mx.array(tokens), [(len(tokens), cache)])]
+    at = cache.rewind(len(tokens) - 8)
+    found += [runner.forward(mx.array(tokens[i : i + 1]), [(1, cache)]) for i in range(at, len(tokens))]
+    return np.concatenate([np.array(logits) for logits in found if logits is not None])
 
 
 def _same(one: LocalRunner, client: Client) -> bool:
@@ -228,7 +265,7 @@ def _files(checkpoint: Checkpoint, share: Share) -> set[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["requests", "wire", "delay", "whole", "alone"])
+    parser.add_argument("what", choices=["requests", "tensor", "wire", "delay", "whole", "alone"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--split")
@@ -240,6 +277,7 @@ def main() -> None:
     split = None if args.split is None else parse_split(args.split)
     runs: dict[str, Callable[[], bool]] = {
         "requests": lambda: requests(args.count),
+        "tensor": lambda: tensor_parts(args.count),
         "wire": wire,
         "delay": delay,
         "whole": lambda: whole(args.folder, args.dtype, split),
