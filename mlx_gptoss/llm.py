@@ -221,6 +221,8 @@ def _plan_group(
     all_free = made.memory.total() + SCRATCH + made.left  # of one machine that leaves as much to caches
     context = plan_context(made.memory, options, all_free)
     room = sum(machine.room for machine in machines)
+    if made.max_running is not None:
+        options = replace(options, max_running=min(options.max_running, made.max_running))
     return _Plan(made.memory, options, *context, room, (group, made, source))
 
 

@@ -155,7 +155,8 @@ class ExpertFiles:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         self._states[path] = _state(descriptor)
-        if read_header(path) != known:
+        header = read_header(path)
+        if {name: header.get(name) for name in known} != known:
             raise CheckpointError(f"{path}: changed since its header was read: load the model again")
 
     def experts(self, checkpoint: Checkpoint, layer: int, bias: mx.array) -> StreamedExperts:

@@ -162,14 +162,19 @@ def dial(address: tuple[str, int], token: bytes, timeout: float = HANDSHAKE) -> 
 
 
 def dial_any(addresses: list[list[Any]], token: bytes) -> Channel:
-    """A connection to the first of some [host, port] that lets this machine in. Raises HostError."""
-    problem = HostError("no address was given")
-    for host, port in addresses:
-        try:
-            return dial((host, port), token)
-        except HostError as error:
-            problem = error
-    raise problem
+    """A connection to the first of some [host, port] that lets this machine in, tried for a while: strangers
+    may have all places for a moment. Raises HostError.
+    """
+    problem, deadline = HostError("no address was given"), time.monotonic() + 2 * HANDSHAKE
+    while True:
+        for host, port in addresses:
+            try:
+                return dial((host, port), token)
+            except HostError as error:
+                problem = error
+        if time.monotonic() > deadline or not addresses:
+            raise problem
+        time.sleep(0.5)
 
 
 def _their_nonce(connection: socket.socket, deadline: float) -> bytes:

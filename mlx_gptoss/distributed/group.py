@@ -46,11 +46,13 @@ StarterOf = Callable[[Host], Starter]
 class Patience:
     """How long rank 0 waits, in seconds, and how often it starts over.
 
-    silence: for a sign of life. start: for a process to say hello. restarts: at most so many within `within`
+    silence: for a sign of life. step: for one piece of work. start: for a process to say hello. restarts: at
+    most so many within `within`
     seconds; after that the group stays down.
     """
 
     silence: float = 4.0
+    step: float = 300.0
     start: float = 60.0
     restarts: int = 5
     within: float = 600.0
@@ -300,7 +302,9 @@ class Group:
 
         together = self.collective is not None
         last = members[0 if together else -1]
-        session = self._pending = Session(members, self.patience.silence, RETRY_AFTER, told, last)
+        session = self._pending = Session(
+            members, self.patience.silence, self.patience.step, RETRY_AFTER, told, last
+        )
 
         def over() -> None:
             session.over.wait()

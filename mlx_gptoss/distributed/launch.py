@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.fingerprint import fingerprint
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts, runtime_bytes
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_model
@@ -19,7 +20,7 @@ from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import Member
 from mlx_gptoss.distributed.stage import Stage
 from mlx_gptoss.distributed.tensor import TensorRunner
-from mlx_gptoss.errors import MemoryLimitError, RequestError
+from mlx_gptoss.errors import RequestError
 from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig
 
@@ -53,12 +54,20 @@ class Spread:
                 )
             ends = "embedding, head, " if share.rank == 0 else ""
             sizes = f"weights {gigabytes(share.weights)} of {gigabytes(share.machine.room)} free"
+            if share.slots is not None:
+                sizes += f", {share.slots} of {config.num_experts} experts a layer, the others read from disk"
             lines.append(f"\n  {share.machine.host}: {ends}{what}: {sizes}")
         return "".join(lines)
 
     def needed(self, share: Share) -> int:
         """Bytes of a rank's process without caches, once it has loaded."""
-        return _weights(self.memory, share) + runtime_bytes()
+        return share.weights + runtime_bytes()
+
+    @property
+    def max_running(self) -> int | None:
+        """How many sequences' experts find places at the same time, whichever those are; None: of all."""
+        slots = [share.slots for share in self.shares if share.slots is not None]
+        return min(slots) // self.memory.config.experts_per_token if slots else None
 
     @property
     def ranges(self) -> list[range]:
@@ -73,14 +82,6 @@ def spread(
     MemoryLimitError.
     """
     shares = plan_pipeline(checkpoint, machines, kv, beside, split)
-    for share in shares:
-        if share.slots is not None:
-            raise MemoryLimitError(
-                f"{share.machine.host}: {len(share.layers)} layers need more memory than is free there: add "
-                "a machine, give this one less with --split, or close other programs there",
-                needed=share.needed,
-                available=share.machine.room,
-            )
     kinds = checkpoint.config.layer_types
     if SLIDING in kinds and SLIDING not in kinds[: shares[0].layers.stop]:
         raise RequestError(
@@ -90,11 +91,13 @@ def spread(
         )
     room = sum(machine.room for machine in machines)
     each = runtime_bytes() + beside
-    memory = plan_experts(checkpoint, "all", room - (len(machines) - 1) * each, kv + beside)
+    if any(share.slots is not None for share in shares):
+        memory = plan_checkpoint(checkpoint)
+    else:
+        memory = plan_experts(checkpoint, "all", room - (len(machines) - 1) * each, kv + beside)
+        shares = [replace(share, weights=_weights(memory, share)) for share in shares]
     left = min(
-        int(
-            (share.machine.room - each - _weights(memory, share)) / _share_of_caches(checkpoint.config, share)
-        )
+        int((share.machine.room - each - share.weights) / _share_of_caches(checkpoint.config, share))
         for share in shares
     )
     return Spread(shares, memory, max(0, left))
@@ -216,6 +219,7 @@ def _orders(checkpoint: Checkpoint, plan: Spread, source: Source, kv_bits: KVBit
                 "dtype": str(checkpoint.dtype).removeprefix("mlx.core."),
                 "layers": [share.layers.start, share.layers.stop],
                 "unpacked": list(plan.memory.unpacked),
+                "slots": share.slots,
                 "kv_bits": list(kv_bits),
                 "fingerprint": fingerprint(checkpoint.folder, "", tensors),
             }
@@ -233,6 +237,8 @@ def _read_first(
     here = plan.ranges[0] if plan.parallel == "pipeline" else range(0)
     own = Checkpoint(checkpoint.folder, checkpoint.dtype, Portion(here, ends=True))
     own.unpacked = plan.memory.unpacked
+    if (slots := plan.shares[0].slots) is not None:
+        own.streaming = ExpertFiles(own, slots)
     model = read_model(own, lambda done, total: progress(max(0, min(done - 1, total - 2))))
     if plan.parallel == "tensor":
         return TensorRunner(group, model, plan.shares, kv_bits)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
+from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.fingerprint import fingerprint
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.part import PartOfCheckpoint
@@ -105,6 +106,8 @@ class Process:
                 "those of rank 0: copy or download them again"
             )
         checkpoint.unpacked = tuple(order["unpacked"])
+        if order["slots"] is not None:
+            checkpoint.streaming = ExpertFiles(checkpoint, order["slots"])
         limit_memory(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         layers = read_layers(checkpoint, lambda done: self._control.tell(["loaded", done]))
         mx.clear_cache()

@@ -60,14 +60,15 @@ class Returned:
 class Session:
     """The members, from rank 1 on. last: the one that sends hidden states back.
 
-    silence: seconds without a sign of life after which a rank is lost. told: asked about every record that is
-    no reply, on the thread that heard it.
+    silence, step: seconds without a sign of life, and on one piece of work, after which a rank is lost. told:
+    asked about every record that is no reply, on the thread that heard it.
     """
 
     def __init__(
         self,
         members: list[Member],
         silence: float,
+        step: float,
         retry_after: float,
         told: Callable[[Member, list[Any]], None] = lambda member, record: None,
         last: Member | None = None,
@@ -79,7 +80,8 @@ class Session:
         self.loss: HostError | None = None
         self.over = threading.Event()
         self.waited = 0.0  # seconds that rank 0 has waited for hidden states
-        self._silence, self._retry_after, self._told = silence, retry_after, told
+        self._silence, self._step = silence, step
+        self._retry_after, self._told = retry_after, told
         self._returned: SimpleQueue[Returned | None] = SimpleQueue()
         self._lock = threading.Lock()
         for member in members:
@@ -186,6 +188,8 @@ class Session:
                 match record:
                     case ["beat", dict(facts)]:
                         member.facts.update(facts)
+                        if (busy := float(facts.get("busy", 0))) > self._step:
+                            raise ProtocolError(f"has worked on one step for {busy:.0f} s")
                     case ["failed", str(kind), str(message)]:
                         raise ProtocolError(f"failed: {kind}: {message}")
                     case ["arrays", list(described)]:

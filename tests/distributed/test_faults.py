@@ -214,6 +214,32 @@ def test_a_process_that_ends_or_says_nothing_is_named() -> None:
         Group(HOSTS, lambda host: silent, Patience(start=0.5)).gather()
 
 
+def test_a_rank_that_lives_and_does_not_get_on_is_lost() -> None:
+    made = Impostor({"versions": versions()})
+    group = Group(HOSTS, lambda host: made, PATIENT)
+    group.gather()
+    made.channels[0].tell(["beat", {"busy": PATIENT.step + 1}])
+    with pytest.raises(HostError, match="has worked on one step for 301 s"):
+        group.open([{}])
+
+
+def test_prefixes_on_disk_outlive_a_loss(tmp_path: Path) -> None:
+    with mlx_gptoss.load(
+        "demo",
+        max_context=1024,
+        hosts=["localhost", "localhost"],
+        patience=PATIENT,
+        prefix_cache=tmp_path,
+    ) as llm:
+        first = answer(llm)
+        until(lambda: len(list(tmp_path.rglob("*.prefix"))) > 0 and llm.stats().running == 0)
+        os.kill(pids()[0], signal.SIGKILL)
+        until(lambda: llm.stats().rank_losses == 1 and isinstance(answer(llm), list))
+        before = llm.stats().cached_tokens
+        assert answer(llm) == first
+        assert llm.stats().cached_tokens > before
+
+
 def test_nonsense_from_a_rank_is_a_loss_that_names_it() -> None:
     made = Impostor({"versions": versions()})
     group = Group(HOSTS, lambda host: made, PATIENT)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.checkpoint.hub import resolve
-from mlx_gptoss.checkpoint.memory import plan_experts
+from mlx_gptoss.checkpoint.memory import plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_layers, read_model
+from mlx_gptoss.distributed.launch import spread
+from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner, Pending
 from mlx_gptoss.engine.scheduler import Scheduler
@@ -170,6 +172,22 @@ def test_adapters_of_a_batch_are_on_every_rank(tmp_path: Path) -> None:
         found = answers(runner)
     assert found == answers(local())
     assert len({tuple(tokens) for tokens in found}) == 7
+
+
+def test_ranks_that_are_short_read_experts_from_the_disk() -> None:
+    checkpoint = Checkpoint(DEMO)
+    machines = [Machine("here", 1 << 40)] * 2
+    needed = [share.needed for share in spread(checkpoint, machines, 1 << 26, 0, None).shares]
+    expert = plan_checkpoint(checkpoint).expert.loaded
+    tokens = mx.array(prompt(4, 40, 2000), mx.int32)
+
+    def logits(runner: ModelRunner) -> np.ndarray:
+        made = runner.forward(tokens, [(len(tokens), runner.make_cache())])
+        return np.array(made)
+
+    with pipeline(DEMO, 2, (2, 2), rooms=[n - expert for n in needed]) as runner:
+        found = logits(runner)
+    assert np.array_equal(found, logits(LocalRunner(read_model(checkpoint))))
 
 
 def test_a_rank_opens_only_the_files_of_its_layers(tmp_path: Path) -> None:

@@ -25,11 +25,15 @@ def pipeline(
     split: Sequence[int] | None = None,
     kv_bits: KVBits = (None, None),
     patience: Patience = PATIENT,
+    rooms: Sequence[int] | None = None,
 ) -> Iterator[PipelineRunner]:
-    """A runner over so many ranks on this machine, used by this thread."""
+    """A runner over so many ranks on this machine, used by this thread. rooms: bytes that each may take."""
     checkpoint = Checkpoint(folder)
     with closing(Group([Host("localhost")] * ranks, patience=patience)) as group:
-        plan = spread(checkpoint, group.gather(), 1 << 26, 0, split)
+        machines = group.gather()
+        if rooms is not None:
+            machines = [replace(m, room=room) for m, room in zip(machines, rooms, strict=True)]
+        plan = spread(checkpoint, machines, 1 << 26, 0, split)
         source = Source.of(str(folder), folder, offline=True)
         yield load_spread(lambda job: job(), group, checkpoint, plan, source, kv_bits)
 
