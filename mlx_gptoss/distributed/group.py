@@ -47,8 +47,7 @@ class Patience:
     """How long rank 0 waits, in seconds, and how often it starts over.
 
     silence: for a sign of life. step: for one piece of work. start: for a process to say hello. restarts: at
-    most so many within `within`
-    seconds; after that the group stays down.
+    most so many within `within` seconds; after that the group stays down.
     """
 
     silence: float = 4.0
