@@ -68,7 +68,8 @@ def tune(model: Model, clock: Callable[[], float] = time.perf_counter) -> Tuned:
             run = _prompt if name == "prompt" else _decode(awaited=name == "awaited")
             seconds[name], peaks = _measured(model, name, run, clock)
             start = getattr(USUAL, name)
-            allowed = {n: s for n, s in seconds[name].items() if peaks[n] <= MORE_MEMORY * peaks[start]}
+            most = MORE_MEMORY * peaks[start] if name == "prompt" else float("inf")
+            allowed = {n: s for n, s in seconds[name].items() if peaks[n] <= most}
             best = min(allowed, key=allowed.__getitem__)
             if seconds[name][start] >= (1 + LEAST_GAIN) * allowed[best]:
                 found = replace(found, **{name: best})

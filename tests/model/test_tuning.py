@@ -35,6 +35,7 @@ def model(tmp_path: Path) -> Model:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STEPS": 2, "ROUNDS": 2, "CONTEXT": 4, "PROMPT": 4}.items():
         monkeypatch.setattr(tuning, name, value)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 100)
 
 
 def clock_of(model: Model, cost: Cost) -> Callable[[], float]:

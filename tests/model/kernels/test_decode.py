@@ -292,7 +292,7 @@ def test_examinations_of_a_process_take_two_seconds_in_all(
     folder: Path, doubles: Doubles, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    clock.own = 0.14
+    clock.own = 0.5
     kernels = DecodeKernels(loaded(folder), "verify", record, clock=clock)
     while kernels.examine_next():
         pass
