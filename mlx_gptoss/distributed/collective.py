@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_gptoss.distributed.hosts import Host, RdmaDevices
-from mlx_gptoss.distributed.stage import Stage
+from mlx_gptoss.distributed.stage import PartStage
 from mlx_gptoss.errors import HostError
 
 # What is measured is the least of so many times: what the machines can do.
@@ -42,7 +42,7 @@ class Collective:
     def __call__(self, x: mx.array) -> mx.array:
         return x if self._group is None else mx.distributed.all_sum(x, group=self._group)
 
-    def measure(self, stage: Stage) -> dict[str, float]:
+    def measure(self, stage: PartStage) -> dict[str, float]:
         """Join, and tell the seconds that an all_sum in a token's forward takes and that the rest of it does.
 
         A chain of as many sums as a token needs, each after a product: what a GPU waits for its links and
@@ -52,6 +52,7 @@ class Collective:
         step = _least(lambda: stage.forward(x, [[-1, 1]], None), lambda: stage.make(-1, 0))
         stage.free([-1], [], [])
         self.join()
+        stage.retrace()
         sums = 2 * config.num_layers
 
         def chain() -> mx.array:

@@ -125,7 +125,7 @@ class Process:
         )
         opened = {tensor.path for tensor in checkpoint.tensors.values()}
         facts = {**self._facts(), "opened": sum(path.stat().st_size for path in opened)}
-        if collective is not None:
+        if collective is not None and isinstance(stage, PartStage):
             self._alone = time.monotonic()
             facts |= collective.measure(stage)
             self._alone = None

@@ -16,6 +16,7 @@ from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WayBack, WindowState
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.graph import Layer, run_layers
+from mlx_gptoss.model.kernels.layer import NONE
 
 
 class Stage:
@@ -107,6 +108,11 @@ class Stage:
 
 class PartStage(Stage):
     """A rank's part of every layer."""
+
+    def retrace(self) -> None:
+        """Forget the graphs that are replayed: what the layers add up with has changed."""
+        for layer in self._layers:
+            layer.use(NONE)
 
     def forward(self, x: mx.array, shares: Sequence[Sequence[int]], rows: Sequence[int] | None) -> mx.array:
         """As Stage's; but all rows are computed to the end, for that is what the others are waiting for."""

@@ -16,7 +16,7 @@ from mlx_gptoss.model.batch import Batch
 from mlx_gptoss.model.cache import LayerCache
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.graph import Attention, MixtureOfExperts
-from mlx_gptoss.model.projection import Projection
+from mlx_gptoss.model.projection import Projection, replayable
 
 Total: TypeAlias = Callable[[mx.array], mx.array]
 """A part's rows [T, D] -> the sum of all parts'."""
@@ -27,6 +27,7 @@ class Summed:
 
     def __init__(self, part: Projection, total: Total) -> None:
         self._part, self._total = part, total
+        self.replayable = replayable(part)
 
     def __call__(self, x: mx.array, batch: Batch | None = None) -> mx.array:
         return self._total(self._part(x, batch))
@@ -41,8 +42,10 @@ class PartOfAttention(Attention):
     def __init__(
         self, config: ModelConfig, index: int, *, total: Total, out: Projection, **weights: Any
     ) -> None:
-        super().__init__(config, index, out=Summed(out, total), **weights)
+        summed = Summed(out, total)
+        super().__init__(config, index, out=summed, **weights)
         self._total = total
+        summed.replayable &= self.heads > 0  # what has none goes its own way, by `__call__`
 
     def __call__(self, x: mx.array, batch: Batch) -> mx.array:
         """As Attention."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +21,7 @@ import mlx_gptoss
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.part import part_config
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
-from mlx_gptoss.distributed.collective import ipv4_addresses
+from mlx_gptoss.distributed.collective import free_port, ipv4_addresses
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.launch import Spread, require_gain, spread_tensor
@@ -243,3 +247,16 @@ def test_parts_without_a_common_network_are_told_what_to_give() -> None:
         HostError, match="mac1 has no IPv4 address in a network that all hosts are in: give `ips`"
     ):
         ipv4_addresses(asked)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX's CPU backend compiles with a C++ compiler")
+def test_parts_are_replayed_on_a_gpu_as_whole_layers_are(tmp_path: Path) -> None:
+    folder, ports = write_checkpoint(tmp_path, WIDE), [str(free_port()) for _ in range(2)]
+    command = [sys.executable, "-m", "tests.support.replayed_part", str(folder)]
+    parts = [
+        subprocess.Popen([*command, str(rank), *ports], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    for part in parts:
+        told = json.loads(part.communicate(timeout=150)[0])
+        assert told["difference"] <= 1e-5
+        assert told["built"] == 2 * WIDE.layers  # once for the prompt, once for the first single token
