@@ -159,7 +159,8 @@ def candidates(hosts: HostList, facts: Sequence[Facts], first: int, second: int)
     for network in map(IPv4Interface, facts[second].networks):
         if any(one.network == network.network and one.ip != network.ip for one in mine):
             found.append(str(network.ip))
-    return list(dict.fromkeys(found))
+    plain = [address for address in found if ":" not in address]  # MLX's backends take IPv4 alone
+    return list(dict.fromkeys(plain or found))
 
 
 def _beside(address: str, facts: Facts) -> str | None:
@@ -172,9 +173,9 @@ def _beside(address: str, facts: Facts) -> str | None:
 
 def _collectives(hosts: HostList, facts: Sequence[Facts]) -> Iterator[str]:
     """The backends of MLX that all hosts can use."""
-    for backend in ("ring", "jaccl"):
+    for backend in ("ring", "jaccl-ring" if hosts.backend == "jaccl-ring" else "jaccl"):
         wired = backend == "ring" or all(host.rdma for host in hosts.hosts)
-        if wired and all(backend in fact.backends for fact in facts):
+        if wired and all(backend.partition("-")[0] in fact.backends for fact in facts):
             yield backend
 
 

@@ -116,5 +116,7 @@ def test_a_link_is_tried_over_every_network_that_both_are_in(fake: FakeSsh) -> N
     )
     assert candidates(hosts, [mine, theirs], 0, 1) == ["192.168.1.24", "10.0.5.2"]
     assert address_of(hosts, [mine, theirs], 0) == "192.168.1.23"
+    by_bonjour = replace(theirs, ssh="fe80::1%en0 5000 fe80::2%en0 22")
+    assert candidates(hosts, [mine, by_bonjour], 0, 1) == ["192.168.1.24", "10.0.5.2"]
     given = HostList((Host("localhost"), Host("mac2", ("10.9.9.9",))))
     assert candidates(given, [mine, theirs], 0, 1) == ["10.9.9.9"]
