@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from mlx_gptoss.checkpoint import registry
@@ -55,6 +55,7 @@ def resolve(
     revision: str | None = None,
     offline: bool = False,
     gguf: bool = False,
+    weights: Collection[str] | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
     """The local folder that holds `model`, downloaded first when it is a Hub id that isn't in the cache.
@@ -63,6 +64,7 @@ def resolve(
     name of a model that was converted here, or NAMESPACE/NAME on the Hub.
     revision: branch, tag or commit of a Hub id. offline: never touch the network (like ``HF_HUB_OFFLINE``).
     gguf: a .gguf file will do as well, and a repository of one (or of the parts of one), for `convert`.
+    weights: of a repository's files of weights, those alone, by name (default: all).
     announce is told in one line what will be downloaded, where anything is.
     A folder that holds nothing but ``original/`` resolves to that.
 
@@ -88,7 +90,7 @@ def resolve(
             f"no folder {text!r}; expected an existing folder, a Hub id like 'openai/gpt-oss-20b', "
             f"a short name like '20b', or 'demo'{did_you_mean(text, _names_here())}"
         )
-    return _from_hub(text, revision, offline, gguf, announce or (lambda line: None))
+    return _from_hub(text, revision, offline, gguf, weights, announce or (lambda line: None))
 
 
 def _names_here() -> list[str]:
@@ -245,12 +247,17 @@ def layout_folder(folder: Path) -> Path:
 
 
 def _from_hub(
-    repo: str, revision: str | None, offline: bool, gguf: bool, announce: Callable[[str], None]
+    repo: str,
+    revision: str | None,
+    offline: bool,
+    gguf: bool,
+    weights: Collection[str] | None,
+    announce: Callable[[str], None],
 ) -> Path:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if offline or constants.is_offline_mode():
-        cached = _cached(repo, revision, gguf)
+        cached = _cached(repo, revision, gguf, weights)
         if cached is None:
             at = f" at revision {revision!r}" if revision else ""
             raise ModelNotFoundError(
@@ -262,12 +269,14 @@ def _from_hub(
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except Exception as error:
         # No connection, the Hub is down, an expired token: a whole copy in the cache will do.
-        cached = _cached(repo, revision, gguf)
+        cached = _cached(repo, revision, gguf, weights)
         if cached is not None:
             return cached
         raise explain(error, repo, revision=revision) from error
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     names = _choose(repo, list(sizes), gguf)
+    if weights is not None:
+        names = [n for n in names if not n.endswith(".safetensors") or Path(n).name in weights]
     missing = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
     if missing:
         from mlx_gptoss.checkpoint.memory import gigabytes
@@ -353,7 +362,9 @@ def _download(repo: str, revision: str | None, names: Sequence[str], commit: str
         raise explain(error, repo, revision=revision) from error
 
 
-def _cached(repo: str, revision: str | None, gguf: bool) -> Path | None:
+def _cached(
+    repo: str, revision: str | None, gguf: bool, weights: Collection[str] | None = None
+) -> Path | None:
     """The snapshot of `repo` in the local cache, or None when it isn't there or isn't whole."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -364,13 +375,18 @@ def _cached(repo: str, revision: str | None, gguf: bool) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     folder = layout_folder(Path(snapshot))
-    return folder if is_whole(folder) or (gguf and any(folder.glob("*.gguf"))) else None
+    return folder if is_whole(folder, weights) or (gguf and any(folder.glob("*.gguf"))) else None
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether config.json and every shard of the index are there (an interrupted download lacks some)."""
+def is_whole(folder: Path, weights: Collection[str] | None = None) -> bool:
+    """Whether config.json and every shard of the index are there (an interrupted download lacks some).
+
+    weights: those of the shards that count.
+    """
     if not (folder / "config.json").exists():
         return False
+    if weights is not None:
+        return all((folder / name).exists() for name in weights)
     indexes = list(folder.glob("*.safetensors.index.json"))
     if not indexes:
         return any(folder.glob("*.safetensors"))

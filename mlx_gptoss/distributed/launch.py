@@ -217,6 +217,7 @@ def _orders(checkpoint: Checkpoint, plan: Spread, source: Source, kv_bits: KVBit
             {
                 **asdict(source),
                 "dtype": str(checkpoint.dtype).removeprefix("mlx.core."),
+                "weights": sorted({tensor.path.name for tensor in tensors.values()}),
                 "layers": [share.layers.start, share.layers.stop],
                 "unpacked": list(plan.memory.unpacked),
                 "slots": share.slots,

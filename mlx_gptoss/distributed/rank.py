@@ -95,7 +95,8 @@ class Process:
     def _load(self, kind: str, order: dict[str, Any]) -> Stage:
         if kind != "load":
             raise ProtocolError(f"said {kind!r} before 'load'")
-        folder = resolve(order["model"], revision=order["revision"], offline=order["offline"])
+        place = {name: order[name] for name in ("revision", "offline", "weights")}
+        folder = resolve(order["model"], **place)
         where = range(*order["layers"])
         collective = None if order["join"] is None else Collective(order["join"])
         checkpoint = _checkpoint(Path(folder), where, order, collective)

@@ -349,3 +349,24 @@ def test_a_repository_that_moves_while_it_is_downloaded_is_not_loaded(
         hub.resolve(REPO)
     monkeypatch.setattr(hub, "read_config", read)
     assert (hub.resolve(REPO) / "model.safetensors").read_bytes() == b"of a stranger"
+
+
+def test_some_files_of_weights_are_downloaded_without_the_others(server: HubServer) -> None:
+    shards = [f"model-{i}.safetensors" for i in (1, 2, 3)]
+    index = {"weight_map": {f"tensor {i}": name for i, name in enumerate(shards)}}
+    files = {name: WEIGHTS + bytes([i]) for i, name in enumerate(shards)}
+    server.add_repo(
+        REPO,
+        {
+            "config.json": FILES["config.json"],
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            **files,
+        },
+    )
+    folder = hub.resolve(REPO, weights=shards[1:2])
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == shards[1:2]
+    assert hub.resolve(REPO, weights=shards[1:2], offline=True) == folder
+    for wanted in (None, shards[:2]):
+        with pytest.raises(ModelNotFoundError, match="not wholly in the local cache"):
+            hub.resolve(REPO, weights=wanted, offline=True)
+    assert sorted(path.name for path in hub.resolve(REPO).glob("*.safetensors")) == shards
