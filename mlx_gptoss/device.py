@@ -165,13 +165,18 @@ def memory_is_short() -> bool:
     return not failed and level.value > 1
 
 
+def kept_buffers(weights: int) -> int:
+    """Bytes of freed buffers that MLX may keep beside a model of so many bytes."""
+    return max(CACHE_MIN, min(CACHE_MAX, weights // 32))
+
+
 def limit_memory(weights: int) -> None:
     """Bound what MLX keeps of freed buffers, and let a Mac wire the model's memory, so it is never paged out.
 
     weights: bytes of the model. The wired limit is 95 % of the device's recommended working set: the rest is
     a margin for other programs. Reuse of buffers pays for small ones; large ones would outgrow the plan.
     """
-    mx.set_cache_limit(max(CACHE_MIN, min(CACHE_MAX, weights // 32)))
+    mx.set_cache_limit(kept_buffers(weights))
     size = working_set() if mx.metal.is_available() else None
     if size is not None:
         mx.set_wired_limit(size * 95 // 100)

@@ -18,15 +18,18 @@ import mlx.core as mx
 from mlx_gptoss.checkpoint.layouts import FLOATS, PARTS, TensorSpec, record_parts
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
-from mlx_gptoss.device import available_memory, on_gpu
+from mlx_gptoss.device import available_memory, kept_buffers, on_gpu
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.cache import SLACK, SPARE
 from mlx_gptoss.model.config import FULL, ModelConfig
 
-# Python, MLX and its libraries, the tokenizer's table, and the activations of one decoded token. A GPU's
-# working set, which is what is counted there, holds the activations alone.
-RUNTIME_BYTES = 400 * 2**20
+# Python, MLX and its libraries, and the activations of one decoded token. A GPU's working set, which is what
+# is counted there, holds the activations alone.
+RUNTIME_BYTES = 100 * 2**20
 GPU_RUNTIME_BYTES = 64 * 2**20
+# What a tokenizer takes for each token, and the tokens of gpt-oss's.
+TOKEN_BYTES = 1800
+VOCABULARY = 201_088
 # The parts worth unpacking, the one that gains most first: attention's matrices see every row of a prompt.
 UNPACKED = ("attention", "head")
 
@@ -64,6 +67,7 @@ class MemoryPlan:
     layers: tuple[int, ...]  # loaded bytes of each layer
     slots: int | None = None  # experts of a layer that are in memory; None: all
     unpacked: tuple[str, ...] = ()  # quantised parts that are floats in memory
+    vocabulary: int = 0  # tokens of its tokenizer, 0 without one
 
     @property
     def stored(self) -> int:
@@ -112,7 +116,8 @@ class MemoryPlan:
     def total(self, context: int = 0) -> int:
         """Bytes a process needs to run one sequence of `context` tokens: weights, caches, the runtime."""
         running = self.kv(context) if context else 0
-        return self.weights + max(running, self.transient) + runtime_bytes()
+        kept = 0 if on_gpu() else kept_buffers(self.weights)
+        return self.weights + max(running, self.transient) + kept + runtime_bytes(self.vocabulary)
 
     @property
     def slot(self) -> int:
@@ -146,9 +151,9 @@ class MemoryPlan:
             )
 
 
-def runtime_bytes() -> int:
-    """What a process takes beside its model, on this device."""
-    return GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES
+def runtime_bytes(vocabulary: int = VOCABULARY) -> int:
+    """What a process takes beside its model, on this device. vocabulary: tokens of its tokenizer."""
+    return GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES + TOKEN_BYTES * vocabulary
 
 
 def plan(folder: Path | str, dtype: mx.Dtype | str | None = None) -> MemoryPlan:
@@ -204,8 +209,18 @@ def plan_checkpoint(
     parts.sort(key=lambda p: (PARTS.index(p.name), -p.stored))
     one = Expert(expert.stored // every, expert.loaded // every)
     layout = checkpoint.layout.name
+    vocabulary = config.vocab_size if (checkpoint.folder / "tokenizer.json").exists() else 0
     return MemoryPlan(
-        config, layout, checkpoint.dtype, tuple(parts), transient, one, tuple(layers), slots, unpacked
+        config=config,
+        layout=layout,
+        dtype=checkpoint.dtype,
+        parts=tuple(parts),
+        transient=transient,
+        expert=one,
+        layers=tuple(layers),
+        slots=slots,
+        unpacked=unpacked,
+        vocabulary=vocabulary,
     )
 
 
@@ -234,8 +249,13 @@ def plan_experts(checkpoint: Checkpoint, wanted: int | str, free: int, beside: i
             whole.require(free)
             return _unpacked(checkpoint, whole, free - beside)
     else:
-        slots = max(fewest, fewest + (free - beside - least.total()) // least.slot)
-    made = plan_checkpoint(checkpoint, min(slots, config.num_experts))
+        slots = fewest + max(0, free - beside - least.total()) // least.slot
+        slots = min(slots, config.num_experts)
+    made = plan_checkpoint(checkpoint, slots)
+    if wanted == "auto":  # with the weights grows what MLX keeps beside them
+        while slots > fewest and made.total() + beside > free:
+            slots -= 1
+            made = plan_checkpoint(checkpoint, slots)
     made.require(free)
     return _unpacked(checkpoint, made, free - beside)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_gptoss.checkpoint.memory import RUNTIME_BYTES, MemoryPlan, gigabytes
+from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, runtime_bytes
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.low_rank import EXPERTS, part_sizes
@@ -37,7 +37,7 @@ class TuneMemory:
 
     @property
     def fixed(self) -> int:
-        return self.weights + self.adapter + self.head + RUNTIME_BYTES
+        return self.weights + self.adapter + self.head + runtime_bytes()
 
 
 def plan_tune(memory: MemoryPlan, options: TuneOptions, longest: int) -> TuneMemory:

@@ -10,6 +10,7 @@ from mlx_gptoss.checkpoint.expert_file import ExpertFiles
 from mlx_gptoss.checkpoint.memory import (
     GPU_RUNTIME_BYTES,
     RUNTIME_BYTES,
+    TOKEN_BYTES,
     MemoryPlan,
     gigabytes,
     plan,
@@ -17,7 +18,7 @@ from mlx_gptoss.checkpoint.memory import (
     plan_experts,
 )
 from mlx_gptoss.checkpoint.reader import Checkpoint, load_model, read_model
-from mlx_gptoss.device import on_gpu
+from mlx_gptoss.device import kept_buffers, on_gpu
 from mlx_gptoss.errors import MemoryLimitError
 from mlx_gptoss.model.cache import SequenceCache
 from tests.model.test_parity import feed
@@ -203,7 +204,16 @@ def test_a_context_adds_its_caches_beyond_what_reading_takes(tmp_path: Path) -> 
     assert narrow.transient == 0 and narrow.total(4096) - narrow.total() == narrow.kv(4096)
     assert wide.total(1) == wide.total() and wide.kv(1) < wide.transient
     assert wide.total(131_072) - wide.total() == wide.kv(131_072) - wide.transient
-    assert narrow.total() - narrow.weights == (GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES)
+
+
+def test_the_runtime_is_counted_with_the_buffers_that_mlx_keeps_and_the_tokenizer(tmp_path: Path) -> None:
+    folder = write_sparse(tmp_path, SHAPES["20b"])
+    made = plan(folder, "bfloat16")
+    kept = 0 if on_gpu() else kept_buffers(made.weights)
+    assert made.total() - made.weights == (GPU_RUNTIME_BYTES if on_gpu() else RUNTIME_BYTES + kept)
+    (folder / "tokenizer.json").write_text("{}")
+    more = plan(folder, "bfloat16").total() - made.total()
+    assert more == (0 if on_gpu() else TOKEN_BYTES * 201_088)
 
 
 @pytest.mark.parametrize(
