@@ -6,7 +6,7 @@
     python -m benchmarks.streaming fit FOLDER --limit 4GB [--tokens 8] [--prompt 4]
                                      loads and decodes under a hard limit (a control group of Linux, as root)
     python -m benchmarks.streaming crowd FOLDER [--requests 2000]
-                                     many short requests at a time with six slots, tokens compared
+                                     64 short requests at a time with six slots, tokens compared
 
 FOLDER is a checkpoint; tests.support.checkpoints writes random ones of any size, and
 tests.support.sparse_checkpoint ones of true sizes without their bytes.
@@ -299,7 +299,7 @@ def inside(folder: Path, tokens: int, prompt: int, memory: str) -> dict[str, Any
 
 
 def crowd(folder: Path, requests: int) -> dict[str, Any]:
-    """Requests that come eight at a time, on six slots and on all experts: the same tokens?"""
+    """Requests, 64 of them at a time, on six slots and on all experts: the same tokens?"""
     checkpoint = Checkpoint(folder)
     slot = plan_checkpoint(checkpoint, 6).slot
     params = SamplingParams(temperature=0.0, max_tokens=4, stop_token_ids=())
@@ -315,9 +315,11 @@ def crowd(folder: Path, requests: int) -> dict[str, Any]:
             for first in range(0, requests, 64):
                 streams = [llm.submit(p, params) for p in prompts[first : first + 64]]
                 done += [[output.token_id for output in stream] for stream in streams]
-            found[f"{memory}: s"] = time.perf_counter() - start
+            found[f"{'six slots' if outputs else 'all experts'}, s"] = time.perf_counter() - start
             outputs.append(done)
     found["requests with other tokens"] = sum(a != b for a, b in zip(*outputs, strict=True))
+    if outputs[0] != outputs[1]:
+        raise SystemExit(f"other tokens: {found}")
     return found
 
 
