@@ -267,7 +267,8 @@ def status(server: Server, path: str, data: bytes, method: str = "POST") -> int 
 
 def broken(server: Server, path: str, data: bytes, rng: random.Random) -> str:
     """Send part of a request, or all of it a little at a time, and go away."""
-    with server.connect() as connection:
+    # The server may have had enough before.
+    with server.connect() as connection, suppress(BrokenPipeError, ConnectionResetError):
         cut = rng.randrange(len(data) + 1)
         connection.sendall(_head(path, len(data) + rng.choice([0, 1, 10**6])) + data[:cut])
         for byte in data[cut : cut + 20]:
@@ -330,14 +331,19 @@ class Outcome:
 
     def complaints(self, max_gap: float = MAX_GAP) -> list[str]:
         """What should not have happened."""
-        known = {200, 400, 404, 413, 429, 503, "left", "closed"}
-        wrong = {name: count for name, count in self.statuses.items() if name not in known}
+        wrong = unanswered(self.statuses)
         found = [] if self.alive else ["the server died"]
         found += [f"answered {wrong}"] if wrong else []
         found += [f"the stream failed: {self.failure}"] if self.failure else []
         found += [f"{self.worst_gap:.2f} s without a token"] if self.worst_gap >= max_gap else []
         gained = self.after - self.before
         return found + ([f"{gained / 1e6:.0f} MB stayed"] if gained >= MAX_GAIN else [])
+
+
+def unanswered(statuses: Counter[int | str]) -> dict[int | str, int]:
+    """Those that are no answer which a hostile request may have."""
+    known = {200, 400, 404, 413, 429, 503, "left", "closed"}
+    return {name: count for name, count in statuses.items() if name not in known}
 
 
 def attack(server: Server, bodies: int, schemas: int, senders: int, seed: int) -> Counter[int | str]:
@@ -350,19 +356,20 @@ def attack(server: Server, bodies: int, schemas: int, senders: int, seed: int) -
         work.put(item)
     statuses: Counter[int | str] = Counter()
 
-    def send(own: random.Random) -> None:
+    def send() -> None:
         while True:
             try:
                 kind, number = work.get_nowait()
             except queue.Empty:
                 return
+            own = random.Random(f"{seed} {kind} {number}")  # whichever thread sends it
             path, data = (body if kind == "body" else schema)(number, own)
             if kind == "body" and own.random() < 0.15:
                 statuses[broken(server, path, data, own)] += 1
             else:
                 statuses[status(server, path, data)] += 1
 
-    threads = [threading.Thread(target=send, args=(random.Random(seed + n),)) for n in range(senders)]
+    threads = [threading.Thread(target=send) for _ in range(senders)]
     for thread in threads:
         thread.start()
     for thread in threads:
