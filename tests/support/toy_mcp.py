@@ -16,6 +16,7 @@ import threading
 import time
 from typing import Any
 
+import uvicorn
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.types import ImageContent, TextContent, ToolAnnotations
@@ -101,11 +102,10 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Thread(target=time.sleep, args=(600,)).start()  # keeps the process
     if "--http" in sys.argv:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        print(f"http://127.0.0.1:{port}/mcp", flush=True)
-        make_server().run(transport="streamable-http", port=port)
+        listening = socket.create_server(("127.0.0.1", 0))  # before its address is told
+        print(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp", flush=True)
+        app = make_server().streamable_http_app()
+        uvicorn.Server(uvicorn.Config(app, log_level="error")).run([listening])
     else:
         make_server().run()
 
