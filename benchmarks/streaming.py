@@ -307,7 +307,7 @@ def crowd(folder: Path, requests: int) -> dict[str, Any]:
     vocab = checkpoint.config.vocab_size
     prompts = [rng.integers(0, vocab, rng.integers(1, 20)).tolist() for _ in range(requests)]
     found: dict[str, Any] = {}
-    outputs = []
+    outputs: list[list[list[int]]] = []
     for memory in ("all", 6 * slot):
         with load(folder, expert_memory=memory) as llm:
             start = time.perf_counter()
