@@ -505,7 +505,10 @@ def test_two_prompts_are_a_usage_error(command: Command, bare_folder: Path) -> N
     [
         (["chat"], "missing argument 'MODEL'. Give a folder, a Hub id, 20b, 120b or demo"),
         (["pull"], "missing argument 'MODEL'. Give 20b, 120b or a Hub id"),
-        (["chat", "demo", "--efort", "low"], "no such option '--efort'. Did you mean '--effort'?"),
+        (
+            ["chat", "demo", "--efort", "low"],
+            "no such option '--efort'. (Did you mean one of: '--effort', '--force'?)",
+        ),
         (["chat", "demo", "--effort", "huge"], "invalid value for '--effort': 'huge' is not one of"),
         (["generate", "demo", "--max-tokens", "x"], "'x' is not a valid integer"),
         (["serve", "demo", "--kv-budget", "4XB"], "expected a size such as 4GB"),
