@@ -388,14 +388,14 @@ class PipelineRunner:
         life.sweep()
         session = life.session
         self._steps += 1
-        for member in session.members:
-            wanted = None if rows is None or member is not session.last else list(rows)
-            session.tell(member, ["forward", self._steps, numbers, wanted])
         x = self._model.embedding(tokens)
         mx.eval(x)  # the tokens may still be being sampled
         started = time.monotonic()
         x = self.stage.forward(x, numbers, None)
         spent = time.monotonic() - started
+        for member in session.members:  # now that nothing can fail here any more
+            wanted = None if rows is None or member is not session.last else list(rows)
+            session.tell(member, ["forward", self._steps, numbers, wanted])
         session.send(self._steps, len(x), to_bytes(x))
         self._flying.append(made := Passing(self._steps, partial(self._logits, session)))
         if rows is None or len(rows):

@@ -56,7 +56,7 @@ class Stage:
     def free(self, caches: list[int], spans: list[int], states: list[int]) -> None:
         for numbers, held in ((caches, self.caches), (spans, self.spans), (states, self.states)):
             for number in numbers:
-                del held[number]
+                held.pop(number, None)  # what failed was never there
 
     def reserve(self, cache: int, tokens: int) -> None:
         self.caches[cache].reserve(tokens)

@@ -141,7 +141,8 @@ class Scheduler:
                 return bool(self.waiting) or self._idle()
             self._launch(pieces)
             self._read(self.running)
-            if self._flights and (not pieces or len(self._flights) >= self.runner.depth):
+            ready = len(self._flights) - self.runner.depth + 1 if pieces else 1
+            for _ in range(min(ready, len(self._flights))):
                 self._land(self._flights.popleft())
             self._tell_progress(pieces)
         except Exception as error:
@@ -175,8 +176,11 @@ class Scheduler:
         for r in [*self.running, *self.waiting]:
             self._fail(r, GptOssError("the engine was closed"))
         self.waiting.clear()
-        while self.store.save():
-            pass
+        try:
+            while self.store.save():
+                pass
+        except GptOssError as error:  # what is to be kept is on a machine that is lost
+            logger.warning("some prefixes are not kept on disk: %s", error)
         self.store.clear()
         self.runner.close()
         del self.runner, self._pressure

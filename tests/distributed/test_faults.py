@@ -240,6 +240,16 @@ def test_prefixes_on_disk_outlive_a_loss(tmp_path: Path) -> None:
         assert llm.stats().cached_tokens > before
 
 
+def test_closing_a_lost_group_with_prefixes_to_write_leaves_nothing(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"hosts": ["localhost", "localhost"], "prefix_cache": tmp_path}
+    llm = mlx_gptoss.load("demo", max_context=1024, patience=PATIENT, **options)
+    for _ in llm.generate(PROMPT, GREEDY):
+        pass
+    os.kill(pids()[0], signal.SIGKILL)
+    llm.close()
+    assert pids() == []
+
+
 def test_nonsense_from_a_rank_is_a_loss_that_names_it() -> None:
     made = Impostor({"versions": versions()})
     group = Group(HOSTS, lambda host: made, PATIENT)
