@@ -76,10 +76,10 @@ def test_mixed_requests_equal_one_process(
     ranks: int, split: Sequence[int] | None, kv_bits: KVBits, options: dict[str, Any]
 ) -> None:
     one = local(kv_bits)
-    expected, whole = Recorded(one), played(scheduler(one, **options), ranks, 12)
+    expected, whole = Recorded(one), played(scheduler(one, **options), ranks, 8)
     with pipeline(DEMO, ranks, split, kv_bits) as runner:
         runner.hold_depth(1)  # one forward at a time, so that all are the same
-        found, parts = Recorded(runner), played(scheduler(runner, **options), ranks, 12)
+        found, parts = Recorded(runner), played(scheduler(runner, **options), ranks, 8)
         assert parts[0] == whole[0]
         assert parts[1].counters == whole[1].counters
         assert len(found.logits) == len(expected.logits)
@@ -93,12 +93,11 @@ def test_mixed_requests_equal_one_process(
     assert counts.cached_tokens and (counts.preempted or counts.accepted_tokens or counts.cancelled)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_with_a_forward_on_every_rank_each_request_is_what_it_is_alone(ranks: int) -> None:
+def test_with_a_forward_on_every_rank_each_request_is_what_it_is_alone() -> None:
     one = local()
-    with pipeline(DEMO, ranks) as runner:
+    with pipeline(DEMO, 3) as runner:
         made = scheduler(runner, max_running=5)
-        clients = Script(made, 40 + ranks).run(12)
+        clients = Script(made, 43).run(10)
         assert made.counters.failed == 0 and made.live_bytes == 0
     for client in clients:
         asked = client.request
