@@ -203,6 +203,7 @@ class Process:
                 frame = channel.take()
                 self._arriving.put((time.monotonic(), frame))
         except (OSError, ProtocolError) as error:
+            time.sleep(BEAT)  # rank 0 will have noticed as well, and knows which one it was
             self._fail(HostError(f"rank {self.rank - 1} is lost to it: {error}"))
 
     def _watch(self) -> None:
