@@ -51,7 +51,7 @@ class TensorRunner(PipelineRunner):
 
     def __init__(self, group: Group, model: Model, shares: Sequence[Share], kv_bits: KVBits) -> None:
         mirror = Mirror(model.config, model.dtype)
-        super().__init__(group, model, mirror, [range(0) for _ in (None, *shares)], kv_bits)
+        super().__init__(group, model, mirror, [range(0), *(share.layers for share in shares)], kv_bits)
         self.hold_depth(1)  # all ranks work on one forward
         self._heads = [share.heads for share in shares]
 

@@ -80,6 +80,7 @@ def two() -> Iterator[PipelineRunner]:
 
 def test_logits_of_two_hosts_are_those_of_one_process(two: PipelineRunner) -> None:
     assert difference(two, local()) <= 1e-5
+    assert [rank.layers for rank in two.rank_stats()] == [0, 4, 4]
 
 
 def test_logits_of_three_hosts_are_those_of_one_process(tmp_path: Path) -> None:
