@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -187,3 +188,15 @@ def test_a_model_is_loaded_over_ssh(fake: FakeSsh, parallel: Parallel) -> None:
     with load("demo") as llm:
         assert found == list(llm.generate(question, greedy))
     assert fake.log[0][-2] == "mac2.test"
+
+
+def test_ranks_that_use_rdma_are_told_to_synchronise_fast(fake: FakeSsh, tmp_path: Path) -> None:
+    hosts = [
+        {"ssh": "localhost", "ips": ["127.0.0.1"], "rdma": [None, "rdma_en2"]},
+        {"ssh": "mac2.test", "ips": ["127.0.0.1"], "rdma": ["rdma_en2", None]},
+    ]
+    (tmp_path / "hosts.json").write_text(json.dumps({"envs": ["OURS=1"], "hosts": hosts}))
+    patience = Patience(silence=120.0, start=300.0)
+    with pytest.raises(HostError, match="cannot join the others by jaccl"):  # which no machine here has
+        load("demo", hosts=tmp_path / "hosts.json", parallel="tensor", patience=patience)
+    assert "export MLX_METAL_FAST_SYNCH=1\nexport OURS=1\n" in fake.log[0][-1]
