@@ -46,6 +46,9 @@ def check(hosts: str, target: Path | None, as_json: bool) -> int:
         _show(report)
         for problem in problems:
             click.echo(f"problem: {problem}", err=True)
+        for link in report.links:
+            if link.problem and link.problem not in problems:
+                click.echo(f"{link.way}, {link.address}: {link.problem}", err=True)
     if target is not None and not problems:
         target.write_text(report.hosts.to_json(), encoding="utf-8")
         click.echo(f"{target}: {len(report.facts)} hosts", err=True)

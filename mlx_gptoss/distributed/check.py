@@ -66,13 +66,11 @@ class Report:
                         f"{name.name} has {told} {theirs}, and {self.hosts.hosts[0].name} "
                         f"{getattr(known[0], what)}: install the same version on all"
                     )
-        ways: dict[tuple[int, ...], list[Link]] = {}
+        between: dict[tuple[int, ...], list[Link]] = {}
         for link in self.links:
-            ways.setdefault(link.ranks, []).append(link)
-        for links in ways.values():
-            if all(link.problem for link in links):
-                found.append(links[0].problem)
-        return found
+            if link.way == "tcp":  # the only way without which nothing runs
+                between.setdefault(link.ranks, []).append(link)
+        return found + [links[0].problem for links in between.values() if all(x.problem for x in links)]
 
 
 def check_hosts(hosts: HostList) -> Report:

@@ -102,7 +102,10 @@ def test_a_link_that_fails_every_way_is_a_problem() -> None:
         Link((0, 1), "tcp", "10.0.0.2", problem="no route"),
         Link((0, 1), "tcp", "10.0.0.3", 1.0, 1.0),
     )
+    ring = Link((0, 1), "ring", "10.0.0.3", problem="refused")
     assert report(MAC, MAC, links=(dead,)).problems == ["no route"]
+    assert report(MAC, MAC, links=(dead, ring)).problems == ["no route"]
+    assert report(MAC, MAC, links=(alive, ring)).problems == []
     assert report(MAC, MAC, links=(dead, alive)).problems == []
 
 
