@@ -48,17 +48,29 @@ BODY = """
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (uint e = group; e < E; e += SIMDGROUPS) {
-    const device T* column = weight + size_t(e) * D;
-    float sum = 0.0f;
-    for (uint i = 4 * lane; i < D; i += 128) {
-      for (uint j = 0; j < 4; j++) {
-        sum = metal::fma(float(column[i + j]), float(normed[i + j]), sum);
+  // A simdgroup takes all of its experts at once: that many loads are under way together.
+  constexpr uint OWN = (E + SIMDGROUPS - 1) / SIMDGROUPS;
+  float sums[OWN];
+  for (uint own = 0; own < OWN; own++) {
+    sums[own] = 0.0f;
+  }
+  for (uint i = 4 * lane; i < D; i += 128) {
+    float values[4];
+    for (uint j = 0; j < 4; j++) {
+      values[j] = float(normed[i + j]);
+    }
+    for (uint own = 0; own < OWN; own++) {
+      uint e = SIMDGROUPS * own + group;
+      for (uint j = 0; j < 4 && e < E; j++) {
+        sums[own] = metal::fma(float(weight[e * D + i + j]), values[j], sums[own]);
       }
     }
-    sum = simd_sum(sum);
-    if (lane == 0) {
-      scores[e] = sum + float(bias[e]);
+  }
+  for (uint own = 0; own < OWN; own++) {
+    uint e = SIMDGROUPS * own + group;
+    float score = simd_sum(sums[own]);
+    if (lane == 0 && e < E) {
+      scores[e] = score + float(bias[e]);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
