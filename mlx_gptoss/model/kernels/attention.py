@@ -189,32 +189,34 @@ def attention(*, scale: float, window: int, bits: KVBits = (None, None)) -> Kern
     some = Program(f"{name}_parts", inputs, found, text + PART, header, contiguous=False)
     join = Program("attention_join", found, ("out",), JOIN)
 
-    def launch(q: mx.array, *stored: mx.array) -> tuple[mx.array, ...]:
-        _, heads, queries, channels = q.shape
-        _, kv_heads, n, _ = stored[0].shape
-        group = heads // kv_heads
+    @cache
+    def launches(
+        shape: tuple[int, ...], kv_heads: int, stretches: int, dtype: mx.Dtype, shared: tuple[int, ...]
+    ) -> tuple[Launch, Launch]:
+        """Of queries [1, Hq, t, C] over all keys at once or, in two steps, over several stretches of them."""
+        _, heads, queries, channels = shape
+        group, rows = heads // kv_heads, heads * queries
         template: Template = (
-            ("T", q.dtype),
+            ("T", dtype),
             ("C", channels),
             ("GROUP", group),
             ("QUERIES", queries),
             ("WINDOW", window),
-            *parts.template(stored[:-1], channels),
+            *((f"SHARING_OF_{name}", n) for name, n in zip("kv", shared, strict=True) if n),
         )
-        stretches = stretches_of(n, window, queries)
+        of_parts = tuple(((rows, stretches, *n), mx.float32) for n in ((channels,), (), ()))
+        out = ((shape, dtype),)
         grid, threadgroup = (32 * group * stretches, kv_heads, 1), (32 * group, 1, 1)
-        out = ((tuple(q.shape), q.dtype),)
+        first = Launch(grid, threadgroup, out if stretches == 1 else of_parts, template)
+        return first, Launch((32, rows, 1), (32, 1, 1), out, (("T", dtype), ("C", channels)))
+
+    def launch(q: mx.array, *stored: mx.array) -> tuple[mx.array, ...]:
+        shape, (_, kv_heads, n, _) = tuple(q.shape), stored[0].shape
+        stretches = stretches_of(n, window, shape[2])
+        first, second = launches(shape, kv_heads, stretches, q.dtype, parts.shared(stored, shape[3]))
         if stretches == 1:
-            return tuple(whole(q, *stored, launch=Launch(grid, threadgroup, out, template)))
-        rows = heads * queries
-        results = (
-            ((rows, stretches, channels), mx.float32),
-            ((rows, stretches), mx.float32),
-            ((rows, stretches), mx.float32),
-        )
-        results_of = some(q, *stored, launch=Launch(grid, threadgroup, results, template))
-        how = Launch((32, rows, 1), (32, 1, 1), out, (("T", q.dtype), ("C", channels)))
-        return tuple(join(*results_of, launch=how))
+            return tuple(whole(q, *stored, launch=first))
+        return tuple(join(*some(q, *stored, launch=first), launch=second))
 
     def reference(q: mx.array, *stored: mx.array) -> tuple[mx.array, ...]:
         k, v = parts.dense(stored[:-1], q.shape[3])
@@ -238,6 +240,8 @@ class Parts:
         packed = [(n, f"{n}_scales", f"{n}_biases") for n in "kv"]
         self._named = [names if b else names[:1] for names, b in zip(packed, bits, strict=True)]
         self.names = [name for names in self._named for name in names]
+        scales = [f"{n}_scales" for n in "kv"]
+        self._scales = [self.names.index(n) if n in self.names else None for n in scales]
         self.header = f"#define TILE {'T' if bits == (None, None) else 'float'}\n"
 
     @property
@@ -264,13 +268,9 @@ class Parts:
         count = len(self._named[0])
         return [stored[:count], stored[count:]]
 
-    def template(self, stored: Sequence[mx.array], channels: int) -> list[tuple[str, int]]:
-        """How many channels share a scale, where there are any."""
-        return [
-            (f"SHARING_OF_{name}", channels // some[1].shape[3])
-            for name, some in zip("kv", self._of(stored), strict=True)
-            if len(some) == 3
-        ]
+    def shared(self, stored: Sequence[mx.array], channels: int) -> tuple[int, ...]:
+        """How many channels of keys and of values share a scale; 0 where there are none."""
+        return tuple(0 if i is None else channels // stored[i].shape[3] for i in self._scales)
 
     def dense(self, stored: Sequence[mx.array], channels: int) -> list[mx.array]:
         """Keys and values."""
