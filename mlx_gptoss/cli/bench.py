@@ -118,6 +118,7 @@ def bench(
             stack.enter_context(traced(llm, trace))
         rows = list(measure_engine(llm, lengths, counts, tokens))
         experts = measure_experts(llm, memory, bandwidth, tokens) if llm.stats().expert_layers else None
+        kernels = kernels_used(llm)
     peak = peak_memory()
     if compare:
         rows += measure_mlx_lm(folder, lengths, tokens)
@@ -136,6 +137,7 @@ def bench(
         "bandwidth_bytes_per_second": bandwidth,
         "machine": describe(),
         "experts": experts,
+        "kernels": kernels,
         "tuned": tuned,
         "rows": [asdict(row) | {"bandwidth_share": share(row)} for row in rows],
     }
@@ -158,6 +160,16 @@ def tune_machine(llm: LLM) -> list[str]:
     if not isinstance(runner, LocalRunner):
         return ["nothing to tune: the model lies on several machines"]
     return llm.engine.worker.call(runner.tune)
+
+
+def kernels_used(llm: LLM) -> dict[str, float | None]:
+    """The Metal kernels of ours that decode went through in the end, with the gains that are known."""
+    from mlx_gptoss.engine.runner import LocalRunner
+
+    runner = llm.engine.scheduler.runner
+    kernels = runner.kernels if isinstance(runner, LocalRunner) else None
+    used = {} if kernels is None else llm.engine.worker.call(lambda: kernels.used)
+    return {name: verdict.gain for name, verdict in used.items()}
 
 
 @contextmanager

@@ -26,6 +26,7 @@ SHAPES = {(24, 32, 2880): "20b", (36, 128, 2880): "120b", (4, 4, 192): "demo"}
 Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+]{0,23}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,24}$")]
 Format = Annotated[str, Field(pattern=r"^[a-zA-Z0-9]{1,12}( [0-9]-bit / [0-9]{1,3})?$")]
+Part = Literal["embedding", "attention", "router", "experts", "norms", "head"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -63,7 +64,7 @@ class Model(_Strict):
     experts: Positive
     hidden_size: Positive
     layout: Word
-    formats: dict[Word, Format]
+    formats: dict[Part, Format]
     dtype: Literal["bfloat16", "float16", "float32"]
     weights_bytes: Positive
     bytes_read_per_token: Positive
@@ -80,6 +81,7 @@ class Settings(_Strict):
     draft: Literal["lookup", "model"] | None
     adapters: Count
     kernels: Literal["off", "on", "verify"]
+    tuned: bool
     max_ops_per_buffer: Count | None
     max_mb_per_buffer: Count | None
 
@@ -109,6 +111,13 @@ class StreamedExperts(_Strict):
     predicted_decode_rate: Rate
 
 
+class UsedKernel(_Strict):
+    """A kernel of our own that was in use at the end, and its gain where that was timed."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z_ ]{1,40}$")]
+    gain: Annotated[float, Field(allow_inf_nan=False)] | None
+
+
 class Submission(_Strict):
     """A benchmark, as it is attached to the project's results."""
 
@@ -121,6 +130,7 @@ class Submission(_Strict):
     bandwidth_bytes_per_second: Rate
     peak_memory_bytes: Positive
     experts: StreamedExperts | None
+    kernels: list[UsedKernel]
     speeds: Annotated[list[Speed], Field(min_length=1)]
 
     def text(self) -> str:
@@ -162,8 +172,9 @@ def submission(report: Mapping[str, Any], memory: MemoryPlan, source: ModelSourc
                 "formats": formats,
                 **{key: report[key] for key in ("layout", "dtype", "weights_bytes", "bytes_read_per_token")},
             },
-            "settings": _settings(source, tokens),
+            "settings": _settings(source, tokens) | {"tuned": bool(report["tuned"])},
             **{key: report[key] for key in ("bandwidth_bytes_per_second", "peak_memory_bytes")},
+            "kernels": [{"name": name, "gain": gain} for name, gain in report["kernels"].items()],
             "experts": experts,
             "speeds": report["rows"],
         }

@@ -37,7 +37,7 @@ def findings(weights: Path | None = None) -> Iterator[Finding]:
     """The figures. weights: a file to read from; one is made where the Hub's cache is if it is too small."""
     rate = measure_bandwidth()
     what = "the GPU reads" if device.on_gpu() else "all cores together read"
-    told = f"{what} {rate / 1e9:,.3g} GB/s"
+    told = f"{what} {rate / 1e9:,.1f} GB/s"
     yield Finding("speed", "memory read", "info", told, {BANDWIDTH: rate})
     yield _disk(weights)
     yield _crossing()

@@ -15,6 +15,8 @@ import pytest
 from mlx_gptoss.cli import run
 from mlx_gptoss.cli.submission import Submission
 from mlx_gptoss.doctor import speed
+from mlx_gptoss.model.kernels.decode import DecodeKernels
+from mlx_gptoss.model.kernels.verified import Verdict
 from scripts import make_results
 from tests.support.checkpoints import write_checkpoint
 
@@ -53,8 +55,22 @@ def test_the_file_is_as_the_schema_says(written: str) -> None:
     made = Submission.model_validate_json(written)
     assert (made.settings.kernels, made.settings.max_ops_per_buffer) == ("off", 100)
     assert made.settings.kv_budget == 32_000_000 and made.settings.expert_memory == 450_000
+    assert made.kernels == [] and not made.settings.tuned
     assert made.experts is not None and made.experts.slots == 5
     assert made.speeds[0].bandwidth_share is not None and made.speeds[1].bandwidth_share is None
+
+
+def test_the_kernels_in_use_are_told_with_their_gains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used = {"gate_up": Verdict(True, "right", gain=0.1), "router": Verdict(True, "asked for")}
+    monkeypatch.setattr(DecodeKernels, "used", used)
+    file = tmp_path / "result.json"
+    words = ["bench", "demo", "--contexts", "8", "--batches", "1", "--tokens", "2", "--tune"]
+    assert run([*words, "--submit", str(file)]) == 0
+    made = Submission.model_validate_json(file.read_text(encoding="utf-8"))
+    assert [(k.name, k.gain) for k in made.kernels] == [("gate_up", 0.1), ("router", None)]
+    assert made.settings.tuned
 
 
 def test_nothing_in_it_is_personal(written: str) -> None:
@@ -98,6 +114,9 @@ def put(data: Any, path: str, value: object) -> None:
         ("model.formats", {"experts": "/Users/alice"}),
         ("settings.draft", "models/alice"),
         ("versions.python", "alice"),
+        ("model.formats", {"/Users/alice": "mxfp4"}),
+        ("kernels", [{"name": "/Users/alice", "gain": 0.1}]),
+        ("kernels", [{"name": "down", "gain": "faster"}]),
         ("speeds.0.decode_rate", -1.0),
         ("speeds.0.decode_rate", "fast"),
         ("speeds.0.runtime", "alice-engine"),

@@ -14,13 +14,18 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_gptoss import cli, device
+from mlx_gptoss.checkpoint.layouts import record_parts
+from mlx_gptoss.checkpoint.memory import plan
 from mlx_gptoss.cli import doctor as command
 from mlx_gptoss.doctor import Finding, answers, chosen, machine, sandbox, speed
 from mlx_gptoss.doctor.private import without_names
+from mlx_gptoss.doctor.speed import EXPERT, SPARE
 from mlx_gptoss.errors import ToolError
+from mlx_gptoss.model.config import read_config
 from mlx_gptoss.tools.sandbox import selftest
 from mlx_gptoss.tools.sandbox.selftest import Check
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import hf_config, write_checkpoint
+from tests.support.random_weights import SHAPES
 
 
 @pytest.fixture(autouse=True)
@@ -79,19 +84,24 @@ def test_a_disk_has_room_for_20b_and_its_conversion_or_not(
     assert by_name(list(machine.findings()))["disk"].verdict == verdict
 
 
-@pytest.mark.parametrize(("chip", "raised"), [(18e9, "iogpu.wired_limit_mb"), (31e9, None)])
+@pytest.mark.parametrize(
+    ("memory", "chip", "raised"), [(32, 18e9, 28672), (16, 11e9, 12288), (32, 31e9, None)]
+)
 def test_a_macs_working_set_is_told_with_the_way_to_raise_it(
-    monkeypatch: pytest.MonkeyPatch, chip: float, raised: str | None
+    monkeypatch: pytest.MonkeyPatch, memory: int, chip: float, raised: int | None
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(device, "working_set", lambda: int(chip))
-    monkeypatch.setattr(device, "total_memory", lambda: 32 * 2**30)
+    monkeypatch.setattr(device, "total_memory", lambda: memory * 2**30)
     told = by_name(list(machine.findings()))["working set"]
-    assert told.figures == {"bytes": chip} and f"{chip / 1e9:.1f} of 34.4 GB" in told.detail
+    assert (
+        told.figures == {"bytes": chip}
+        and f"{chip / 1e9:.1f} of {memory * 1.073741824:.1f} GB" in told.detail
+    )
     if raised is None:  # no more than leaves macOS four GiB or an eighth
         assert "sysctl" not in told.detail
     else:
-        assert "iogpu.wired_limit_mb=28672" in told.detail
+        assert f"iogpu.wired_limit_mb={raised}" in told.detail
 
 
 def test_memory_and_disk_are_measured_and_what_needs_a_gpu_says_so(
@@ -145,6 +155,38 @@ def test_a_crossing_is_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "CROSSINGS", 5)
     Clock(monkeypatch, 0.009, 0.002, 0.003, 0.001, 0.003)
     assert speed.measure_crossing() == pytest.approx(0.003)
+
+
+def test_a_crossing_is_told_in_microseconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(speed, "measure_crossing", lambda: 1.5e-4)
+    told = by_name(list(speed.findings(tmp_path / "none")))["GPU to CPU"]
+    assert told.detail.startswith("150 µs ") and told.figures == {"seconds": 1.5e-4}
+
+
+def test_reads_are_of_an_expert_and_leave_gigabytes_free(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(SHAPES["20b"])))
+    config, _ = read_config(tmp_path)
+    assert record_parts(config)[-1].end == EXPERT and SPARE >= 2**30
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"), [("http://hub", 80), ("https://hub", 443), ("http://hub:8080", 8080)]
+)
+def test_the_hub_is_asked_at_its_own_port(monkeypatch: pytest.MonkeyPatch, endpoint: str, port: int) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    told = by_name(list(machine.findings()))["Hub"]
+    assert asked == [("hub", port)] and told == Finding(
+        "machine", "Hub", "warning", "not reachable: Connection refused"
+    )
 
 
 def test_disk_rates_are_told_in_gigabytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,6 +284,15 @@ def test_a_home_with_a_space_is_taken_out_whole(monkeypatch: pytest.MonkeyPatch)
     assert without_names("/Users/Jane Doe/models is gone") == "PATH is gone"
 
 
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no user")])
+def test_a_user_without_a_name_is_none_to_take_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def none() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", none)
+    assert without_names("USER is not here: /x/y") == "USER is not here: PATH"
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_model_is_examined_too(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "mine")
@@ -280,6 +331,8 @@ def test_what_of_a_model_fits_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
     found = by_name(list(chosen.findings(folder, 1e9)))
     assert found["memory"].verdict == "warning" and "experts a layer fit" in found["memory"].detail
     assert "of the disk" in found["decode"].detail
+    read = plan(folder).read_per_token
+    assert found["decode"].figures["most_tokens_per_second"] == pytest.approx(1e9 / read)
     monkeypatch.setattr(chosen, "available_memory", lambda: 1000)
     (_, failed) = chosen.findings(folder, 1e9)
     assert failed.verdict == "failed" and "are free" in failed.detail
