@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mlx_gptoss import device
 from mlx_gptoss.checkpoint import reader
 from mlx_gptoss.doctor import Finding, kernels
 from mlx_gptoss.model.graph import Model
-from mlx_gptoss.model.kernels import candidates, decode, verified
+from mlx_gptoss.model.kernels import candidates, decode
 from mlx_gptoss.model.kernels import kernel as metal
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.kernel import Launch, Program
@@ -59,7 +59,7 @@ def test_a_kernel_whose_text_was_tampered_with_is_named_and_another_is_right(
     monkeypatch.setattr(metal, "run", run)
     # The emulator takes a second to compile one.
     some = [c for c in candidates.candidates(model) if c.name in ("gate_up", "down")]
-    monkeypatch.setattr(decode, "candidates", lambda model: some)
+    monkeypatch.setattr(decode, "candidates", lambda *model_and_bits: some)
     wrong, right = kernels.examine(model, record, lambda: 0.0)  # a clock that tells nothing
     assert (wrong.name, wrong.verdict) == ("gate_up", "failed") and wrong.detail.startswith("wrong: off by ")
     assert (right.name, right.verdict, right.detail) == ("down", "info", "not faster: +0.0%")
@@ -79,16 +79,23 @@ def test_each_verdict_has_its_mark(monkeypatch: pytest.MonkeyPatch, model: Model
     assert [dict(f.figures) for f in found] == [{"gain": 0.12}, {"gain": -0.01}, {}, {}, {}]
 
 
-def test_a_kernel_that_took_its_process_down_is_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch, model: Model, record: Record
+def test_a_kernel_that_took_its_process_down_is_not_tried_again_and_one_that_ctrl_c_ended_is(
+    monkeypatch: pytest.MonkeyPatch, model: Model, tmp_path: Path
 ) -> None:
-    def die(*args: object, **rest: object) -> Verdict:
-        raise KeyboardInterrupt  # what `examine` cannot turn into a verdict
+    path = tmp_path / "machines.json"
+    record, left = Record("M1", path), []
 
-    monkeypatch.setattr(verified, "examine", die)
+    def die(*args: object, **rest: object) -> Generator[None, None, Verdict]:
+        yield from ()
+        left.append(path.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "examining", die)
     with pytest.raises(KeyboardInterrupt):
         list(kernels.examine(model, record))
-    judged(monkeypatch, *[Verdict(True, "right", gain=0.1)] * 4)
+    judged(monkeypatch, *[Verdict(True, "right", gain=0.1)] * 9)
+    assert {f.verdict for f in kernels.examine(model, record)} == {"ok"}
+    path.write_text(left[0])  # as the process leaves it that ends there
     first, *others = kernels.examine(model, record)
     assert first.verdict == "failed" and "did not come to an end" in first.detail
     assert {f.verdict for f in others} == {"ok"}

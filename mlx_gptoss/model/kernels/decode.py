@@ -100,6 +100,9 @@ class DecodeKernels:
             return None
         except StopIteration as end:
             verdict: Verdict = end.value
+        except KeyboardInterrupt:  # not the kernel's doing
+            keep(kept, None, self.record)
+            raise
         keep(kept, verdict, self.record)
         self.verdicts[name] = verdict
         logger.info("kernel %s: %s", name, verdict.why)
