@@ -111,9 +111,9 @@ def test_the_gradient_of_every_part_is_that_of_differences(case: tuple[Path, lis
                 moved = {n: v + at * found[n] / norm if n in names else v for n, v in flat(tree)}
                 return measure(base, tree_unflatten(list(moved.items())), SCALE, task).loss
 
-            slopes = [(loss(eps) - loss(-eps)) / (2 * eps) / norm for eps in (1e-3, 3e-3)]
             # A route that flips between the two sides of one distance does not at the other.
-            assert min(abs(s - 1) for s in slopes) < 0.01, (part, side, slopes)
+            slopes = ((loss(eps) - loss(-eps)) / (2 * eps) / norm for eps in (1e-3, 3e-3))
+            assert any(abs(slope - 1) < 0.01 for slope in slopes), (part, side)
 
 
 def test_a_layer_at_a_time_is_the_whole_at_once_to_the_bit(
