@@ -24,7 +24,7 @@ from mlx_gptoss.llm import LLM
 from tests.chat.test_conversations import answer, call, echo, said_last
 from tests.support.scripted_model import scripted_engine
 
-PROMPTS = [f"What is {a} + {b}?" for a in range(11, 19) for b in range(21, 25)]
+PROMPTS = [f"What is {a} + {b}?" for a in range(11, 15) for b in range(21, 25)]
 # An event loop's own threads, in which requests are started.
 LOOP_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
@@ -43,7 +43,7 @@ def alone(demo: LLM) -> list[str]:
 
 def until_idle(llm: LLM) -> None:
     """Wait for the engine to end what was cancelled."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (stats := llm.stats()).running or stats.waiting:
         assert time.monotonic() < deadline, f"{stats.running} running, {stats.waiting} waiting"
 
@@ -64,12 +64,12 @@ async def responded(llm: LLM, prompt: str, **request: Any) -> str:
 def test_64_at_once_with_cancellations_answer_as_each_alone(demo: LLM, alone: list[str]) -> None:
     rng = random.Random(13)
     threads: list[int] = []
-    before = threading.active_count()
+    before = {*threading.enumerate()}
 
     async def one(index: int) -> str | None:
         door = streamed if index % 2 else responded
         task = asyncio.create_task(
-            door(demo, PROMPTS[index // 2], reasoning_effort="low", temperature=0.0, max_tokens=200)
+            door(demo, PROMPTS[index // 4], reasoning_effort="low", temperature=0.0, max_tokens=200)
         )
         if rng.random() < 0.4:
             # At any moment: while it is started, read, or answered.
@@ -88,12 +88,12 @@ def test_64_at_once_with_cancellations_answer_as_each_alone(demo: LLM, alone: li
         return await asyncio.gather(*(one(index) for index in range(64)))
 
     answers = asyncio.run(all_of_them())
-    whole = [(got, alone[index // 2]) for index, got in enumerate(answers) if got is not None]
+    whole = [(got, alone[index // 4]) for index, got in enumerate(answers) if got is not None]
     assert 20 <= len(whole) < 64
     assert [got for got, _ in whole] == [wanted for _, wanted in whole]
-    assert max(threads) - before <= LOOP_THREADS < 64
+    assert max(threads) - len(before) <= LOOP_THREADS < 64
     until_idle(demo)
-    assert threading.active_count() == before
+    assert {*threading.enumerate()} <= before
     assert demo.stats().live_kv_bytes == 0
 
 
@@ -427,14 +427,14 @@ def make_app(llm: LLM) -> FastAPI:
 
 def test_a_fastapi_app_serves_64_at_once_with_clients_that_leave(demo: LLM, alone: list[str]) -> None:
     rng = random.Random(14)
-    before = threading.active_count()
+    before = {*threading.enumerate()}
 
     async def ask(client: httpx.AsyncClient, index: int) -> str | None:
         path = "/stream" if index % 2 else "/answer"
         wait = rng.random() * 0.3 if rng.random() < 0.3 else None
         try:
             async with asyncio.timeout(wait):
-                response = await client.get(path, params={"prompt": PROMPTS[index // 2]}, timeout=None)
+                response = await client.get(path, params={"prompt": PROMPTS[index // 4]}, timeout=None)
         except TimeoutError:
             return None
         return response.text if index % 2 else str(response.json()["text"])
@@ -445,10 +445,10 @@ def test_a_fastapi_app_serves_64_at_once_with_clients_that_leave(demo: LLM, alon
             return await asyncio.gather(*(ask(client, index) for index in range(64)))
 
     answers = asyncio.run(serve())
-    assert all(got in (None, alone[index // 2]) for index, got in enumerate(answers))
+    assert all(got in (None, alone[index // 4]) for index, got in enumerate(answers))
     assert 20 <= sum(got is not None for got in answers) < 64
     until_idle(demo)
-    assert threading.active_count() == before
+    assert {*threading.enumerate()} <= before
 
 
 NOTEBOOK = (
@@ -473,7 +473,9 @@ def test_a_jupyter_kernel_awaits_and_shows_replies() -> None:
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in NOTEBOOK])
-    nbclient.NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    # Text that is streamed comes in one piece or in several.
+    client = nbclient.NotebookClient(book, timeout=120, kernel_name="python3", coalesce_streams=True)
+    client.execute()
     shown = [cell.outputs[0] for cell in book.cells]
     assert shown[0].data["text/plain"].startswith("<LLM demo, experts mxfp4, the rest bfloat16, weights ")
     assert shown[1].data["text/markdown"] == "17 + 25 = 42."
