@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from mlx_gptoss import device
-from mlx_gptoss.checkpoint import hub
+from mlx_gptoss.checkpoint import hub, reader
 from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.doctor import Finding, answers, walk
 from mlx_gptoss.doctor.answers import Answer, Answers, tolerance
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.llm import load
+from mlx_gptoss.model import graph
 from mlx_gptoss.model.cache import SlidingCache
 from mlx_gptoss.model.experts import ExpertWeights
 from mlx_gptoss.model.graph import Attention
@@ -104,6 +105,22 @@ def test_a_cpu_process_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -
     assert {finding.name: finding.verdict for finding in found} == dict.fromkeys(
         ("weights", "greedy replies", "logits", "operations"), "ok"
     )
+
+
+def test_the_order_in_which_a_gpu_takes_experts_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's pairs sorted by expert, a decoded token's as they come, in layers that would be replayed."""
+    for module in (reader, graph):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    sorted_pairs: list[int] = []
+    real = mx.argsort
+
+    def argsort(x: mx.array) -> mx.array:
+        sorted_pairs.append(x.size)
+        return real(x)
+
+    monkeypatch.setattr(mx, "argsort", argsort)
+    assert first(walked()) is None
+    assert len(sorted_pairs) == 8 and min(sorted_pairs) > 100  # in the prompt, there and back in each layer
 
 
 def test_every_part_of_a_random_model_is_heard_in_both_ways_of_its_experts(tmp_path: Path) -> None:
@@ -296,9 +313,10 @@ def test_a_model_that_does_not_load_is_one_failure(monkeypatch: pytest.MonkeyPat
 
 
 def test_on_a_gpu_the_cpu_backend_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = wrong_vector(computed())
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    monkeypatch.setattr(answers, "compute", lambda prompts: wrong_vector(computed()))
-    monkeypatch.setattr(answers, "on_cpu", lambda: wrong_vector(computed()))
+    monkeypatch.setattr(answers, "compute", lambda prompts: there)
+    monkeypatch.setattr(answers, "on_cpu", lambda: there)
     monkeypatch.setattr(answers, "in_bfloat16", lambda known: Finding("demo model", "bfloat16", "ok", ""))
     told = by_name(list(answers.findings()))["operations"]
     assert told.verdict == "failed" and told.detail.endswith("; all 110 as on the CPU")
@@ -311,8 +329,9 @@ def test_a_cpu_backend_that_dies_is_told_and_the_stored_answers_still_count(
     def die() -> Answers:
         raise GptOssError("gave no answers: killed")
 
+    here = computed()
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    monkeypatch.setattr(answers, "compute", lambda prompts: computed())
+    monkeypatch.setattr(answers, "compute", lambda prompts: here)
     monkeypatch.setattr(answers, "on_cpu", die)
     monkeypatch.setattr(answers, "in_bfloat16", lambda known: Finding("demo model", "bfloat16", "ok", ""))
     found = by_name(list(answers.findings()))
