@@ -104,10 +104,12 @@ class DecodeKernels:
             keep(kept, None, self.record)
             raise
         keep(kept, verdict, self.record)
+        changes = verdict.on or name in self.used
         self.verdicts[name] = verdict
         logger.info("kernel %s: %s", name, verdict.why)
         mx.clear_cache()
-        self._use()
+        if changes:  # what layers use anew is traced anew
+            self._use()
         return verdict
 
     def distrust(self, error: Exception) -> bool:

@@ -275,6 +275,28 @@ def test_a_kernel_that_is_wrong_here_is_off(
     assert verdict is not None and verdict.why.startswith("wrong: off by 1.0e-02")
 
 
+def test_a_kernel_that_stays_off_has_nothing_traced_anew(
+    folder: Path, doubles: Doubles, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clock = loaded(folder), Clock(monkeypatch)
+    kernels = DecodeKernels(model, "verify", record, clock=clock)
+    used: list[graph.Layer] = []
+    use = graph.Layer.use
+
+    def noting(layer: graph.Layer, own: LayerKernels) -> None:
+        if any(layer is known for known in model.layers):  # not a copy that is timed
+            used.append(layer)
+        use(layer, own)
+
+    monkeypatch.setattr(graph.Layer, "use", noting)
+    clock.own = 0.02
+    assert not kernels.examine("down").on and not used
+    clock.own = 0.008
+    assert kernels.examine("down").on and used == model.layers
+    clock.own = 0.02
+    assert not kernels.examine("down").on and used == model.layers * 2
+
+
 def test_experts_chosen_in_another_order_are_the_same(folder: Path, doubles: Doubles, record: Record) -> None:
     def backwards(launch: Launch) -> Launch:
         def run(*inputs: mx.array) -> tuple[mx.array, ...]:
