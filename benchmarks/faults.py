@@ -1,6 +1,6 @@
 """Faults, injected at random moments into a model over several ranks that answers all the time.
 
-    python -m benchmarks.faults [--count 100] [--ranks 3] [--seed 0]
+    python -m benchmarks.faults [--count 100] [--ranks 3] [--parallel tensor] [--seed 0]
 
 A rank is killed or stopped; sockets stay half open at rank 0's port, bring garbage, another token or another
 version of the protocol; and, before all that, groups are started with damaged weights on a rank. Every
@@ -147,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--parallel", choices=["pipeline", "tensor"], default="pipeline")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -160,7 +161,14 @@ def main() -> None:
     kinds: Counter[str] = Counter()
     restarts: list[float] = []
     patience = Patience(restarts=args.count)
-    with mlx_gptoss.load("demo", max_context=512, hosts=["localhost"] * args.ranks, patience=patience) as llm:
+    with mlx_gptoss.load(
+        "demo",
+        max_context=512,
+        hosts=["localhost"] * args.ranks,
+        parallel=args.parallel,
+        force=True,
+        patience=patience,
+    ) as llm:
         clients = Clients(llm, expected, args.seed)
         for _ in range(args.count - len(refused)):
             time.sleep(rng.uniform(0.05, 1.0))
