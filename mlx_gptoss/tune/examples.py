@@ -21,6 +21,7 @@ import numpy as np
 from mlx_gptoss.errors import GptOssError, TuneError
 from mlx_gptoss.harmony import Conversation, Message, Tool
 from mlx_gptoss.harmony.render import render_messages
+from mlx_gptoss.harmony.types import CONSTRAIN
 from mlx_gptoss.tokenizer import Tokenizer
 
 _REASONING = ("reasoning", "thinking", "reasoning_content")
@@ -161,6 +162,8 @@ def _ends(message: Message) -> bool:
 def _encode(conversation: Conversation, learned: set[int], tokenizer: Tokenizer, where: str) -> Example:
     """The conversation's tokens; learned are those that the assistant writes for its messages `learned`."""
     special = tokenizer.special
+    messages = [_as_sampled(m, tokenizer) if i in learned else m for i, m in enumerate(conversation.messages)]
+    conversation = replace(conversation, messages=messages)
     prefix = 1 + len(tokenizer.encode("assistant"))  # which the prompt ends with
     ids: list[int] = []
     rows: list[int] = []
@@ -179,6 +182,19 @@ def _encode(conversation: Conversation, learned: set[int], tokenizer: Tokenizer,
         ids += tokens
         goes_on = message is not None and message.role == "assistant" and not _ends(message)
     return Example(np.array(ids, np.int32), np.array(rows, np.int32), np.array(wanted, np.int32), where)
+
+
+def _as_sampled(message: Message, tokenizer: Tokenizer) -> Message:
+    """A call with its recipient behind the channel, where the model writes it; the renderer has it before."""
+    if message.recipient is None or message.channel is None:
+        return message
+    special, kind = tokenizer.special, message.content_type or ""
+    ids = [special.channel, *tokenizer.encode(f"{message.channel} to={message.recipient}{' ' * bool(kind)}")]
+    if kind.startswith(CONSTRAIN):
+        ids.append(special.constrain)
+    ids += tokenizer.encode(kind.removeprefix(CONSTRAIN))
+    ids += [special.message, *tokenizer.encode(message.content), special.call]
+    return replace(message, token_ids=tuple(ids))
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation:

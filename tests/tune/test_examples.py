@@ -56,7 +56,7 @@ def test_a_call_and_what_comes_after_its_result_are_learned_and_the_result_is_no
     (example,) = made(USER, CALL, RESULT, {**ANSWER, "reasoning": "It says 4."}, tools=[TOOL])
     first, second = learned(example)
     assert first == (
-        "<|channel|>analysis<|message|>I add.<|end|><|start|>assistant to=functions.add<|channel|>commentary "
+        "<|channel|>analysis<|message|>I add.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
         '<|constrain|>json<|message|>{"a":2}<|call|>'
     )
     assert second.endswith("<|channel|>final<|message|>4<|return|>") and "It says 4." in second
