@@ -132,36 +132,54 @@ def test_a_request_ends_when_its_time_is_up(tokenizer: Tokenizer) -> None:
 
 
 def test_a_waiting_stream_is_kept_alive(tokenizer: Tokenizer) -> None:
-    llm = ScriptedLLM(tokenizer, lambda *_: Script(reasoning="", text="late", delay=0.5))
-    app = create_app(llm, ServerSettings(heartbeat=0.1))  # type: ignore[arg-type]
-    client = TestClient(app, base_url="http://localhost")
-    text = client.post(CHAT, json=HI | {"stream": True}).text
-    assert text.count(": waiting\n\n") >= 2
-    assert read_events(text)[-1][1] == "[DONE]"
-    ping = client.post("/v1/messages", json=HI | {"stream": True, "max_tokens": 5}).text
-    assert ("ping", {"type": "ping"}) in read_events(ping)
+    """The answer begins when its client has seen that it is waited for."""
+    seen = threading.Event()
+    llm = ScriptedLLM(tokenizer, lambda *_: Script(text="late", gate=seen))
+    app = create_app(llm, ServerSettings(port=0, heartbeat=0.05))  # type: ignore[arg-type]
+    with live(app) as url:
+        for path, fields, sign in (
+            (CHAT, {}, ": waiting"),
+            ("/v1/messages", {"max_tokens": 5}, "event: ping"),
+        ):
+            lines = list[str]()
+            seen.clear()
+            with httpx.stream("POST", url + path, json=HI | fields | {"stream": True}, timeout=60) as stream:
+                for line in stream.iter_lines():
+                    lines.append(line)
+                    if lines.count(sign) >= 2:
+                        seen.set()
+            assert seen.is_set() and any("late" in line for line in lines), path
+
+
+def stopped(tokenizer: Tokenizer, script: Script, grace: float, over: threading.Event) -> Any:
+    """The last event of an answer during which the server is stopped; `over` is set when that has begun."""
+    llm = ScriptedLLM(tokenizer, lambda *_: script)
+    app = create_app(llm, ServerSettings(port=0, shutdown_grace=grace))  # type: ignore[arg-type]
+    jobs, answers = app.state.server.jobs, list[str]()
+    drain = jobs.drain
+
+    def begun() -> None:
+        drain()
+        over.set()
+
+    jobs.drain = begun
+
+    def ask(url: str) -> None:
+        answers.append(httpx.post(url + CHAT, json=HI | {"stream": True}, timeout=60).text)
+
+    with live(app) as url:
+        thread = threading.Thread(target=ask, args=(url,))
+        thread.start()
+        wait_until(lambda: llm.running)
+    thread.join(60)
+    wait_until(lambda: ended(llm))
+    return read_events(answers[0])[-1][1]
 
 
 def test_stopping_lets_short_answers_finish_and_ends_long_ones(tokenizer: Tokenizer) -> None:
-    scripts = {"short": Script(text="y" * 40, delay=0.02), "long": ENDLESS}
-    llm = ScriptedLLM(tokenizer, lambda conversation, _: scripts[conversation.messages[-1].content])
-    app = create_app(llm, ServerSettings(port=0, shutdown_grace=1.5))  # type: ignore[arg-type]
-    answers: dict[str, str] = {}
-
-    def ask(url: str, what: str) -> None:
-        body = {"messages": [{"role": "user", "content": what}], "stream": True}
-        answers[what] = httpx.post(url + CHAT, json=body, timeout=20).text
-
-    with live(app) as url:
-        threads = [threading.Thread(target=ask, args=(url, what)) for what in scripts]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: len(llm.running) == 2)
-    for thread in threads:
-        thread.join(10)
-    assert read_events(answers["short"])[-1][1] == "[DONE]"
-    assert read_events(answers["long"])[-1][1]["error"]["code"] == "shutting_down"
-    assert ended(llm)
+    over = threading.Event()
+    assert stopped(tokenizer, Script(text="y" * 40, gate=over), 60, over) == "[DONE]"
+    assert stopped(tokenizer, ENDLESS, 0.2, over)["error"]["code"] == "shutting_down"
 
 
 def test_the_port_is_open_while_the_model_loads(tokenizer: Tokenizer) -> None:

@@ -57,6 +57,7 @@ class Script:
     finish_reason: str = "stop"
     reads: Sequence[PromptProgress] = ()
     delay: float = 0.0  # seconds before each delta
+    gate: threading.Event | None = None  # waited for before the first delta
     pause: float = 0.0  # seconds after each of the reads
     fail_after: int | None = None
     cut: bool = False  # the text ended at a stop text
@@ -190,6 +191,8 @@ class ScriptedLLM:
             for progress in script.reads if turn.progress else ():
                 sink(progress)
                 thread.cancelled.wait(script.pause)
+            if script.gate is not None:
+                script.gate.wait(60)
             builder = ReplyBuilder()
             reason = script.finish_reason if not calls or script.finish_reason != "stop" else "tool_calls"
             for count, event in enumerate(deltas):
