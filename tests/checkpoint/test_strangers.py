@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mlx_gptoss.llm import load
 from mlx_gptoss.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
+from tests.support.endless import ends
 from tests.support.random_weights import Shape
 
 SHAPE = Shape(layers=2, hidden=64, intermediate=64, experts=4, top_k=2, window=16, vocab=320)
@@ -55,28 +55,29 @@ def test_what_is_no_file_of_a_model_is_refused_at_once(
 ) -> None:
     (path, *_) = sorted(folder.glob(name))
     spoil(path)
-    began = time.monotonic()
-    with pytest.raises(error) as told:
+    with ends(), pytest.raises(error) as told:
         load(folder, kv_budget=32 * 2**20)
-    assert time.monotonic() - began < 5
     assert path.name in str(told.value) or str(folder) in str(told.value)
     assert "\n" not in str(told.value)
 
 
 def test_an_index_that_is_no_file_is_refused_at_once(folder: Path) -> None:
     fifo(folder / "model.safetensors.index.json")
-    with pytest.raises(CheckpointError, match=r"index\.json"):
+    with ends(), pytest.raises(CheckpointError, match=r"index\.json"):
         load_model(folder)
 
 
-def test_a_header_of_many_tensors_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+def test_a_header_of_many_tensors_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"tensor.{i:09}.of.a.stranger": entry for i in range(200_000)}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    began = time.monotonic()
+    parsed: list[str] = []
+    monkeypatch.setattr("mlx_gptoss.checkpoint.safetensors.json.loads", lambda text, **_: parsed.append(text))
     with pytest.raises(CheckpointError, match="header"):
         read_folder(tmp_path)
-    assert time.monotonic() - began < 2
+    assert not parsed
 
 
 @pytest.mark.parametrize("shape", [[10**30], [2**62, 2**62], [int("9" * 4000)], [-1], [1.5]])

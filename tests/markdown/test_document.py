@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -202,12 +202,28 @@ def test_what_is_too_long_or_too_deep_is_shown_as_written() -> None:
         assert len(block.html) >= len(text)
 
 
-def test_a_text_that_takes_too_long_costs_only_itself() -> None:
+def test_a_text_that_takes_too_long_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    class Timer:
+        """Time is up at once for all three and for the second alone, and never for the others."""
+
+        def __init__(self, seconds: float, end: Callable[[], None]) -> None:
+            given.append(seconds)
+            self._end = end if len(given) in (1, 3) else None
+
+        def start(self) -> None:
+            if self._end is not None:
+                self._end()
+
+        def cancel(self) -> None:
+            pass
+
+    monkeypatch.setattr("mlx_gptoss.markdown.worker.threading.Timer", Timer)
     renderer = Renderer(seconds=0.5)
     slow = Text("![" * 90_000)
-    began = time.monotonic()
     before, stuck, after = renderer.render([Text("**a**"), slow, Text("*b*")])
-    assert time.monotonic() - began < 5
+    assert given == [0.5] * 4
     assert before[0].html == "<p><strong>a</strong></p>\n" and after[0].html == "<p><em>b</em></p>\n"
     assert stuck[0].html == f'<div class="plain">{slow.text}</div>'
     renderer.close()

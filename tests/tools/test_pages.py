@@ -1,15 +1,12 @@
-"""Pages and folders made to harm: a call is answered with text, in a second, and nothing is shown raw."""
+"""Pages and folders made to harm: a call is answered with text, soon, and nothing is shown raw."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -22,9 +19,9 @@ from mlx_gptoss.harmony import ToolCall
 from mlx_gptoss.tools import pages
 from mlx_gptoss.tools.browser import BrowserTool
 from mlx_gptoss.tools.pages import FetchedPages, FolderPages, Hit, Page
+from tests.support.endless import ends
 
 KIB = 1024
-SECONDS = 2.0 if sys.gettrace() is None else 4.0  # of CPU, for one call; coverage slows it down
 FILLER = "".join(chr(c) for c in range(0xC0, 0x250))
 
 HTML = {
@@ -87,23 +84,16 @@ CASES = [(kind, name) for kind, named in (("html", HTML), ("md", MARKDOWN)) for 
 
 
 @pytest.fixture(autouse=True)
-def _nothing_waits_for_ever() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError("the call does not return")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def _everything_ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Most of these pages would take hours if their length counted twice; a busy machine cuts no search."""
+    monkeypatch.setattr(pages, "SEARCH_SECONDS", 3600.0)
+    with ends():
+        yield
 
 
 def call(tool: BrowserTool, name: str, **arguments: object) -> str:
-    """The result, which must come in time and hold no control characters."""
-    begin = time.thread_time()
+    """The result, which must hold no control characters."""
     text = tool.handle(ToolCall(0, "c", f"browser.{name}", json.dumps(arguments), f"browser.{name}"))
-    taken = time.thread_time() - begin
-    assert taken < SECONDS, f"{name} took {taken:.1f} s"
     assert all(c in "\n\t" or (c >= " " and not "\x7f" <= c < "\xa0") for c in text)
     text.encode()  # no lone surrogates
     return text
@@ -350,9 +340,7 @@ def test_paths_that_cannot_be_are_refused_in_a_few_words(tmp_path: Path, path: s
 def test_a_hostile_answer_is_read_in_time(folder: Path) -> None:
     tool = BrowserTool(FolderPages(folder))
     call(tool, "open", id="good.md")
-    begin = time.thread_time()
     tool.citations("【0†L1" * 20_000 + "【0†L" + "9" * 5_000 + "】" + "【" + "0" * 5_000 + "†L1】")
-    assert time.thread_time() - begin < SECONDS
 
 
 @pytest.mark.parametrize(
