@@ -10,7 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.errors import RequestError, ToolError
 from mlx_gptoss.harmony import Message, ToolCall
-from mlx_gptoss.mcp.connection import log_file
+from mlx_gptoss.mcp.config import read_servers
+from mlx_gptoss.mcp.connection import Connections, log_file
 from mlx_gptoss.mcp.results import MAX_RESULT
-from mlx_gptoss.mcp.tools import McpTool, McpTools, mcp_tools
+from mlx_gptoss.mcp.tools import McpTool, mcp_tools, server_tools
 from tests.support.scripted_model import scripted_engine
 from tests.support.server_help import wait_until
 from tests.support.toy_mcp import make_many, make_server
@@ -57,11 +59,11 @@ def http() -> Iterator[str]:
         process.wait(20)
 
 
-def named(tools: McpTools, name: str) -> McpTool:
+def named(tools: Sequence[McpTool], name: str) -> McpTool:
     return next(tool for tool in tools if tool.name == name)
 
 
-def call(tools: McpTools, name: str, arguments: str = "{}") -> str:
+def call(tools: Sequence[McpTool], name: str, arguments: str = "{}") -> str:
     """The result of a call as the model gets it."""
     recipient = name if name.split(".")[0] in ("python", "browser") else f"functions.{name}"
     bare = recipient.removeprefix("functions.")
@@ -265,9 +267,13 @@ def test_a_killed_server_ends_its_call_and_is_started_again() -> None:
 
 def test_a_call_that_hangs_ends_at_its_deadline_and_the_chat_goes_on() -> None:
     llm, _ = scripted_engine(asks_for("hang", {}))
-    with llm, mcp_tools(make_server(), timeout=0.5) as tools:
-        reply = llm.chat(tools=[*tools]).send("?")
+    connections = Connections(read_servers([make_server()]), timeout=60)
+    with llm, closing(connections):
+        tools = server_tools(connections, "toy")
+        connections.timeout = 0.5  # for what never answers alone
+        reply = llm.chat(tools=tools).send("?")
         assert reply.text == "It says: error: ToolError: hang did not answer within 0.5 seconds"
+        connections.timeout = 60
         assert call(tools, "note", '{"text": "a"}') == "noted: a"
 
 
