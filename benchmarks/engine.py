@@ -23,8 +23,8 @@ from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.device import describe
 from mlx_gptoss.llm import LLM, load
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape

@@ -25,7 +25,7 @@ from mlx_gptoss.device import describe
 from mlx_gptoss.engine.prefix_store import PrefixStore, common_prefix
 from mlx_gptoss.engine.states import STATE_SLACK
 from mlx_gptoss.llm import LLM, load
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.checkpoints import write_checkpoint

@@ -38,8 +38,8 @@ from mlx_gptoss.device import limit_memory, peak_rss
 from mlx_gptoss.engine.runner import streamed_experts
 from mlx_gptoss.llm import load
 from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.model.streamed import StreamedExperts
 from mlx_gptoss.sampling import SamplingParams
 from mlx_gptoss.sizes import parse_size

@@ -37,11 +37,12 @@ from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.errors import ConfigError, MemoryLimitError, RequestError, did_you_mean
 from mlx_gptoss.harmony import Conversation
 from mlx_gptoss.model import tuning
-from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN, SequenceCache
+from mlx_gptoss.model.cache import GROW_MAX, GROW_MIN
 from mlx_gptoss.model.config import ModelConfig, read_object
 from mlx_gptoss.model.experts import grouped_rows
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.record import Record
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.model.sweep import rows_at_once
 from mlx_gptoss.sampling import PromptProgress, SamplingParams, TokenConstraint, TokenLogprobs
 from mlx_gptoss.tokenizer import Tokenizer

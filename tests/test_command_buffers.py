@@ -54,7 +54,7 @@ WAYS = {
     "the package": ["-c", "import mlx_gptoss; mlx_gptoss.load"],
     "a module deep inside": ["-c", "import mlx_gptoss.model.graph"],
     "a module run as a script": ["-m", "mlx_gptoss.model.cache"],
-    "a conversion": ["-c", "import mlx_gptoss.convert.affine"],
+    "a conversion": ["-c", "import mlx_gptoss.convert.convert"],
     "a process it started": [
         "-c",
         "import mlx_gptoss, subprocess, sys; subprocess.run([sys.executable, '-c', 'import mlx.core'])",

@@ -20,7 +20,7 @@ from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.checkpoint.safetensors import TensorInfo
 from mlx_gptoss.device import available_memory, kept_buffers, on_gpu
 from mlx_gptoss.errors import MemoryLimitError
-from mlx_gptoss.model.cache import SLACK, SPARE
+from mlx_gptoss.model.cache import window_room
 from mlx_gptoss.model.config import FULL, ModelConfig
 
 # Python, MLX and its libraries, and the activations of one decoded token. A GPU's working set, which is what
@@ -97,7 +97,7 @@ class MemoryPlan:
     def kv_window(self) -> int:
         """Bytes of keys and values of the sliding layers of one sequence, whatever its length."""
         sliding = self.config.num_layers - self.config.layer_types.count(FULL)
-        return self._token_layer * sliding * (self.config.sliding_window - 1 + SLACK + SPARE)
+        return self._token_layer * sliding * window_room(self.config.sliding_window - 1)
 
     @property
     def _token_layer(self) -> int:

@@ -16,8 +16,8 @@ from mlx_gptoss.checkpoint.layouts import PARTS
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, runtime_bytes
 from mlx_gptoss.checkpoint.reader import Checkpoint
 from mlx_gptoss.errors import MemoryLimitError, RequestError
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.quantization import MXFP4
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 # The context that says how much of the KV cache each layer needs; long enough that windows are full.
 TYPICAL_CONTEXT = 4096

@@ -28,9 +28,10 @@ from mlx_gptoss.distributed.wire import describe, from_bytes, read, to_bytes
 from mlx_gptoss.engine.runner import KVCache, Pending
 from mlx_gptoss.engine.stats import RankStats
 from mlx_gptoss.errors import HostError, RequestError
-from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, grown, in_steps
+from mlx_gptoss.model.cache import KVBits, grown, in_steps
 from mlx_gptoss.model.config import FULL, SLIDING
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.sequence_cache import KVSpan, SequenceCache, WindowState
 from mlx_gptoss.model.streamed import StreamCounts
 from mlx_gptoss.model.sweep import Progress
 from mlx_gptoss.model.trace import Write

@@ -13,10 +13,11 @@ import mlx.core as mx
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.runner import adapt_layers
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WayBack, WindowState
+from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.graph import Layer, run_layers
 from mlx_gptoss.model.kernels.layer import NONE
+from mlx_gptoss.model.sequence_cache import KVSpan, SequenceCache, WayBack, WindowState
 
 
 class Stage:

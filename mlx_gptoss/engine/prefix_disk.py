@@ -29,7 +29,8 @@ import numpy as np
 from mlx_gptoss.checkpoint.fingerprint import fingerprint as model_fingerprint
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.files import open_regular, read_limited
-from mlx_gptoss.model.cache import KVBits, WindowState
+from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.sequence_cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 

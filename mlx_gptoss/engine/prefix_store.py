@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_gptoss.engine.prefix_disk import PrefixDisk, Span
 from mlx_gptoss.engine.runner import KVCache
-from mlx_gptoss.model.cache import KVSpan, WindowState
+from mlx_gptoss.model.sequence_cache import KVSpan, WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 

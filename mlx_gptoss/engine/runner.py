@@ -18,11 +18,12 @@ from mlx_gptoss.engine.expert_usage import ExpertUsage
 from mlx_gptoss.engine.stats import RankStats
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import KVBits, KVSpan, SequenceCache, WindowState, in_steps
+from mlx_gptoss.model.cache import KVBits, in_steps
 from mlx_gptoss.model.graph import Layer, Model
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.verified import UNFINISHED
 from mlx_gptoss.model.low_rank import AdaptedProjection, adaptable, adapter_arrays, put_adapter
+from mlx_gptoss.model.sequence_cache import KVSpan, SequenceCache, WindowState
 from mlx_gptoss.model.streamed import StreamCounts, StreamedExperts
 from mlx_gptoss.model.sweep import Progress, sweep
 from mlx_gptoss.model.trace import Write, tell_choices

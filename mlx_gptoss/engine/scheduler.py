@@ -32,7 +32,7 @@ from mlx_gptoss.engine.speculate import DrafterFactory, Speculation
 from mlx_gptoss.engine.states import STATE_SLACK, take_states
 from mlx_gptoss.engine.stats import Counters, EngineStats, expert_totals, hit_rate
 from mlx_gptoss.errors import BusyError, GptOssError, MemoryLimitError
-from mlx_gptoss.model.cache import WindowState
+from mlx_gptoss.model.sequence_cache import WindowState
 
 logger = logging.getLogger("mlx_gptoss.engine")
 

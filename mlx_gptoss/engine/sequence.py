@@ -11,7 +11,7 @@ from mlx_gptoss.engine.request import Request
 from mlx_gptoss.engine.runner import KVCache, Pending
 from mlx_gptoss.engine.sampler import Sampler
 from mlx_gptoss.engine.speculate import Speculation
-from mlx_gptoss.model.cache import WindowState
+from mlx_gptoss.model.sequence_cache import WindowState
 
 
 class Sequence:

@@ -20,13 +20,14 @@ import numpy as np
 
 from mlx_gptoss.device import fuse, on_gpu
 from mlx_gptoss.model.batch import Batch, LowRank, Segment
-from mlx_gptoss.model.cache import LayerCache, SequenceCache
+from mlx_gptoss.model.cache import LayerCache
 from mlx_gptoss.model.config import ModelConfig, YarnConfig
 from mlx_gptoss.model.experts import Experts, ResidentExperts
 from mlx_gptoss.model.kernels.layer import NONE, LayerKernels, OwnAttention
 from mlx_gptoss.model.matrix import Embedding
 from mlx_gptoss.model.pace import USUAL, Pace, Paces
 from mlx_gptoss.model.projection import Projection, replayable
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 
 class Attention:

@@ -15,10 +15,10 @@ import mlx.core as mx
 
 from mlx_gptoss.device import on_metal
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels.record import Record, sizes
 from mlx_gptoss.model.pace import USUAL, Paces
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 CHOICES = {"decode": (0, 4, 8, 12), "awaited": (0, 1, 2, 4, 6, 8, 12), "prompt": (1, 2, 4)}
 CONTEXT = 256  # tokens before a decoded one

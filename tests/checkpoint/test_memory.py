@@ -20,7 +20,7 @@ from mlx_gptoss.checkpoint.memory import (
 from mlx_gptoss.checkpoint.reader import Checkpoint, load_model, read_model
 from mlx_gptoss.device import kept_buffers, on_gpu
 from mlx_gptoss.errors import MemoryLimitError
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from tests.model.test_parity import feed
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import SHAPES, MlxRecipe, Shape

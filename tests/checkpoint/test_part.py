@@ -13,7 +13,8 @@ from mlx_gptoss.checkpoint.part import PartOfCheckpoint
 from mlx_gptoss.checkpoint.reader import Checkpoint, load_model
 from mlx_gptoss.checkpoint.safetensors import read_folder, read_part, read_rows
 from mlx_gptoss.errors import RequestError
-from mlx_gptoss.model.cache import KVBits, SequenceCache
+from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from tests.model.test_parity import step
 from tests.support.checkpoints import write_checkpoint
 from tests.support.parts import Cuts, run_parts

@@ -34,7 +34,8 @@ from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
 from mlx_gptoss.errors import HostError, RequestError
 from mlx_gptoss.llm import LLM
-from mlx_gptoss.model.cache import KVBits, SequenceCache, WindowState
+from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 from mlx_gptoss.sampling import SamplingParams
 from tests.distributed.test_faults import pids, until
 from tests.distributed.test_pipeline import played, scheduler

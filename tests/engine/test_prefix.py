@@ -28,7 +28,7 @@ from mlx_gptoss.engine.prefix_disk import VERSION, PrefixDisk, Span, fingerprint
 from mlx_gptoss.engine.prefix_store import Node, PrefixStore, common_prefix
 from mlx_gptoss.errors import RequestError
 from mlx_gptoss.llm import load
-from mlx_gptoss.model.cache import SequenceCache, WindowState
+from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 from mlx_gptoss.sampling import SamplingParams
 from tests.model.test_cache import CONFIG, TinyModel
 from tests.support.checkpoints import write_checkpoint

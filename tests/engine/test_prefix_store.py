@@ -17,7 +17,7 @@ from mlx_gptoss.engine import prefix_store
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import PINNED_SHARE, Node, PrefixStore
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache, WindowState
+from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 from tests.support.hash_model import WINDOW, HashModel
 from tests.support.hash_model import prompt_of as prompt
 

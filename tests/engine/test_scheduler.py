@@ -14,8 +14,8 @@ from mlx_gptoss.engine.request import Request, TokenOutput, TokensDone
 from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.speculate import ModelDrafter
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.sampling import PromptProgress, SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape

@@ -15,7 +15,7 @@ from mlx_gptoss.engine.runner import KVCache
 from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.engine.states import STATE_MAX_DISTANCE, STATE_MIN_DISTANCE, STATE_SLACK
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.model.cache import SequenceCache
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.sampling import SamplingParams
 from tests.support.hash_model import MESSAGE, WINDOW, HashModel, expected
 from tests.support.hash_model import prompt_of as prompt

@@ -13,12 +13,13 @@ import numpy as np
 from mlx_gptoss.checkpoint import reader
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import KVBits, SequenceCache
+from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels import kernel as kernels
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.layer import NONE
 from mlx_gptoss.model.kernels.record import Record
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from tests.metal.emulator import Emulator
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.model import cache as caches
-from mlx_gptoss.model.cache import SequenceCache, WindowState
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig, YarnConfig
+from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 
 CONFIG = ModelConfig(
     num_layers=5,

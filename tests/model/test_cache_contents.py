@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gptoss.model import cache as caches
-from mlx_gptoss.model.cache import FullCache, QuantizedFullCache, SequenceCache, WindowState
+from mlx_gptoss.model.cache import FullCache, QuantizedFullCache
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig
+from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 from tests.model.test_cache import CONFIG as BASE
 
 CONFIG = replace(BASE, num_layers=5, layer_types=(SLIDING, FULL, SLIDING, FULL, SLIDING))

@@ -11,10 +11,10 @@ import pytest
 from mlx_gptoss.device import on_gpu
 from mlx_gptoss.model import cpu
 from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import ModelConfig
 from mlx_gptoss.model.experts import ExpertWeights, ResidentExperts
 from mlx_gptoss.model.matrix import Matrix
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from tests.support.checkpoints import hf_config
 from tests.support.matrices import IN, OUT, RNG, E, affine, mxfp4, normal, thresholds
 from tests.support.random_weights import Shape

@@ -12,8 +12,8 @@ import pytest
 
 from mlx_gptoss.checkpoint.reader import load_model
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.graph import Model
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from tests.support.checkpoints import write_checkpoint
 from tests.support.golden_cases import NAMES, load_golden
 from tests.support.oracle import forward

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig, YarnConfig
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 WINDOW = 16
 VOCAB = 211

@@ -12,7 +12,8 @@ import numpy as np
 
 from mlx_gptoss.checkpoint.part import PartOfCheckpoint
 from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import KVBits, SequenceCache
+from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 DEADLINE = 60.0  # seconds for the others to come to a sum
 

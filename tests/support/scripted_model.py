@@ -22,8 +22,8 @@ from mlx_gptoss.engine.runner import LocalRunner
 from mlx_gptoss.engine.worker import Worker
 from mlx_gptoss.llm import LLM, system_prefix
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import SequenceCache
 from mlx_gptoss.model.config import FULL, SLIDING, ModelConfig, YarnConfig
+from mlx_gptoss.model.sequence_cache import SequenceCache
 from mlx_gptoss.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.byte_tokenizer import write_byte_tokenizer
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.model.batch import Batch, Segment
-from mlx_gptoss.model.cache import FullCache, KVBits, SequenceCache, SlidingCache
+from mlx_gptoss.model.cache import FullCache, KVBits, SlidingCache
 from mlx_gptoss.model.config import FULL, SLIDING
 from mlx_gptoss.model.experts import ExpertWeights, ResidentExperts
 from mlx_gptoss.model.graph import Layer, MixtureOfExperts, Model
@@ -28,6 +28,7 @@ from mlx_gptoss.model.kernels.layer import LayerKernels, OwnAttention
 from mlx_gptoss.model.kernels.router import router
 from mlx_gptoss.model.kernels.verified import Examination, Outputs
 from mlx_gptoss.model.projection import dense_of
+from mlx_gptoss.model.sequence_cache import SequenceCache
 
 # Layers of the step that is timed: of both kinds, and more than a chip's caches hold of 20b.
 STEP_LAYERS = 4
