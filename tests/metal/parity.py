@@ -74,8 +74,7 @@ def whole_models(folder: Path) -> Iterator[tuple[str, Compared]]:
     yield "the same with keys and values in 8 bits", eight
     cut = replace(SHAPES["20b"], layers=2, vocab=2048)
     wide = as_on_metal(write_checkpoint(folder / "cut", cut))
-    prompt = np.random.default_rng(0).integers(0, cut.vocab, 300).tolist()
-    yield "two layers of 20b's width", compare(wide, prompt, 24, record)
+    yield "two layers of 20b's width", compare(wide, [5, 6, 7], 24, record, history=300)
 
 
 def check_models() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_gptoss.checkpoint import reader
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
 from mlx_gptoss.model.batch import Segment
-from mlx_gptoss.model.cache import KVBits
+from mlx_gptoss.model.cache import KVBits, SlidingCache
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels import kernel as kernels
 from mlx_gptoss.model.kernels.decode import DecodeKernels
@@ -51,9 +51,24 @@ def as_on_metal(folder: Path, dtype: str = "float32") -> Model:
         return read_model(Checkpoint(folder, dtype))
 
 
-def decode(model: Model, prompt: Sequence[int], count: int, kv_bits: KVBits) -> Decoded:
+def remembering(model: Model, kv_bits: KVBits, history: int) -> SequenceCache:
+    """A cache of so many tokens with random keys and values: a prompt of true width takes a CPU minutes."""
+    made = SequenceCache(model.config, model.dtype, kv_bits)
+    shape = (2, 1, model.config.num_kv_heads, history, model.config.head_dim)
+    for i, layer in enumerate(made.layers if history else ()):
+        keys, values = mx.random.normal(shape, key=mx.random.key(i)).astype(model.dtype)
+        if isinstance(layer, SlidingCache):
+            start = max(0, history - made.window_history)
+            layer.restart(start, keys[:, :, start:], values[:, :, start:])
+        else:
+            layer.update_and_fetch(keys, values)
+    made.advance(history)
+    return made
+
+
+def decode(model: Model, prompt: Sequence[int], count: int, kv_bits: KVBits, history: int) -> Decoded:
     """The prompt in one forward, then `count` tokens one by one."""
-    cache, fed = SequenceCache(model.config, model.dtype, kv_bits), list(prompt)
+    cache, fed = remembering(model, kv_bits, history), list(prompt)
     tokens: list[int] = []
     rows = []
     while len(tokens) < count:
@@ -66,14 +81,20 @@ def decode(model: Model, prompt: Sequence[int], count: int, kv_bits: KVBits) -> 
 
 
 def compare(
-    model: Model, prompt: Sequence[int], count: int, record: Path, kv_bits: KVBits = (None, None)
+    model: Model,
+    prompt: Sequence[int],
+    count: int,
+    record: Path,
+    *,
+    kv_bits: KVBits = (None, None),
+    history: int = 0,
 ) -> Compared:
-    """record: a file for verdicts, of which there are none."""
-    plain = decode(model, prompt, count, kv_bits)
+    """record: a file for verdicts, of which there are none. history: random tokens before the prompt."""
+    plain = decode(model, prompt, count, kv_bits, history)
     emulator = Emulator(seed=len(prompt))
     with patch.object(kernels, "run", emulator.run):
         DecodeKernels(model, "on", Record("emulated", record), kv_bits=kv_bits)
-        emulated = decode(model, prompt, count, kv_bits)
+        emulated = decode(model, prompt, count, kv_bits, history)
         for layer in model.layers:
             layer.use(NONE)
     launches: dict[str, int] = {}
