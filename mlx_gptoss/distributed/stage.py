@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_gptoss.checkpoint.adapter import Adapter
 from mlx_gptoss.engine.runner import adapt_layers
+from mlx_gptoss.errors import HostError
 from mlx_gptoss.model.batch import Segment
 from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.config import ModelConfig
@@ -116,6 +117,14 @@ class PartStage(Stage):
             layer.use(NONE)
 
     def forward(self, x: mx.array, shares: Sequence[Sequence[int]], rows: Sequence[int] | None) -> mx.array:
-        """As Stage's; but all rows are computed to the end, for that is what the others are waiting for."""
-        x = super().forward(x, shares, None)
+        """As Stage's; but all rows are computed to the end, for that is what the others are waiting for.
+
+        Raises HostError when one of these is lost.
+        """
+        try:
+            x = super().forward(x, shares, None)
+        except RuntimeError as error:
+            if not str(error).startswith(("[ring]", "[jaccl]")):
+                raise
+            raise HostError(f"another part is lost: {error}") from None
         return x if rows is None else x[mx.array(list(rows), mx.int32)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from mlx_gptoss.distributed.launch import Spread, require_gain, spread_tensor
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import Member
-from mlx_gptoss.distributed.stage import PartStage
+from mlx_gptoss.distributed.stage import PartStage, Stage
 from mlx_gptoss.distributed.tensor import TensorRunner
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
@@ -254,3 +255,18 @@ def test_parts_are_replayed_on_a_gpu_as_whole_layers_are(tmp_path: Path) -> None
         told = json.loads(part.communicate(timeout=150)[0])
         assert told["difference"] <= 1e-5
         assert told["built"] == 2 * WIDE.layers  # once for the prompt, once for the first single token
+
+
+def test_a_lost_peer_is_an_error_of_hosts_and_others_stay_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = part_config(Checkpoint(DEMO).config, range(1), range(32))
+    part = PartStage(config, mx.float32, [], range(4), (None, None), interleaved=True)
+    for told, kind in (("[ring] connection to a peer was lost", HostError), ("out of memory", RuntimeError)):
+
+        def failing(*_: object, told: str = told) -> None:
+            raise RuntimeError(told)
+
+        monkeypatch.setattr(Stage, "forward", failing)
+        with pytest.raises(kind, match=re.escape(told)):
+            part.forward(mx.zeros((1, config.hidden_size)), [], None)
