@@ -27,13 +27,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.hub import resolve
-from mlx_gptoss.checkpoint.memory import gigabytes, plan_experts
+from mlx_gptoss.checkpoint.memory import gigabytes, plan_checkpoint, plan_experts
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_model
 from mlx_gptoss.device import peak_rss
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import Host
-from mlx_gptoss.distributed.launch import Source, load_spread, spread
-from mlx_gptoss.distributed.plan import Share, parse_split
+from mlx_gptoss.distributed.launch import Source, Spread, load_spread, spread
+from mlx_gptoss.distributed.plan import Share, parse_split, plan_pipeline
 from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import BEAT
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
@@ -55,13 +55,14 @@ TOKENS = 100
 BEAT_BYTES = 13  # a sign of life, which comes without tokens as well
 FOUR = 4
 # The prompt for the whole model, and how many tokens follow.
-WHOLE = (prompt(5, 12, 2000), 4)
+WHOLE = (prompt(5, 4, 2000), 3)
 
 
-def local(folder: Path, dtype: str | None = None) -> LocalRunner:
-    """The model in one process, its matrices in memory as a group has them."""
+def local(folder: Path, dtype: str | None = None, *, unpacked: bool = True) -> LocalRunner:
+    """The model in one process; unpacked: its matrices in memory as a group with much room has them."""
     checkpoint = Checkpoint(folder, dtype)
-    checkpoint.unpacked = plan_experts(checkpoint, "all", 1 << 40, 0).unpacked
+    if unpacked:
+        checkpoint.unpacked = plan_experts(checkpoint, "all", 1 << 40, 0).unpacked
     return LocalRunner(read_model(checkpoint), interleaved=checkpoint.layout.interleaved)
 
 
@@ -252,7 +253,8 @@ def whole(folder: Path, dtype: str | None, split: Sequence[int] | None) -> bool:
     checkpoint = Checkpoint(folder, dtype)
     sizes = {t.path: t.path.stat().st_size for t in checkpoint.tensors.values()}
     with closing(Group([Host("localhost")] * 2, patience=Patience(silence=60.0))) as group:
-        plan = spread(checkpoint, group.gather(), 1 << 27, 1 << 26, split)
+        shares = plan_pipeline(checkpoint, group.gather(), 1 << 27, 1 << 26, split)
+        plan = Spread(shares, plan_checkpoint(checkpoint), 1 << 27)
         source = Source.of(str(folder), folder, offline=True)
         runner = load_spread(lambda job: job(), group, checkpoint, plan, source, (None, None))
         found, seconds = decode(runner, *WHOLE)
@@ -287,7 +289,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     args = parser.parse_args()
     if args.what == "alone":  # in a process of its own, for `whole`
-        print(*decode(local(args.folder, args.dtype), *WHOLE)[0])
+        print(*decode(local(args.folder, args.dtype, unpacked=False), *WHOLE)[0])
         return
     split = None if args.split is None else parse_split(args.split)
     runs: dict[str, Callable[[], bool]] = {
