@@ -87,7 +87,6 @@ def test_mixed_requests_equal_one_process(
             assert fed == wanted
             assert (logits is None) == (right is None)
             assert logits is None or right is None or np.array_equal(logits, right)
-        assert parts[1].store.nbytes == whole[1].store.nbytes
         parts[1].close()
     counts = whole[1].counters  # what the scripts are for has happened in them
     assert counts.cached_tokens and (counts.preempted or counts.accepted_tokens or counts.cancelled)
