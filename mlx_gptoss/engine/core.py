@@ -97,7 +97,8 @@ class Engine:
                 f"adapter name {name!r}: expected letters, digits and any of _ . -, and not {BASE!r}",
                 "adapter",
             )
-        self.worker.call(partial(self._put_adapter, name, adapter))
+        with self._scoring:  # a text ends with the adapter that it began with
+            self.worker.call(partial(self._put_adapter, name, adapter))
 
     def _put_adapter(self, name: str, adapter: Adapter | None) -> None:
         numbers = self.adapters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,3 +143,25 @@ def test_a_session_and_a_reply_speak_with_their_adapter(text_folder: Path, folde
         ]
         chat = loaded.chat(temperature=0.0, max_tokens=8, adapter="a")
         assert chat.send("Hi").messages == said[0] != said[1]
+
+
+def test_an_adapter_is_not_replaced_while_a_text_is_scored_with_it(
+    bare_folder: Path, folders: dict[str, Path]
+) -> None:
+    tokens = prompt(41, 100)
+    with gptoss.load(bare_folder, adapter=folders["a"], prefill_chunk=32) as llm:
+        expected = llm.score(tokens)
+        replacing = [
+            threading.Thread(target=llm.load_adapter, args=(llm.engine.default_adapter, folders["b"]))
+        ]
+
+        def begin() -> bool:
+            for thread in replacing:
+                if not thread.ident:
+                    thread.start()
+                assert thread.is_alive()
+            return False
+
+        assert llm.score(tokens, keep=True, cancelled=begin) == expected
+        replacing[0].join()
+        assert llm.score(tokens) != expected
