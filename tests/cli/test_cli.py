@@ -528,11 +528,11 @@ def test_a_revision_of_what_is_on_this_disk_is_told(command: Command, bare_folde
 
 
 def test_help_comes_quickly() -> None:
-    """What takes time is to import: about a hundred modules, where any command has more than 500."""
+    """What takes time is to import: 54 modules more than Python itself, where `generate --help` has 167."""
 
     def imported(*args: str) -> int:
         command = [sys.executable, "-X", "importtime", *args]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stderr.count("import time:")
 
-    assert imported("-m", "mlx_gptoss", "--help") - imported("-c", "pass") < 200
+    assert imported("-m", "mlx_gptoss", "--help") - imported("-c", "pass") < 100
