@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 
 from mlx_gptoss.distributed.hosts import Host
-from mlx_gptoss.distributed.starter import Handle, LocalStarter, Starter
+from mlx_gptoss.distributed.starter import SAFE_PATH, Handle, LocalStarter, Starter
 from mlx_gptoss.errors import HostError, RequestError
 
 CONNECT = 10  # seconds for ssh to reach a host
@@ -77,6 +77,7 @@ class HostProcess:
         self._begun = threading.Event()
         self._pid: int | None = None
         self._here = is_here(host)
+        arguments = [SAFE_PATH, *arguments]
         command = [python, *arguments]
         if not self._here:
             command = ssh_command(host.name, remote_line(arguments, environment, python))
@@ -121,7 +122,7 @@ class HostProcess:
         if self._here:
             return
         # A process that is stopped, or stuck in a driver, does not notice that its input has ended.
-        end = f"ps -o command= -p {self._pid} | grep -q mlx_gptoss && kill -9 {self._pid}"
+        end = f"ps -ww -o command= -p {self._pid} | grep -q mlx_gptoss && kill -9 {self._pid}"
         command = ssh_command(self._name, f"exec /bin/sh -c {shlex.quote(end)}")
         with suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=KILL, check=False)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
-LOCAL = "localhost"
-"""The name by which a host is this machine, and needs no way to get there."""
+# The working folder's modules are not the standard library's.
+SAFE_PATH = "-P"
 
 
 class Handle(Protocol):
@@ -51,7 +51,7 @@ class LocalStarter:
     def start(self, rank: int, arguments: Sequence[str], secret: bytes) -> Handle:
         # A session of its own: Ctrl-C is for rank 0, which lets answers end first.
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, SAFE_PATH, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -73,7 +73,7 @@ class Renderer:
         return [[Block(**block) for block in one] for one in json.loads(line)]
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "mlx_gptoss.markdown.worker"]
+        command = [sys.executable, "-P", "-m", "mlx_gptoss.markdown.worker"]
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )

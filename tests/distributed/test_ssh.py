@@ -92,6 +92,16 @@ def test_arguments_and_environment_arrive_as_they_are(begin: Begin, fake: FakeSs
     assert quoted.wait(20) == 0
 
 
+@pytest.mark.parametrize("host", ["localhost", "mac2.test"])
+def test_modules_of_the_working_folder_are_not_the_standard_librarys(
+    host: str, fake: FakeSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert starter_of(Host(host), {}).start(1, ["-c", "import colorsys"], b"").wait(60) == 0
+    assert HostProcess(Host(host), ["-c", "import colorsys"], {}).wait(60) == 0
+
+
 def test_a_secret_is_in_no_list_of_processes(begin: Begin, fake: FakeSsh) -> None:
     secret = bytes(range(200, 232))
     starter = starter_of(MAC, {})
