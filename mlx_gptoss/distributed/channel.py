@@ -75,8 +75,16 @@ class Channel:
 
     def tell(self, record: Any, tensors: list[Buffer] | None = None) -> None:
         """Send a record, and the tensors that it announces. Raises OSError when the connection is gone."""
-        frames = [(RECORD, [json.dumps(record, separators=(",", ":")).encode()])]
+        frames = [(RECORD, [_json(record)])]
         self._send([*frames, *((TENSOR, [tensor]) for tensor in tensors or ())])
+
+    def tell_unless_sending(self, record: Any) -> None:
+        """As `tell`; nothing while something else is being sent, which is as good a sign of life."""
+        if self._sending.acquire(blocking=False):
+            try:
+                self._write([(RECORD, [_json(record)])])
+            finally:
+                self._sending.release()
 
     def send(self, *parts: Buffer) -> None:
         """Send one tensor, whose bytes are the parts' one after the other. Raises OSError."""
@@ -84,17 +92,20 @@ class Channel:
 
     def _send(self, frames: list[tuple[int, list[Any]]]) -> None:
         with self._sending:
-            for kind, parts in frames:
-                views = [memoryview(part).cast("B") for part in parts if len(part)]
-                length = sum(len(view) for view in views)
-                assert length <= LIMITS[kind], f"a frame of {length} bytes"
-                head = _HEAD.pack(length, kind)
-                # Small frames in one piece: the receiver wakes up once.
-                small = length < 1 << 16
-                pieces: list[Buffer] = [b"".join([head, *views])] if small else [head, *views]
-                for piece in pieces:
-                    self._socket.sendall(piece)
-                self.sent += len(head) + length
+            self._write(frames)
+
+    def _write(self, frames: list[tuple[int, list[Any]]]) -> None:
+        for kind, parts in frames:
+            views = [memoryview(part).cast("B") for part in parts if len(part)]
+            length = sum(len(view) for view in views)
+            assert length <= LIMITS[kind], f"a frame of {length} bytes"
+            head = _HEAD.pack(length, kind)
+            # Small frames in one piece: the receiver wakes up once.
+            small = length < 1 << 16
+            pieces: list[Buffer] = [b"".join([head, *views])] if small else [head, *views]
+            for piece in pieces:
+                self._socket.sendall(piece)
+            self.sent += len(head) + length
 
     def receive(self) -> tuple[int, bytearray]:
         """The next frame. Raises OSError when the connection is gone, ProtocolError for what is no frame."""
@@ -275,6 +286,10 @@ class Listener:
         if not hmac.compare_digest(proof, _proof(self._token, b"dial", other, nonce)):
             raise ProtocolError("has another token")
         connection.sendall(_proof(self._token, b"listen", other, nonce))
+
+
+def _json(record: Any) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def _plain(address: str) -> str:

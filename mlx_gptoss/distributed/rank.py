@@ -213,7 +213,7 @@ class Process:
                 leave(SILENT)
             self._keep_to_time()
             try:
-                self._control.tell(["beat", self._facts()])
+                self._control.tell_unless_sending(["beat", self._facts()])
             except OSError:
                 leave(GONE)
             time.sleep(BEAT)

@@ -207,7 +207,7 @@ class Session:
         while not self.over.wait(BEAT):
             for member in self.members:
                 try:
-                    member.channel.tell(["beat"])
+                    member.channel.tell_unless_sending(["beat"])
                 except OSError as error:
                     self._found(f"{member} is lost: {error}")
 

@@ -113,6 +113,20 @@ def test_both_sides_may_send_more_than_the_sockets_hold(port: Port) -> None:
             assert not thread.is_alive()
 
 
+def test_a_sign_of_life_does_not_wait_for_what_is_being_sent(port: Port) -> None:
+    near, far = port.pair()
+    sending = threading.Thread(target=near.tell, args=([1], [bytes(1 << 26)]))
+    sending.start()
+    assert far.hear() == [1]  # the tensor is on its way, and more than the sockets hold
+    near.tell_unless_sending(["beat"])
+    assert len(far.take()) == 1 << 26
+    sending.join(60)
+    near.tell_unless_sending(["later"])
+    assert far.hear() == ["later"]
+    near.close()
+    far.close()
+
+
 def test_garbage_is_closed_with_one_line_each(port: Port, lines: Callable[[int], list[str]]) -> None:
     rng = random.Random(5)
     count = 1000
