@@ -28,6 +28,17 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
+# In the texts of MLX's and Metal's errors: memory is short, or the GPU was taken away from its program.
+OUT_OF_MEMORY = ("allocat", "insufficient memory", "out of memory", "outofmemory")
+TAKEN_AWAY = (
+    "gpu timeout",
+    "errortimeout",
+    "impacting interactivity",
+    "impactinginteractivity",
+    "victim of gpu error",
+    "innocentvictim",
+    "submissionsignored",
+)
 
 KernelMode = Literal["off", "on", "verify"]
 
@@ -54,6 +65,18 @@ def kernel_mode(environment: Mapping[str, str] = os.environ) -> KernelMode:
     if mode not in get_args(KernelMode):
         raise RequestError(f"{name} is {mode!r}: expected off, on or verify", name)
     return cast(KernelMode, mode) if on_metal() else "off"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
+
+
+def is_resource_error(error: BaseException) -> bool:
+    """Whether an error comes of a machine that is short of memory or busy: of no computation's doing."""
+    text = str(error).lower()
+    return is_out_of_memory(error) or any(words in text for words in TAKEN_AWAY)
 
 
 def default_dtype() -> mx.Dtype:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gptoss.checkpoint.adapter import Adapter
-from mlx_gptoss.device import memory_is_short, on_gpu
+from mlx_gptoss.device import is_out_of_memory, memory_is_short, on_gpu
 from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.prefix_store import Match, PrefixStore, common_prefix
 from mlx_gptoss.engine.pressure import Pressure
@@ -573,7 +573,7 @@ class Scheduler:
             return
         otherwise = self.runner.distrust(error)
         if len(running) == 1 and not otherwise:
-            if isinstance(error, MemoryError) or "allocat" in str(error).lower():
+            if is_out_of_memory(error):
                 error = MemoryLimitError(f"the device is out of memory: lower --kv-budget ({error})")
             self._fail(running[0], error)
             return

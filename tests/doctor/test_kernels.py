@@ -21,6 +21,7 @@ from mlx_gptoss.model.kernels.record import Record
 from mlx_gptoss.model.kernels.verified import Verdict
 from tests.metal.emulator import Emulator, missing
 from tests.support.checkpoints import write_checkpoint
+from tests.support.examiners import end_examiners
 from tests.support.random_weights import Shape
 
 SHAPE = Shape(layers=2, hidden=64, intermediate=64, experts=8, heads=4, window=16, vocab=64)
@@ -79,7 +80,7 @@ def test_each_verdict_has_its_mark(monkeypatch: pytest.MonkeyPatch, model: Model
     assert [dict(f.figures) for f in found] == [{"gain": 0.12}, {"gain": -0.01}, {}, {}, {}]
 
 
-def test_a_kernel_that_took_its_process_down_is_not_tried_again_and_one_that_ctrl_c_ended_is(
+def test_a_kernel_that_took_two_processes_down_is_not_tried_again_and_one_that_ctrl_c_ended_is(
     monkeypatch: pytest.MonkeyPatch, model: Model, tmp_path: Path
 ) -> None:
     path = tmp_path / "machines.json"
@@ -93,9 +94,12 @@ def test_a_kernel_that_took_its_process_down_is_not_tried_again_and_one_that_ctr
     monkeypatch.setattr(decode, "examining", die)
     with pytest.raises(KeyboardInterrupt):
         list(kernels.examine(model, record))
-    judged(monkeypatch, *[Verdict(True, "right", gain=0.1)] * 9)
-    assert {f.verdict for f in kernels.examine(model, record)} == {"ok"}
-    path.write_text(left[0])  # as the process leaves it that ends there
+    judged(monkeypatch, *[Verdict(True, "right", gain=0.1)] * 14)
+    for deaths in range(2):
+        assert {f.verdict for f in kernels.examine(model, record)} == {"ok"}
+        # As the process leaves it that ends there.
+        path.write_text(left[0].replace('"deaths": 0', f'"deaths": {deaths}'))
+        end_examiners(path)
     first, *others = kernels.examine(model, record)
     assert first.verdict == "failed" and "did not come to an end" in first.detail
     assert {f.verdict for f in others} == {"ok"}

@@ -9,13 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gptoss.device import KernelMode
+from mlx_gptoss.device import KernelMode, is_resource_error
 from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.graph import Model
 from mlx_gptoss.model.kernels.candidates import Candidate, candidates
 from mlx_gptoss.model.kernels.layer import LayerKernels
 from mlx_gptoss.model.kernels.record import Record, sizes
-from mlx_gptoss.model.kernels.verified import BUDGET, UNFINISHED, Clock, Verdict, examining, keep, known
+from mlx_gptoss.model.kernels.verified import BUDGET, Clock, Verdict, at_risk, examining, keep, known, tried
 
 logger = logging.getLogger("mlx_gptoss.model")
 
@@ -70,7 +70,9 @@ class DecodeKernels:
             left = [name for name, verdict in self.verdicts.items() if verdict is None]
             if not left or self._mode != "verify" or self._spent >= BUDGET:
                 return False
-            self._examined = left[0], self._examining(left[0])
+            # One that took too long once must not take the time of the others in each process.
+            first = min(left, key=lambda name: tried(self._name(self._candidates[name]), self.record))
+            self._examined = first, self._examining(first)
         start = self._clock()
         name, pieces = self._examined
         if self._piece(name, pieces) is not None:
@@ -93,16 +95,10 @@ class DecodeKernels:
     def _piece(self, name: str, pieces: Generator[None, None, Verdict]) -> Verdict | None:
         """A piece of an examination, and the verdict if it was the last one."""
         kept = self._name(self._candidates[name])
-        keep(kept, UNFINISHED, self.record)  # should it take the process down
-        try:
-            next(pieces)
-            keep(kept, None, self.record)
+        with at_risk(kept, self.record):
+            verdict = _next(pieces)
+        if verdict is None:
             return None
-        except StopIteration as end:
-            verdict: Verdict = end.value
-        except KeyboardInterrupt:  # not the kernel's doing
-            keep(kept, None, self.record)
-            raise
         keep(kept, verdict, self.record)
         changes = verdict.on or name in self.used
         self.verdicts[name] = verdict
@@ -118,7 +114,7 @@ class DecodeKernels:
         Where MLX does not name a kernel, all that are in use are off.
         """
         used = self.used
-        if not used or not isinstance(error, RuntimeError | ValueError) or "allocat" in str(error).lower():
+        if not used or not isinstance(error, RuntimeError | ValueError) or is_resource_error(error):
             return False
         named = [name for name in used if self._is_named(self._candidates[name], str(error))]
         for name in named or used:
@@ -144,3 +140,12 @@ class DecodeKernels:
     @staticmethod
     def _is_named(candidate: Candidate, text: str) -> bool:
         return any(program.text_hash[:12] in text for program in candidate.kernel.programs)
+
+
+def _next(pieces: Generator[None, None, Verdict]) -> Verdict | None:
+    """The verdict if there is no piece any more."""
+    try:
+        return next(pieces)
+    except StopIteration as end:
+        verdict: Verdict = end.value
+        return verdict

@@ -7,9 +7,12 @@ another, nothing is known. The file holds nothing of what users write; losing it
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,8 @@ logger = logging.getLogger("mlx_gptoss.model")
 LARGEST = 1 << 20  # bytes
 # Machines that are remembered: an update of macOS or of MLX makes another one.
 MACHINES = 8
+# Seconds to wait for another process that writes: one that was stopped meanwhile must stop nobody else.
+PATIENCE = 1.0
 
 
 def sizes(model: Model) -> str:
@@ -56,20 +61,45 @@ class Record:
 
     def put(self, section: str, name: str, value: Any) -> None:
         """Remember a value that JSON can hold. What cannot be written is told, and is not known next time."""
-        machines = self._read()  # again: other processes write, too
-        own = machines.pop(self._machine, {})
-        known = own.get(section)
-        own[section] = {**(known if isinstance(known, dict) else {}), name: value}
-        kept = dict([*machines.items(), (self._machine, own)][-MACHINES:])
+        self.change(section, name, lambda old: value)
+
+    def change(self, section: str, name: str, make: Callable[[Any], Any]) -> None:
+        """`put` what is made of the value until now (None for nothing), with no other process in between."""
         unfinished = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-            os.replace(unfinished, self._path)
+            with self._alone():
+                machines = self._read()
+                own = machines.pop(self._machine, {})
+                known = own.get(section)
+                known = known if isinstance(known, dict) else {}
+                own[section] = {**known, name: make(known.get(name))}
+                kept = dict([*machines.items(), (self._machine, own)][-MACHINES:])
+                unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+                os.replace(unfinished, self._path)
         except OSError as error:
             logger.warning("%s is not written: %s", self._path, error)
             with contextlib.suppress(OSError):
                 unfinished.unlink()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process is in here, as far as the file system knows locks."""
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.005)
+                except OSError:  # a file system without locks
+                    break
+                else:
+                    break
+            yield
+        finally:
+            os.close(folder)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

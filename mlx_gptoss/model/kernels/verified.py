@@ -2,21 +2,24 @@
 
 It is compiled and run on the model's own weights, several times and at several lengths, and compared with
 its reference; then a step of the model is timed with it and without it. The verdict is kept for the next
-process. A kernel that takes the whole process down is off in the next one: whoever examines it enters it as
-unfinished beforehand.
+process. A kernel that takes the whole process down twice is off from then on: whoever examines it enters
+beforehand who that is.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_gptoss.device import is_resource_error
 from mlx_gptoss.model.kernels.kernel import Kernel
 from mlx_gptoss.model.kernels.record import Record
 
@@ -31,6 +34,9 @@ LEAST_GAIN = 0.03
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 REPEATS = 3  # of each comparison
 ROUNDS = 6  # of each timing; the first warms up and the fastest counts
+# Processes that ended in the middle of examining before that is put down to the kernel: one may be told to.
+DEATHS = 2
+STARTED = time.time()  # tells this process from an earlier one with its number
 
 Outputs: TypeAlias = Sequence[mx.array]
 Clock: TypeAlias = Callable[[], float]
@@ -40,13 +46,15 @@ Clock: TypeAlias = Callable[[], float]
 class Verdict:
     """Whether a kernel is used, from steps of which size on (an attention's keys), and why or why not.
 
-    gain: by what share a step is faster where it is used, at least.
+    gain: by what share a step is faster where it is used, at least. lasting: whether the next process may
+    rely on it; not where the machine may have been too busy.
     """
 
     on: bool
     why: str
     since: int = 0
     gain: float | None = None
+    lasting: bool = field(default=True, compare=False)
 
 
 UNFINISHED = Verdict(False, "its examination did not come to an end")
@@ -100,25 +108,88 @@ def examining(
         except Exception as error:  # a kernel may fail in any way; none of them may reach a request
             logger.info("the kernel %s fails", examination.name, exc_info=error)
             lines = str(error).splitlines() or [""]
-            return Verdict(False, f"fails: {type(error).__name__}: {lines[0][:200]}")
+            why = f"fails: {type(error).__name__}: {lines[0][:200]}"
+            return Verdict(False, why, lasting=not is_resource_error(error))
         spent += clock() - start
         if spent > budget:
-            return Verdict(False, "takes too long to examine")
+            return Verdict(False, "takes too long to examine", lasting=False)
         yield
 
 
-def keep(name: str, verdict: Verdict | None, record: Record) -> None:
-    """Remember a verdict, or that there is none."""
-    record.put(SECTION, name, None if verdict is None else asdict(verdict))
+def keep(name: str, verdict: Verdict, record: Record) -> None:
+    """Remember a verdict."""
+    record.put(SECTION, name, asdict(verdict))
+
+
+def tried(name: str, record: Record) -> bool:
+    """Whether an examination has begun, so that one without a lasting verdict lets others go first."""
+    return record.get(SECTION, name) is not None
 
 
 def known(name: str, record: Record) -> Verdict | None:
-    """The verdict of an earlier examination; None where there is none that makes sense."""
+    """The verdict of an earlier examination; None where there is none that makes sense, or that lasts."""
     found = record.get(SECTION, name)
-    kinds = {"on": bool, "why": str, "since": int, "gain": float | int | None}
+    if _deaths(found) >= DEATHS:
+        return UNFINISHED
+    kinds = {"on": bool, "why": str, "since": int, "gain": float | int | None, "lasting": bool}
     if not isinstance(found, dict) or found.keys() != kinds.keys():
         return None
-    return Verdict(**found) if all(isinstance(found[k], kind) for k, kind in kinds.items()) else None
+    if not found["lasting"] or not all(isinstance(found[k], kind) for k, kind in kinds.items()):
+        return None
+    return Verdict(**found)
+
+
+@contextmanager
+def at_risk(name: str, record: Record) -> Iterator[None]:
+    """While a piece of an examination runs: enter this process, should the kernel take it down.
+
+    What leaves by an Exception, KeyboardInterrupt or SystemExit has not taken it down.
+    """
+    own = {"pid": os.getpid(), "started": STARTED}
+    record.change(SECTION, name, lambda old: {**own, "deaths": _deaths(old)})
+
+    def left(old: Any) -> Any:
+        if not _is_mark(old) or (old["pid"], old["started"]) != (own["pid"], own["started"]):
+            return old  # another process's
+        return {**old, "pid": 0} if old["deaths"] else None
+
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit):
+        record.change(SECTION, name, left)
+        raise
+    record.change(SECTION, name, left)
+
+
+def _is_mark(found: Any) -> bool:
+    """Whether it was entered by `at_risk`. pid: 0 between two pieces."""
+    kinds = {"pid": int, "started": float, "deaths": int}
+    return (
+        isinstance(found, dict)
+        and found.keys() == kinds.keys()
+        and all(isinstance(found[k], kind) for k, kind in kinds.items())
+    )
+
+
+def _deaths(found: Any) -> int:
+    """How many processes have ended while they examined the kernel."""
+    if not _is_mark(found):
+        return 0
+    ended = found["pid"] > 0 and not _runs(found["pid"], found["started"])
+    return int(found["deaths"]) + ended
+
+
+def _runs(pid: int, started: float) -> bool:
+    """Whether a process is there. Another one that has got its number since passes for it."""
+    if pid == os.getpid():
+        return started == STARTED
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _compare_and_time(examination: Examination, clock: Clock) -> Generator[None, None, Verdict]:

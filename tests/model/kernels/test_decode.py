@@ -32,6 +32,7 @@ from mlx_gptoss.model.trace import tell_choices
 from tests.model.test_streamed import as_on_a_gpu, streamed
 from tests.support.adapters import random_adapter
 from tests.support.checkpoints import write_checkpoint
+from tests.support.examiners import end_examiners
 from tests.support.random_weights import MlxRecipe, Shape
 from tests.support.scheduling import Client, make, run
 
@@ -327,8 +328,8 @@ def test_examinations_of_a_process_take_two_seconds_in_all(
     assert following.verdicts[left[0]] is not None
 
 
-def test_a_kernel_that_ends_the_process_is_off_in_the_next_one(
-    folder: Path, doubles: Doubles, record: Record
+def test_a_kernel_that_ends_its_process_twice_is_off_in_the_next_one(
+    folder: Path, doubles: Doubles, record: Record, tmp_path: Path
 ) -> None:
     class Killed(BaseException):
         pass
@@ -337,10 +338,29 @@ def test_a_kernel_that_ends_the_process_is_off_in_the_next_one(
         raise Killed
 
     doubles.instead["router"] = killing
-    with pytest.raises(Killed):
-        DecodeKernels(loaded(folder), "verify", record).examine("router")
+    for _ in range(2):
+        following = DecodeKernels(loaded(folder), "verify", record)
+        assert following.verdicts["router"] is None
+        with pytest.raises(Killed):
+            following.examine("router")
+        # While its process is there, nobody else believes anything of it.
+        assert DecodeKernels(loaded(folder), "verify", record).verdicts["router"] is None
+        end_examiners(tmp_path / "machines.json")
     following = DecodeKernels(loaded(folder), "verify", record)
     assert following.verdicts["router"] == UNFINISHED
+
+
+def test_what_comes_of_a_busy_machine_is_examined_again_by_the_next_process(
+    folder: Path, doubles: Doubles, record: Record
+) -> None:
+    def short(launch: Launch) -> Launch:
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    doubles.instead["down"] = short
+    kernels = DecodeKernels(loaded(folder), "verify", record)
+    verdict = kernels.examine("down")
+    assert "Insufficient Memory" in verdict.why and kernels.verdicts["down"] == verdict
+    assert DecodeKernels(loaded(folder), "verify", record).verdicts["down"] is None
 
 
 def test_asked_for_a_kernel_known_to_be_bad_is_still_off(
@@ -370,7 +390,18 @@ def test_an_error_that_names_a_kernel_turns_it_off_for_good(
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), OSError("disk"), RuntimeError("[metal::malloc] Attempting to allocate 9 bytes")]
+    "error",
+    [
+        MemoryError(),
+        OSError("disk"),
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"),
+        RuntimeError("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
+        RuntimeError("Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)"),
+        RuntimeError(
+            "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+        ),
+        RuntimeError("Discarded (victim of GPU error/recovery)"),
+    ],
 )
 def test_other_errors_are_no_kernels_fault(
     folder: Path, doubles: Doubles, record: Record, error: Exception

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +18,16 @@ import pytest
 from mlx_gptoss.model.kernels import verified
 from mlx_gptoss.model.kernels.kernel import Kernel, Program
 from mlx_gptoss.model.kernels.record import MACHINES, Record
-from mlx_gptoss.model.kernels.verified import Examination, Verdict, examine, examining, keep, known
+from mlx_gptoss.model.kernels.verified import (
+    UNFINISHED,
+    Examination,
+    Verdict,
+    at_risk,
+    examine,
+    examining,
+    keep,
+    known,
+)
 
 LENGTHS = (1, 127, 128, 129, 1000)
 Launch = Callable[[mx.array], tuple[mx.array, ...]]
@@ -264,8 +277,8 @@ def test_a_broken_record_is_told_and_written_anew(
         True,
         {},
         {"on": True},
-        {"on": 1, "why": "", "since": 0, "gain": None},
-        {"on": True, "why": "", "since": "0", "gain": 1},
+        {"on": 1, "why": "", "since": 0, "gain": None, "lasting": True},
+        {"on": True, "why": "", "since": "0", "gain": 1, "lasting": True},
     ],
 )
 def test_a_verdict_that_makes_no_sense_is_none(tmp_path: Path, value: object) -> None:
@@ -293,3 +306,36 @@ def test_a_record_that_cannot_be_written_is_told_and_stops_nothing(
     with caplog.at_level(logging.WARNING):
         keep("a", examine(made(clock=clock), clock=clock), Record("M1", tmp_path / "file" / "machines.json"))
     assert any("is not written" in message for message in caplog.messages)
+
+
+def test_nothing_is_lost_where_several_write_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "machines.json"
+
+    def write(writer: int) -> None:
+        for i in range(10):
+            keep(f"{writer} {i}", Verdict(False, "x"), Record("M1", path))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    record = Record("M1", path)
+    assert all(known(f"{writer} {i}", record) for writer in range(4) for i in range(10))
+
+
+def test_two_processes_that_end_in_the_middle_are_put_down_to_the_kernel(tmp_path: Path) -> None:
+    """Killed between two of an examination's marks, as by a crash or by SIGTERM."""
+    path = tmp_path / "machines.json"
+    ending = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from mlx_gptoss.model.kernels.record import Record\n"
+        "from mlx_gptoss.model.kernels.verified import at_risk\n"
+        "with at_risk('a', Record('M1', Path(sys.argv[1]))): os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    record = Record("M1", path)
+    for _ in range(2):
+        assert known("a", record) is None
+        ended = subprocess.run([sys.executable, "-c", ending, str(path)], check=False)
+        assert ended.returncode == -signal.SIGTERM
+        if known("a", record) is None:
+            with at_risk("a", record):  # a piece that goes well is no verdict yet
+                assert known("a", record) is None
+    assert known("a", record) == UNFINISHED
