@@ -514,7 +514,7 @@ class Scheduler:
         except Exception as error:
             expected = isinstance(error, GptOssError)
             logger.warning("what a request computed is not kept: %s", error, exc_info=not expected)
-            self.store.clear()  # it may be half written
+            self.store.reset()  # it may be half written
         r.states = []
         self._close(r, reason)
 
@@ -568,6 +568,7 @@ class Scheduler:
         running = list(self.running)
         if not running:
             # It was no forward, then; whoever comes next must not meet it again for ever.
+            logger.warning("what was no forward failed", exc_info=error)
             if self.waiting:
                 self._fail(self.waiting.popleft(), error)
             return
@@ -586,4 +587,4 @@ class Scheduler:
         for r in reversed(running):
             r.alone = r.alone or not otherwise
             self._send_back(r)
-        self.store.clear()
+        self.store.reset()
