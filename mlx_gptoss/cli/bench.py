@@ -101,6 +101,8 @@ def bench(
     lengths, counts = _numbers(contexts, "contexts"), _numbers(batches, "batches")
     if tokens < 2:
         raise RequestError(f"tokens is {tokens}: expected 2 or more, to tell decoding from prefill", "tokens")
+    if submit is not None and source.hosts is not None:
+        raise click.UsageError("--submit is for one machine: it cannot be used with --hosts")
     from mlx_gptoss.checkpoint.memory import plan
     from mlx_gptoss.device import describe, peak_memory
     from mlx_gptoss.doctor.speed import measure_bandwidth

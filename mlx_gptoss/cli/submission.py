@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 # Layers, experts and width of the models that have a name.
 SHAPES = {(24, 32, 2880): "20b", (36, 128, 2880): "120b", (4, 4, 192): "demo"}
 
-Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+]{0,23}$")]
+Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+]{0,63}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,24}$")]
 Format = Annotated[str, Field(pattern=r"^[a-zA-Z0-9]{1,12}( [0-9]-bit / [0-9]{1,3})?$")]
 Part = Literal["embedding", "attention", "router", "experts", "norms", "head"]
@@ -114,7 +114,7 @@ class StreamedExperts(_Strict):
 class UsedKernel(_Strict):
     """A kernel of our own that was in use at the end, and its gain where that was timed."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z_ ]{1,40}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_, ]{1,80}$")]
     gain: Annotated[float, Field(allow_inf_nan=False)] | None
 
 

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from mlx_gptoss.cli import run
-from mlx_gptoss.cli.submission import Submission
+from mlx_gptoss.cli.submission import Submission, UsedKernel
 from mlx_gptoss.doctor import speed
 from mlx_gptoss.model.kernels.decode import DecodeKernels
 from mlx_gptoss.model.kernels.verified import Verdict
@@ -146,3 +146,19 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(
 ) -> None:
     assert run(["bench", "demo", "--submit", str(tmp_path / "gone" / "result.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_several_machines_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    assert run(["bench", "demo", "--hosts", "a,b", "--submit", str(file)]) == 2
+    assert "cannot be used with --hosts" in capsys.readouterr().err and not file.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attention over a window", "attention over everything, keys and values in 8 and 8 bits", "gate_up"],
+)
+def test_names_of_kernels_are_taken(name: str) -> None:
+    assert UsedKernel(name=name, gain=0.1).name == name
