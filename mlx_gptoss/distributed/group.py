@@ -164,8 +164,8 @@ class Group:
         self._down = HostError("the group was closed")
         self._end_processes()
         if self._keeper.is_alive() and self._keeper is not threading.current_thread():
-            self._keeper.join(LEAVING)
-            self._end_processes()  # those that it was just starting
+            self._keeper.join(10 * LEAVING)  # it may be ending those that it was just starting
+            self._end_processes()
 
     # --- the next ones
 

@@ -64,7 +64,7 @@ class Page:
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, true: Callable[[], Any], seconds: float = 20) -> Any:
+    def wait(self, true: Callable[[], Any], seconds: float = 60) -> Any:
         # Elements are drawn anew as an answer grows, so what was found may be gone a moment later.
         gone = [
             StaleElementReferenceException,

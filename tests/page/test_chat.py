@@ -45,6 +45,8 @@ def last(page: Page, selector: str = ".body") -> str:
 
 
 def test_an_answer_comes_with_its_reasoning_folded_and_its_details(page: Page) -> None:
+    # Not all at once: of an answer that comes in one piece there is no speed to tell.
+    page.llm.write = scripted(Script(text="You said: hello", delay=0.1))
     page.say("hello")
     assert last(page) == "You said: hello"
     assert not page.find(".turn details.reasoning[open]")

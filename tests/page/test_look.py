@@ -20,7 +20,7 @@ def test_an_empty_chat_says_what_the_model_is_and_what_to_ask(page: Page) -> Non
     suggestions = page.find("#suggestions button")
     assert len(suggestions) == 4
     suggestion = suggestions[1].text.replace("\n", " ")
-    suggestions[1].click()
+    page.wait(lambda: (suggestions[1].click(), True)[1])
     assert page.one("#prompt").get_attribute("value") == suggestion
     page.click("#send:enabled")
     page.wait(lambda: last(page) == f"You said: {suggestion}")
