@@ -65,8 +65,10 @@ class Channel:
 
     @property
     def peer(self) -> str:
-        """The address of the machine at the other end."""
-        return _plain(self._socket.getpeername()[0])
+        """The address of the machine at the other end, as this machine can dial it again."""
+        address, _, *scope = self._socket.getpeername()
+        # A link-local one says nothing without this machine's interface.
+        return _plain(address) + (f"%{scope[1]}" if scope and scope[1] and "%" not in address else "")
 
     @property
     def here(self) -> str:
@@ -216,8 +218,8 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
 class Listener:
     """A port at which machines of the group arrive. host: an address of this machine, "" for all it has.
 
-    welcome: told each proven connection, on a thread of its own; the connection is closed when it raises. All
-    else is closed, and logged in one line.
+    token: may be replaced; who comes then must know the new one. welcome: told each proven connection, on a
+    thread of its own; the connection is closed when it raises. All else is closed, and logged in one line.
     """
 
     def __init__(self, host: str, token: bytes, welcome: Callable[[Channel], None], port: int = 0) -> None:
@@ -231,7 +233,7 @@ class Listener:
                 self._socket = socket.create_server(("", port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise HostError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
-        self._token, self._welcome = token, welcome
+        self.token, self._welcome = token, welcome
         self._places = threading.BoundedSemaphore(HANDSHAKES)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._run, name=f"port {self.port}", daemon=True).start()
@@ -283,9 +285,9 @@ class Listener:
             raise
         connection.sendall(_PRELUDE.pack(MAGIC, PROTOCOL, nonce))
         proof = _exactly(connection, 32, deadline)
-        if not hmac.compare_digest(proof, _proof(self._token, b"dial", other, nonce)):
+        if not hmac.compare_digest(proof, _proof(self.token, b"dial", other, nonce)):
             raise ProtocolError("has another token")
-        connection.sendall(_proof(self._token, b"listen", other, nonce))
+        connection.sendall(_proof(self.token, b"listen", other, nonce))
 
 
 def _json(record: Any) -> bytes:

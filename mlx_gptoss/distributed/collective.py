@@ -104,6 +104,12 @@ def ipv4_addresses(ranks: Sequence[tuple[Host, str, Sequence[str]]]) -> list[str
     return found
 
 
+def shared_addresses(networks: Sequence[str], others: Sequence[str]) -> list[str]:
+    """A machine's own addresses in networks that another one is in too; both as about.networks gives them."""
+    known = {IPv4Interface(network).network for network in others}
+    return [str(own.ip) for own in map(IPv4Interface, networks) if own.network in known]
+
+
 def collective_settings(
     backend: str,
     rank: int,

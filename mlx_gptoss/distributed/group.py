@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_gptoss.device import available_memory
 from mlx_gptoss.distributed.channel import Channel, Listener, ProtocolError, dial_any
-from mlx_gptoss.distributed.collective import collective_settings, ipv4_addresses
+from mlx_gptoss.distributed.collective import collective_settings, ipv4_addresses, shared_addresses
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.plan import Machine
 from mlx_gptoss.distributed.session import Member, Session, versions
@@ -68,7 +68,7 @@ class Group:
 
     collective: for ranks that all have a part of every layer: what they add up by; without it each has layers
     of its own. starter: what starts processes on a host. orders: set once the plan is made: what each rank,
-    from 1 on, is told to load. The token is made here, and nothing keeps it.
+    from 1 on, is told to load. The token is made here, for each life anew.
     """
 
     def __init__(
@@ -216,7 +216,8 @@ class Group:
     # --- one start
 
     def _start_all(self) -> list[Member]:
-        """Processes that have said hello, from rank 1 on."""
+        """Processes that have said hello, from rank 1 on. They have a token that no earlier life knows."""
+        self._token = self._listener.token = secrets.token_bytes(TOKEN_BYTES)
         while True:
             try:
                 self._arrivals.get_nowait().channel.close()  # late ones of the last life
@@ -265,6 +266,7 @@ class Group:
             member = Member(rank, self.hosts[rank].name, arrival.channel, arrival.facts)
             here, there = versions(), arrival.facts.get("versions")
             if there != here:
+                arrival.channel.close()
                 raise HostError(
                     f"{member} has other versions: {_shown(there)}; this machine has {_shown(here)}"
                 )
@@ -293,6 +295,8 @@ class Group:
                 case ["loaded", int(done)]:
                     loaded[member.rank] = done
                     progress(sum(loaded.values()))
+                case ["placed"] if self.collective is not None:
+                    ready.put(member)
                 case ["ready", dict(facts)]:
                     member.facts |= facts
                     ready.put(member)
@@ -309,17 +313,23 @@ class Group:
             session.over.wait()
             ready.put(None)
 
+        def all_told() -> None:
+            waiting = {member.rank for member in members}
+            while waiting:
+                if (one := ready.get()) is None:
+                    raise session.lost()
+                waiting.discard(one.rank)
+
         threading.Thread(target=over, daemon=True).start()
         try:
             for member, order in zip(members, self.orders, strict=True):
                 session.tell(member, ["silence", self.patience.silence])
                 links = {"onward": self._onward(session, member), "join": self._join(members, member)}
                 session.tell(member, ["load", order | links])
-            waiting = {member.rank for member in members}
-            while waiting:
-                if (one := ready.get()) is None:
-                    raise session.lost()
-                waiting.discard(one.rank)
+            if together:
+                all_told()
+                session.tell_all(["join"])
+            all_told()
             for member in members if together else members[:1]:
                 session.onward.append(dial_any(self._addresses(member), self._token))
                 session.onward[-1].tell(["from", 0])
@@ -330,11 +340,10 @@ class Group:
             raise
 
     def _onward(self, session: Session, member: Member) -> list[list[Any]]:
-        """Where a rank finds the next one; nothing where it has none."""
+        """Where a rank finds the next one, "" where it found rank 0; nothing where it has none."""
         if member is session.last:
-            here = member.channel.here
-            return [[here, self.port], *([ip, self.port] for ip in self.hosts[0].ips)]
-        return [] if self.collective else self._addresses(session.members[member.rank])
+            return [["", self.port], *([ip, self.port] for ip in self.hosts[0].ips)]
+        return [] if self.collective else self._addresses(session.members[member.rank], member)
 
     def _join(self, members: list[Member], member: Member) -> dict[str, Any] | None:
         """How a rank joins the others in MLX's own group."""
@@ -347,9 +356,14 @@ class Group:
         rdma = [self.hosts[one.rank].rdma for one in members]
         return collective_settings(self.collective, members.index(member), addresses, ports, rdma)
 
-    def _addresses(self, member: Member) -> list[list[Any]]:
-        port = int(member.facts["port"])
-        return [[member.channel.peer, port], *([ip, port] for ip in self.hosts[member.rank].ips)]
+    def _addresses(self, member: Member, dialling: Member | None = None) -> list[list[Any]]:
+        """Where a rank is found, by rank 0 or by another one."""
+        found, peer = list(self.hosts[member.rank].ips), member.channel.peer
+        if dialling is not None:
+            found += shared_addresses(member.facts["networks"], dialling.facts["networks"])
+        if dialling is None or "%" not in peer or not found:  # an interface's name is rank 0's alone
+            found.insert(0, peer)
+        return [[address, int(member.facts["port"])] for address in dict.fromkeys(found)]
 
     def _end_processes(self) -> None:
         """Wait for every process, and kill those that do not end by themselves."""

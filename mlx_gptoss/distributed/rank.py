@@ -113,7 +113,8 @@ class Process:
         layers = read_layers(checkpoint, lambda done: self._control.tell(["loaded", done]))
         mx.clear_cache()
         if order["onward"]:
-            self._onward = dial_any(order["onward"], self._token)
+            onward = [[host or self._control.peer, port] for host, port in order["onward"]]
+            self._onward = dial_any(onward, self._token)
             self._onward.tell(["from", self.rank])
         keys, values = order["kv_bits"]
         stage = (Stage if collective is None else PartStage)(
@@ -127,6 +128,10 @@ class Process:
         opened = {tensor.path for tensor in checkpoint.tensors.values()}
         facts = {**self._facts(), "opened": sum(path.stat().st_size for path in opened)}
         if collective is not None and isinstance(stage, PartStage):
+            self._control.tell(["placed"])
+            record, _ = self._orders.get()  # comes when all ranks have their layers, however long that takes
+            if record != ["join"]:
+                raise ProtocolError(f"said {record[0]!r:.80} before 'join'")
             self._alone = time.monotonic()
             facts |= collective.measure(stage)
             self._alone = None

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from ipaddress import ip_address
 
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.starter import SAFE_PATH, Handle, LocalStarter, Starter
@@ -152,7 +153,8 @@ class HostProcess:
     def _forward(self) -> None:
         assert self._process.stderr is not None
         for raw in self._process.stderr:
-            self.last = raw.decode(errors="replace").strip() or self.last
+            text = raw.decode(errors="replace").strip()
+            self.last = "".join(c if c.isprintable() else "\ufffd" for c in text) or self.last
             if self._here or self._pid is not None:
                 print(f"[{self._name}] {self.last}", file=sys.stderr, flush=True)
 
@@ -183,6 +185,8 @@ def is_here(host: Host) -> bool:
         return True
     try:
         family, kind, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0]
+        if ip_address(str(address[0]).partition("%")[0]).is_unspecified:
+            return False  # it can be bound everywhere, and names no machine
         with socket.socket(family, kind) as probe:
             probe.bind(address)  # works for addresses of this machine alone
     except OSError:

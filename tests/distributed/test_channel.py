@@ -158,6 +158,13 @@ def test_another_token_is_refused_by_both(port: Port, lines: Callable[[int], lis
     assert port.arrived.empty()
 
 
+def test_a_token_that_was_replaced_counts_no_more(port: Port) -> None:
+    port.listener.token = b"n" * 32
+    with pytest.raises(HostError, match="does not let this machine in"):
+        dial(port.address, TOKEN)
+    dial(port.address, b"n" * 32).close()
+
+
 def test_a_listener_that_does_not_know_the_token_is_not_trusted() -> None:
     """It sees the dialling side's proof, and can do nothing with it."""
     with closing(socket.create_server(("127.0.0.1", 0))) as impostor:

@@ -172,9 +172,9 @@ def test_without_ssh_it_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_what_a_host_complains_of_is_told_under_its_name(
     begin: Begin, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process, _ = begin("import sys; print('no memory', file=sys.stderr)", {})
+    process, _ = begin("import sys; print('no \\x1b[2Jmemory', file=sys.stderr)", {})
     process.wait(20)
-    assert "[mac2.test] no memory" in capfd.readouterr().err
+    assert "[mac2.test] no \ufffd[2Jmemory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "me@127.0.0.1"])
@@ -186,6 +186,11 @@ def test_this_machine_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("socket.gethostname", lambda: "Studio.local")
     assert is_here(Host("studio")) and is_here(Host("me@studio.local"))
     assert not is_here(Host("192.0.2.1"))  # an address of documentation, which no machine has
+
+
+@pytest.mark.parametrize("name", ["0.0.0.0", "::"])
+def test_no_address_of_all_machines_is_this_one(name: str) -> None:
+    assert not is_here(Host(name))
 
 
 @pytest.mark.parametrize("parallel", ["pipeline", "tensor"])

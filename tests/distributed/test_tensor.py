@@ -22,7 +22,7 @@ import mlx_gptoss
 from mlx_gptoss.checkpoint.hub import resolve
 from mlx_gptoss.checkpoint.part import part_config
 from mlx_gptoss.checkpoint.reader import Checkpoint, read_model
-from mlx_gptoss.distributed.collective import free_port, ipv4_addresses
+from mlx_gptoss.distributed.collective import free_port, ipv4_addresses, shared_addresses
 from mlx_gptoss.distributed.group import Group, Patience
 from mlx_gptoss.distributed.hosts import Host
 from mlx_gptoss.distributed.launch import Spread, require_gain, spread_tensor
@@ -234,6 +234,10 @@ def test_parts_meet_at_addresses_that_all_reach(
 ) -> None:
     asked = [(Host(f"mac{i}", (ip,) if ip else ()), seen, own) for i, (ip, seen, own) in enumerate(ranks)]
     assert ipv4_addresses(asked) == wanted
+
+
+def test_only_networks_that_both_are_in_are_shared() -> None:
+    assert shared_addresses([LAN.format(2), CABLE.format(2)], [LAN.format(3)]) == [LAN.format(2)[:-3]]
 
 
 def test_parts_without_a_common_network_are_told_what_to_give() -> None:
