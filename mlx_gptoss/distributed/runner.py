@@ -240,7 +240,6 @@ class PipelineRunner:
         self.full_bytes = sum(layer.token_bytes for layer in self._empty.full)
         self.sliding_bytes = sum(layer.token_bytes for layer in self._empty.sliding)
         self._life: Life | None = None
-        self._lost: HostError | None = None
         self._adapters: dict[int, Adapter] = {}
         self._steps = 0
         self._flying: deque[Passing] = deque()  # those that have not come back
@@ -265,7 +264,7 @@ class PipelineRunner:
         return self._config.experts_per_token
 
     def resize_experts(self, slots: int) -> None:
-        """All are in memory."""
+        """Each rank has as many in memory as the plan gave it."""
 
     def expert_counts(self) -> list[StreamCounts]:
         return []
@@ -322,9 +321,7 @@ class PipelineRunner:
         return self._empty.nbytes_at(in_steps(tokens), chunk)
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
-        (wanted,) = self._empty.export([(0, 0)])
-        same = [(w.dtype, (*w.shape[:2], tokens, w.shape[3])) for w in wanted]
-        return same == [(p.dtype, p.shape) for p in parts] and all(map(self._empty.takes, states))
+        return self._empty.fits(tokens, parts, states)
 
     def adopt(
         self, parts: Sequence[mx.array], states: Mapping[int, WindowState]

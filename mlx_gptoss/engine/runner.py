@@ -307,9 +307,7 @@ class LocalRunner:
         return self._empty.nbytes_at(in_steps(tokens), chunk)
 
     def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
-        (wanted,) = self._empty.export([(0, 0)])
-        same = [(w.dtype, (*w.shape[:2], tokens, w.shape[3])) for w in wanted]
-        return same == [(p.dtype, p.shape) for p in parts] and all(map(self._empty.takes, states))
+        return self._empty.fits(tokens, parts, states)
 
     def adopt(
         self, parts: Sequence[mx.array], states: Mapping[int, WindowState]

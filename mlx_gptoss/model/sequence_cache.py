@@ -260,6 +260,12 @@ class SequenceCache:
         shape = (2 * len(self.sliding), keys.shape[1], state.end - state.start, keys.shape[3])
         return 0 <= state.start < state.end and (state.data.dtype, state.data.shape) == (keys.dtype, shape)
 
+    def fits(self, tokens: int, parts: Sequence[mx.array], states: Iterable[WindowState]) -> bool:
+        """Whether exported parts of so many tokens, and window states, are of caches of this kind."""
+        (wanted,) = self.export([(0, 0)])
+        same = [(w.dtype, (*w.shape[:2], tokens, w.shape[3])) for w in wanted]
+        return same == [(p.dtype, p.shape) for p in parts] and all(map(self.takes, states))
+
     def export(self, ranges: Sequence[tuple[int, int]], *, release: bool = False) -> list[KVSpan]:
         """Compact copies of the full layers' KV of the token ranges [start, end), for `load`.
 
