@@ -128,17 +128,22 @@ def test_every_rank_has_a_forward_of_its_own() -> None:
         assert here.steps == made.counters.forwards and here.sent_bytes > 0 and here.peak_bytes > 0
 
 
+def answered_with_disk(runner: ModelRunner, folder: Path, tokens: list[int], count: int) -> Client:
+    """A request, ended, whose prefixes are found in a folder and kept there."""
+    made = scheduler(runner, disk=PrefixDisk(folder, "demo", 10**9), budget=1 << 28)
+    client = Client(made, tokens, count)
+    run(made)
+    while made.store.save():
+        pass
+    return client
+
+
 def test_prefixes_on_disk_are_those_of_one_process(tmp_path: Path) -> None:
     """Written by either, read by the other: a file holds the parts of all layers."""
     tokens = prompt(3, 200, 2000)
 
     def answer(runner: ModelRunner, folder: Path) -> Client:
-        made = scheduler(runner, disk=PrefixDisk(folder, "demo", 10**9), budget=1 << 28)
-        client = Client(made, tokens, 6)
-        run(made)
-        while made.store.save():
-            pass
-        return client
+        return answered_with_disk(runner, folder, tokens, 6)
 
     first = answer(local(), tmp_path / "one")
     assert first.done.cached_tokens == 0

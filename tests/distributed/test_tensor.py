@@ -31,7 +31,6 @@ from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import Member
 from mlx_gptoss.distributed.stage import PartStage, Stage
 from mlx_gptoss.distributed.tensor import TensorRunner
-from mlx_gptoss.engine.prefix_disk import PrefixDisk
 from mlx_gptoss.engine.runner import LocalRunner, ModelRunner
 from mlx_gptoss.errors import HostError, RequestError
 from mlx_gptoss.llm import LLM
@@ -39,12 +38,12 @@ from mlx_gptoss.model.cache import KVBits
 from mlx_gptoss.model.sequence_cache import SequenceCache, WindowState
 from mlx_gptoss.sampling import SamplingParams
 from tests.distributed.test_faults import pids, until
-from tests.distributed.test_pipeline import played, scheduler
+from tests.distributed.test_pipeline import answered_with_disk, played, scheduler
 from tests.support.adapters import random_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.groups import tensor
 from tests.support.random_weights import Shape
-from tests.support.scheduling import Client, prompt, run
+from tests.support.scheduling import Client, prompt
 
 DEMO = resolve("demo")  # 2 KV heads, 6 groups of 32 columns
 WIDE = Shape(layers=2, hidden=64, intermediate=160, experts=4, heads=8, kv_heads=4, window=16, vocab=160)
@@ -104,12 +103,7 @@ def test_prefixes_on_disk_are_those_of_one_process(two: PipelineRunner, tmp_path
     tokens = prompt(3, 80, 2000)
 
     def answer(runner: ModelRunner, folder: Path) -> Client:
-        made = scheduler(runner, disk=PrefixDisk(folder, "demo", 10**9), budget=1 << 28)
-        client = Client(made, tokens, 2)
-        run(made)
-        while made.store.save():
-            pass
-        return client
+        return answered_with_disk(runner, folder, tokens, 2)
 
     first, again = answer(local(), tmp_path / "one"), answer(two, tmp_path / "one")
     other, last = answer(two, tmp_path / "two"), answer(local(), tmp_path / "two")
