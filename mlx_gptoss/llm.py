@@ -142,10 +142,7 @@ def load(
 def _group(hosts: str | Path | Sequence[str], parallel: Parallel, patience: Patience | None) -> Group:
     known = read_hosts(hosts)
     require_here(known.hosts)
-    variables = known.environment
-    if parallel == "tensor" and known.collective.startswith("jaccl"):
-        # Without it each crossing between GPU and CPU takes longer than a sum (mlx #4438).
-        variables = {"MLX_METAL_FAST_SYNCH": "1", **variables}
+    variables = known.variables(known.collective if parallel == "tensor" else "")
     starter = partial(starter_of, environment=variables)
     if parallel == "pipeline":
         return Group(known.hosts, starter, patience)

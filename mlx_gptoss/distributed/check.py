@@ -6,7 +6,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from mlx_gptoss.distributed.collective import collective_settings
 from mlx_gptoss.distributed.hosts import Host, HostList
 from mlx_gptoss.distributed.link import LIMIT
 from mlx_gptoss.distributed.plan import Machine
-from mlx_gptoss.distributed.ssh import HostProcess, is_here, require_here
+from mlx_gptoss.distributed.ssh import HostProcess, is_here, printable, require_here
 from mlx_gptoss.errors import HostError
 
 LOOK = 0.2  # seconds between two looks at whether a process that should answer has ended
@@ -184,7 +184,7 @@ def _tcp(hosts: HostList, first: int, second: int, address: str) -> Link:
     asked = {"way": "listen", "host": address, "token": token}
     try:
         with ExitStack() as stack:
-            listening = _Asked(hosts.hosts[second], hosts, "link", asked)
+            listening = _Asked(hosts.hosts[second], hosts.variables(), "link", asked)
             stack.callback(listening.end)
             port = listening.answer(ANSWER)["port"]
             way = {"way": "measure", "host": address, "port": port, "token": token}
@@ -205,7 +205,8 @@ def _all_sums(hosts: HostList, backend: str) -> Link:
         try:
             for rank, host in enumerate(hosts.hosts):
                 settings = collective_settings(backend, rank, addresses, ports, rdma)
-                asked.append(_Asked(host, hosts, "link", {"way": "all_sums", **settings}))
+                settings = {"way": "all_sums", **settings}
+                asked.append(_Asked(host, hosts.variables(backend), "link", settings))
                 stack.callback(asked[-1].end)
             told = [one.answer(LIMIT) for one in asked]
         except HostError as error:
@@ -216,10 +217,12 @@ def _all_sums(hosts: HostList, backend: str) -> Link:
 class _Asked:
     """A module of this room at work on a host."""
 
-    def __init__(self, host: Host, hosts: HostList, module: str, asked: dict[str, Any] | None) -> None:
+    def __init__(
+        self, host: Host, variables: Mapping[str, str], module: str, asked: dict[str, Any] | None
+    ) -> None:
         self._name, self._lines = host.name, Queue[str]()
         arguments = ["-m", f"mlx_gptoss.distributed.{module}"]
-        self._process = HostProcess(host, arguments, hosts.environment, self._lines.put)
+        self._process = HostProcess(host, arguments, variables, self._lines.put)
         if asked is not None:
             self._process.write(json.dumps(asked).encode() + b"\n")
 
@@ -239,18 +242,18 @@ class _Asked:
         except ValueError:
             raise HostError(f"{self._name}: answered {line!r:.80}") from None
         if "problem" in told:
-            raise HostError(f"{self._name}: {told['problem']}")
-        return told
+            raise HostError(f"{self._name}: {printable(str(told['problem']))}")
+        return {name: printable(value) if isinstance(value, str) else value for name, value in told.items()}
 
     def end(self) -> None:
-        self._process.kill()
+        self._process.end()
 
 
 def _asked(
     host: Host, hosts: HostList, module: str, asked: dict[str, Any] | None, timeout: float
 ) -> dict[str, Any]:
     """The one answer of a module."""
-    one = _Asked(host, hosts, module, asked)
+    one = _Asked(host, hosts.variables(), module, asked)
     try:
         return one.answer(timeout)
     finally:

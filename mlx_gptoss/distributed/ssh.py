@@ -31,16 +31,25 @@ OPTIONS = {
     "ServerAliveCountMax": "3",
     "LogLevel": "ERROR",
 }
+LISTEN = 2.0  # seconds for a process to notice that its input has ended
 # $0 is this machine's interpreter: the same place there, or that of the mlx-gptoss command. A shell that is
-# not a login shell does not know the places where pip, pipx, uv and Homebrew put it.
-_FIND = """\
-PATH="$PATH:$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin"
-if [ ! -x "$0" ]; then
-  set -- "$(sed -n '1s/^#!//p' "$(command -v mlx-gptoss)" 2>/dev/null)" "$@"
-  [ -x "$1" ] || { echo "no mlx-gptoss is installed there (neither $0 nor on the PATH)" >&2; exit 127; }
-else
-  set -- "$0" "$@"
+# not a login shell does not know the places where pip, pipx, uv and Homebrew put it. An interpreter whose
+# path is long or has a space stands in the command's second line, behind '''exec'.
+_FIND = r"""PATH="$PATH:$HOME/.local/bin:/opt/homebrew/bin:/usr/local/bin"
+has() {
+  [ -x "$1" ] || return
+  "$1" -P -c 'import sys, importlib.util as u; sys.exit(u.find_spec("mlx_gptoss") is None)' 2> /dev/null
+}
+python=$0
+if ! has "$python"; then
+  command=$(command -v mlx-gptoss)
+  python=$(sed -n '1s/^#! *//p' "$command" 2>/dev/null)
+  if [ "$python" = /bin/sh ]; then
+    python=$(sed -n "2{s/^'''exec' *//;s/ *\"\$0\".*//;s/^[\"']//;s/[\"']\$//;p;}" "$command")
+  fi
+  has "$python" || { echo "no mlx-gptoss is installed there (neither by $0 nor on the PATH)" >&2; exit 127; }
 fi
+set -- "$python" "$@"
 """
 _BEGUN = "begun"
 
@@ -56,6 +65,11 @@ def remote_line(arguments: Sequence[str], environment: Mapping[str, str], python
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     script = f'{_FIND}{exports}echo "{_BEGUN} $$"\nexec "$@"'
     return "exec /bin/sh -c " + shlex.join([script, python, *arguments])
+
+
+def printable(text: str) -> str:
+    """What another machine said, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class HostProcess:
@@ -118,6 +132,16 @@ class HostProcess:
             thread.join(1.0)
         return status
 
+    def end(self) -> None:
+        """Let it end, with its standard input; what does not listen is killed."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(LISTEN)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
     def kill(self) -> None:
         self._process.kill()
         if self._here:
@@ -154,7 +178,7 @@ class HostProcess:
         assert self._process.stderr is not None
         for raw in self._process.stderr:
             text = raw.decode(errors="replace").strip()
-            self.last = "".join(c if c.isprintable() else "\ufffd" for c in text) or self.last
+            self.last = printable(text) or self.last
             if self._here or self._pid is not None:
                 print(f"[{self._name}] {self.last}", file=sys.stderr, flush=True)
 

@@ -156,6 +156,47 @@ def test_a_host_that_cannot_run_it_is_one_line(fake: FakeSsh, host: str, told: s
     assert "\n" not in str(caught.value)
 
 
+# How pip, pip for a path with a space, and uv let the command find its interpreter.
+@pytest.mark.parametrize(
+    "start",
+    [
+        "#!{}\n",
+        "#!/bin/sh\n'''exec' \"{}\" \"$0\" \"$@\"\n' '''\n",
+        "#!/bin/sh\n'''exec' '{}' \"$0\" \"$@\"\n' '''\n",
+    ],
+)
+def test_the_interpreter_of_the_command_is_found(fake: FakeSsh, tmp_path: Path, start: str) -> None:
+    folder = "an env" if "exec" in start else "env"
+    for name, text in (
+        (f"{folder}/python", f'#!/bin/sh\nFOUND=yes exec {sys.executable} "$@"\n'),
+        ("bin/mlx-gptoss", start.format(tmp_path / folder / "python") + "import this\n"),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    lines: Queue[str] = Queue()
+    process = HostProcess(Host("moved"), ["-c", "import os; print(os.environ['FOUND'])"], {}, lines.put)
+    assert lines.get(timeout=20) == "yes" and process.wait(20) == 0
+
+
+def test_an_interpreter_without_the_package_is_not_taken(
+    fake: FakeSsh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")  # no mlx-gptoss
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    other.chmod(0o755)
+    with pytest.raises(HostError, match="no mlx-gptoss is installed there"):
+        HostProcess(MAC, ["-c", ECHO], {}, python=str(other))
+
+
+def test_what_has_ended_is_not_ended_again(begin: Begin, fake: FakeSsh) -> None:
+    process, lines = begin(ECHO, {})
+    pid = int(lines.get(timeout=20))
+    process.end()
+    assert gone(pid) and len(fake.log) == 1
+
+
 def test_a_host_that_never_answers_is_given_up(fake: FakeSsh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "BEGIN", 0.2)
     with pytest.raises(HostError, match="slow: ssh did not get there within 0.2 s"):

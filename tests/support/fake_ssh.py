@@ -1,7 +1,8 @@
 """An `ssh` on the PATH that runs the command on this machine: real processes, no network, no keys.
 
-It writes its arguments to ssh.log beside it, one JSON list a line, and knows three hosts apart: `down`
-refuses the connection, `slow` never answers, `bare` has no mlx-gptoss and none of this machine's places.
+It writes its arguments to ssh.log beside it, one JSON list a line, and knows four hosts apart: `down`
+refuses the connection, `slow` never answers, `bare` has no mlx-gptoss and none of this machine's places,
+`moved` has not those either, and on its PATH what the test put into a folder `bin` beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ environment = {{name: value for name, value in os.environ.items() if name in kno
 environment["SSH_CONNECTION"] = "127.0.0.1 50000 127.0.0.1 22"
 if host == "bare":
     environment["PATH"] = "/usr/bin:/bin"
+if host == "moved":
+    environment["PATH"] = os.path.join(os.path.dirname(__file__), "bin") + ":" + environment["PATH"]
+if host in ("bare", "moved"):
     command = command.replace({sys.executable!r}, "/nowhere/python")
 # As sshd does: when this end goes, the process's input closes; it is not killed.
 process = subprocess.Popen(
