@@ -15,7 +15,7 @@ from mlx_gptoss.checkpoint.fingerprint import fingerprint
 from mlx_gptoss.checkpoint.memory import MemoryPlan, gigabytes, plan_checkpoint, plan_experts, runtime_bytes
 from mlx_gptoss.checkpoint.reader import Checkpoint, Portion, read_model
 from mlx_gptoss.distributed.group import Group
-from mlx_gptoss.distributed.plan import Machine, Share, plan_pipeline, plan_tensor
+from mlx_gptoss.distributed.plan import Machine, Share, cast_while_loading, plan_pipeline, plan_tensor
 from mlx_gptoss.distributed.runner import PipelineRunner
 from mlx_gptoss.distributed.session import Member
 from mlx_gptoss.distributed.stage import Stage
@@ -59,9 +59,9 @@ class Spread:
             lines.append(f"\n  {share.machine.host}: {ends}{what}: {sizes}")
         return "".join(lines)
 
-    def needed(self, share: Share) -> int:
-        """Bytes of a rank's process without caches, once it has loaded."""
-        return share.weights + runtime_bytes()
+    def loading(self, share: Share) -> int:
+        """Bytes that a rank's process takes at most until it has loaded."""
+        return share.weights + runtime_bytes() + cast_while_loading(self.memory, share.rank)
 
     @property
     def max_running(self) -> int | None:

@@ -79,28 +79,28 @@ def plan_pipeline(
     """
     config, whole = checkpoint.config, plan_checkpoint(checkpoint)
     fewest = plan_checkpoint(checkpoint, config.experts_per_token)
-    fixed = runtime_bytes() + beside
-    rooms = [machine.room - fixed for machine in machines]
+    rooms = [machine.room - runtime_bytes() - beside for machine in machines]
     counts = _checked(split, len(machines), config.num_layers, "layers")
     if counts is None:
         counts = in_proportion(config.num_layers, [rooms[0] - _ends(whole), *rooms[1:]])
     caches, shares = _kv_by_layer(checkpoint, kv), []
     for rank, (machine, layers) in enumerate(zip(machines, _ranges(counts), strict=True)):
         cached = sum(caches[i] for i in layers)
+        beyond = runtime_bytes() + max(cached + beside, cast_while_loading(whole, rank))
 
         def weights(plan: MemoryPlan, rank: int = rank, layers: range = layers) -> int:
             return sum(plan.layers[i] for i in layers) + (_ends(plan) if rank == 0 else 0)
 
         held, slots = weights(whole), None
-        if held + cached + fixed > machine.room:
+        if held + beyond > machine.room:
             held, each = weights(fewest), whole.expert.loaded * len(layers)
-            left = machine.room - held - cached - fixed
+            left = machine.room - held - beyond
             if left < 0:
-                raise _does_not_fit(machine, held + cached + fixed, f"{len(layers)} layers")
+                raise _does_not_fit(machine, held + beyond, f"{len(layers)} layers")
             slots = min(config.experts_per_token + left // each, config.num_experts - 1)
             held += (slots - config.experts_per_token) * each
         heads, channels = range(config.num_kv_heads), range(config.intermediate_size)
-        needed = held + cached + fixed
+        needed = held + beyond
         read = int(_read(whole, "embedding", "head")) if rank == 0 else 0
         read += int(_read(whole, "attention", "router", "experts", "norms") * len(layers) / config.num_layers)
         shares.append(Share(rank, machine, layers, heads, channels, held, cached, needed, read, slots))
@@ -200,6 +200,13 @@ def _checked(split: Sequence[int] | None, machines: int, count: int, things: str
 
 def _ranges(counts: Sequence[int]) -> list[range]:
     return [range(a, b) for a, b in pairwise(accumulate(counts, initial=0))]
+
+
+def cast_while_loading(plan: MemoryPlan, rank: int) -> int:
+    """What lives beside the weights until a rank has loaded: the stored form of what is cast. The layers' is
+    small.
+    """
+    return plan.transient if rank == 0 else 0
 
 
 def _ends(plan: MemoryPlan) -> int:
