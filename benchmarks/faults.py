@@ -38,6 +38,7 @@ from mlx_gptoss.sampling import SamplingParams
 LIMIT, RESTART = 5.0, 10.0
 CLIENTS = 4
 PROMPTS = [list(range(100 + 7 * i, 130 + 9 * i)) for i in range(8)]
+RANK = b"mlx_gptoss.distributed.rank"
 LOSSES = ("kill", "stop")
 STRANGERS = ("half-open", "garbage", "token", "version")
 
@@ -60,7 +61,8 @@ class Clients:
         self.fault = self.loss = 0.0  # when the last ones were
         self.answered = 0.0  # when an answer last came that was asked for after the last fault
         self._threads = [
-            threading.Thread(target=self._ask, args=(random.Random(f"{seed} {i}"),)) for i in range(CLIENTS)
+            threading.Thread(target=self._ask, args=(random.Random(f"{seed} {i}"),), daemon=True)
+            for i in range(CLIENTS)
         ]
         for thread in self._threads:
             thread.start()
@@ -91,12 +93,13 @@ class Clients:
                 self.wrong.append("a request hangs")
 
 
-def inject(kind: str, ranks: dict[int, int], rng: random.Random) -> None:
-    """One fault. ranks: their processes, and the port that they arrived at."""
-    pid, port = rng.choice(list(ranks.items()))
+def inject(kind: str, rng: random.Random) -> None:
+    """One fault. Raises OSError or IndexError where a group just starts and nothing can be harmed."""
+    ranks = running()
+    port = ranks[max(ranks)] if ranks else 0  # the last group's; of the one before, a rank may still end
     if kind in LOSSES:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        pid = rng.choice([pid for pid, its in ranks.items() if its == port])
+        os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         return
     address = ("127.0.0.1", port)
     if kind == "token":
@@ -107,7 +110,7 @@ def inject(kind: str, ranks: dict[int, int], rng: random.Random) -> None:
     if kind == "half-open":
         threading.Timer(8.0, stranger.close).start()
         return
-    with closing(stranger), suppress(OSError):
+    with closing(stranger), suppress(BrokenPipeError, ConnectionResetError):
         version = MAGIC + bytes([PROTOCOL + 1]) + bytes(NONCE)
         stranger.sendall(version if kind == "version" else rng.randbytes(rng.randrange(1, 5000)))
 
@@ -135,10 +138,10 @@ def running() -> dict[int, int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             arguments = path.read_bytes().split(b"\0")
-            if b"mlx_gptoss.distributed.rank" in arguments:
+            if RANK in arguments:
                 status = (path.parent / "status").read_text(encoding="utf-8")
                 if f"PPid:\t{os.getpid()}\n" in status and "State:\tZ" not in status:
-                    found[int(path.parent.name)] = int(arguments[4])
+                    found[int(path.parent.name)] = int(arguments[arguments.index(RANK) + 2])
     return found
 
 
@@ -173,10 +176,14 @@ def main() -> None:
             time.sleep(rng.uniform(0.05, 1.0))
             kind = rng.choice(LOSSES + STRANGERS)
             kinds[kind] += 1
-            clients.fault = started = time.monotonic()
-            if kind in LOSSES:
-                clients.loss = started
-            inject(kind, running(), rng)
+            while True:
+                clients.fault = started = time.monotonic()
+                if kind in LOSSES:
+                    clients.loss = started
+                with suppress(OSError, IndexError):
+                    inject(kind, rng)
+                    break
+                time.sleep(0.05)
             while clients.answered < started and time.monotonic() - started < 60:
                 time.sleep(0.01)
             if kind in LOSSES:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -160,35 +161,46 @@ def disk_costs(folder: Path) -> dict[str, float]:
 
 
 def prefill(folder: Path, tokens: int) -> dict[str, float]:
-    """A prompt through few slots, against computing alone (every expert held) and reading alone."""
+    """A prompt through few slots, against computing alone (every expert held) and reading alone.
+
+    Each in a process of its own: what the one held is not there for the other.
+    """
+    context = multiprocessing.get_context("spawn")
     found: dict[str, float] = {}
-    rng = np.random.default_rng(0)
-    checkpoint = Checkpoint(folder)
-    layers, count = checkpoint.config.num_layers, checkpoint.config.num_experts
-    prompt = rng.integers(0, checkpoint.config.vocab_size, tokens).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=1, stop_token_ids=())
-    for name, slots in (("resident", None), ("streamed", 8)):
-        memory = "all" if slots is None else (plan_checkpoint(checkpoint, slots).slot * slots)
-        with load(folder, expert_memory=memory) as llm:
-            list(llm.submit(prompt[:4], params))
-            before = llm.stats()
-            found[f"{name}, s"] = seconds(lambda llm=llm: list(llm.submit(prompt, params)))  # type: ignore[misc]
-            after = llm.stats()
-            if slots is not None:
-                misses = after.expert_misses - before.expert_misses
-                found["experts read, of all"] = misses / (layers * count)
-                found["most reads of an expert"] = max(
-                    -(-(a.misses - b.misses) // count)
-                    for a, b in zip(after.expert_layers, before.expert_layers, strict=True)
-                )
-                found["waited for reads, s"] = after.expert_wait_seconds - before.expert_wait_seconds
-                size = (after.expert_read_bytes - before.expert_read_bytes) / 1e9
-                largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-                rate = read_rates(largest, checkpoint_record(checkpoint), (4,))[4]
-                found["reading alone, s"] = size * 1e9 / rate
+    for slots in (None, 8):
+        with context.Pool(1) as pool:
+            found |= pool.apply(prefilled, (folder, tokens, slots))
     slower = max(found["resident, s"], found["reading alone, s"])
     found["streamed, times the slower of computing and reading"] = found["streamed, s"] / slower
     return found
+
+
+def prefilled(folder: Path, tokens: int, slots: int | None) -> dict[str, float]:
+    rng, checkpoint = np.random.default_rng(0), Checkpoint(folder)
+    layers, count = checkpoint.config.num_layers, checkpoint.config.num_experts
+    prompt = rng.integers(0, checkpoint.config.vocab_size, tokens).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=1, stop_token_ids=())
+    memory = "all" if slots is None else (plan_checkpoint(checkpoint, slots).slot * slots)
+    with load(folder, expert_memory=memory) as llm:
+        list(llm.submit(prompt[:4], params))
+        before = llm.stats()
+        taken = seconds(lambda: list(llm.submit(prompt, params)))
+        after = llm.stats()
+    if slots is None:
+        return {"resident, s": taken}
+    most = max(
+        -(-(a.misses - b.misses) // count)
+        for a, b in zip(after.expert_layers, before.expert_layers, strict=True)
+    )
+    largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    rate = read_rates(largest, checkpoint_record(checkpoint), (4,))[4]
+    return {
+        "streamed, s": taken,
+        "experts read, of all": (after.expert_misses - before.expert_misses) / (layers * count),
+        "most reads of an expert": most,
+        "waited for reads, s": after.expert_wait_seconds - before.expert_wait_seconds,
+        "reading alone, s": (after.expert_read_bytes - before.expert_read_bytes) / rate,
+    }
 
 
 def checkpoint_record(checkpoint: Checkpoint) -> int:

@@ -17,13 +17,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from typing import TypeAlias
 
 from mlx_gptoss.distributed.starter import Handle, LocalStarter
 
 HERE, THERE = "10.99.0.1", "10.99.0.2"
 SPACE = "gptoss-there"
 DEVICES = ("gptoss0", "gptoss1")
+Delay: TypeAlias = "Synchronized[float]"
 _TUNSETIFF, _TUN, _NO_HEADER = 0x400454CA, 0x0001, 0x1000
 
 
@@ -38,22 +41,23 @@ class StarterThere:
 
 
 @contextmanager
-def delayed(seconds: float) -> Iterator[None]:
-    """While it lasts, THERE is this far away, each way."""
-    ready = multiprocessing.get_context("spawn").Event()
-    process = multiprocessing.get_context("spawn").Process(target=_copy, args=(seconds, ready), daemon=True)
+def delayed(seconds: float) -> Iterator[Delay]:
+    """While it lasts, THERE is so far away, each way; as far as its `value` says then."""
+    spawned = multiprocessing.get_context("spawn")
+    ready, delay = spawned.Event(), spawned.Value("d", seconds)
+    process = spawned.Process(target=_copy, args=(delay, ready), daemon=True)
     try:
         process.start()
         if not ready.wait(60):
             raise RuntimeError("the link cannot be set up: it needs root, and /dev/net/tun")
-        yield
+        yield delay
     finally:
         process.kill()
         process.join()
         subprocess.run(["ip", "netns", "del", SPACE], check=False)
 
 
-def _copy(seconds: float, ready: Event) -> None:
+def _copy(delay: Delay, ready: Event) -> None:
     here, there = (_open(name) for name in DEVICES)
     for line in (
         f"ip netns add {SPACE}",
@@ -71,7 +75,7 @@ def _copy(seconds: float, ready: Event) -> None:
     while True:
         rest = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         readable, _, _ = select.select([here, there], [], [], rest)
-        due = time.monotonic() + seconds
+        due = time.monotonic() + delay.value
         for device in readable:
             other = there if device == here else here
             heapq.heappush(waiting, (due, next(numbers), other, os.read(device, 1 << 16)))
