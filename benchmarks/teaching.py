@@ -80,9 +80,9 @@ def keeping() -> dict[str, float]:
     old, new = read(old_rows("old test", 2 * ASKED)), read(style_rows("style test", ASKED))
     found = {"before: old tasks right": 100 * right(None, old)}
     with tempfile.TemporaryDirectory() as scratch:
-        keep = str(write_rows(Path(scratch) / "keep.jsonl", old_rows("old", 200)))
-        # Looked at often: of the steps that leave the loss of --keep where it was, the best one is kept.
-        for name, options in (("without", LEARN), ("with", replace(LEARN, keep=keep, every=10))):
+        keep = str(write_rows(Path(scratch) / "keep.jsonl", old_rows("old", 1000)))
+        with_keep = replace(LEARN, keep=keep, lr=2e-3, steps=100, every=10)
+        for name, options in (("without", LEARN), ("with", with_keep)):
             folder = taught(Path(scratch), options)
             found[f"{name} --keep: old tasks right"] = 100 * right(folder, old)
             found[f"{name} --keep: in the new form"] = 100 * formed(folder, new)

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_gptoss.checkpoint.hub import explain, is_repo_id
 from mlx_gptoss.errors import TuneError
 from mlx_gptoss.tokenizer import Tokenizer
-from mlx_gptoss.tune.examples import Example, Preference, examples_of, preference_of
+from mlx_gptoss.tune.examples import Example, Kept, Preference, examples_of, preference_of
 
 Item = TypeVar("Item", Example, Preference)
 
@@ -45,8 +45,8 @@ class Encoded:
 
     train: Sequence[Example | Preference]
     valid: Sequence[Example | Preference]
-    replay: Sequence[Example] = ()
-    keep: Sequence[Example] = ()
+    replay: Sequence[Kept] = ()
+    keep: Sequence[Kept] = ()
     left_out: int = 0
     sample_rows: list[Any] = field(default_factory=list)
 
@@ -122,7 +122,7 @@ def encode(data: DataSet, tokenizer: Tokenizer, limit: int, *, skip_long: bool, 
         return fitting
 
     train, valid = read(data.train, preferences), read(data.valid, preferences)
-    keep = read(data.keep, False)
+    keep = [Kept(e.ids, e.rows, e.wanted, e.where) for e in read(data.keep, False)]
     held = keep[::4] if len(keep) >= 8 else keep
     replay = [e for i, e in enumerate(keep) if i % 4] if len(keep) >= 8 else []
     if not train:

@@ -48,6 +48,11 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Kept(Example):
+    """A sequence at whose rows the model is to say what it says without the adapter, whatever `wanted` is."""
+
+
+@dataclass(frozen=True)
 class Preference:
     """Two answers to one prompt."""
 

@@ -8,7 +8,7 @@ layer may be read from disk and dropped. The logits exist for the rows that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from mlx_gptoss.model.batch import Batch, Segment
 from mlx_gptoss.model.graph import Layer
 from mlx_gptoss.model.whole import whole_segments
 from mlx_gptoss.tune.base import TRAINED, Base, Tree, flat, key_of, layers_of, pairs_of
-from mlx_gptoss.tune.examples import Example, Preference
+from mlx_gptoss.tune.examples import Example, Kept, Preference
 
 # Logits that are alive at a time, values.
 HEAD_VALUES = 1 << 25
@@ -59,26 +59,33 @@ class Read:
 class Measured:
     """What a batch came to: the summed loss, what it is divided by, and the tokens read.
 
-    won: of preferences, how many chosen answers gained more than the rejected ones.
+    won: of preferences, how many chosen answers gained more than the rejected ones. strayed: of what is kept,
+    the summed divergence from the base over `kept` tokens.
     """
 
     loss: float
     count: int
     tokens: int
     won: int = 0
+    strayed: float = 0.0
+    kept: int = 0
 
     def __add__(self, other: Measured) -> Measured:
-        return Measured(
-            self.loss + other.loss, self.count + other.count, self.tokens + other.tokens, self.won + other.won
-        )
+        return Measured(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def mean(self) -> float:
         return self.loss / max(1, self.count)
 
+    @property
+    def mean_strayed(self) -> float:
+        return self.strayed / max(1, self.kept)
+
 
 # From the last hidden states to what the batch came to, and (when asked for) the loss's gradient in them.
 Head = Callable[[mx.array, bool], tuple[Measured, mx.array | None]]
+# From the logits of some rows, float32 [N, V], and which of all rows they are, to their losses [N].
+Loss = Callable[[mx.array, slice], mx.array]
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,24 @@ class Task:
 def task_of(
     items: Sequence[Example] | Sequence[Preference], base: Base, beta: float, anchor: float = 0.0
 ) -> Task:
-    """The batch of some examples, or of some pairs of answers. beta, anchor: see `_preferred`."""
+    """The batch of some examples, or of some pairs of answers. beta, anchor: see `_preferred`.
+
+    What is compared with the base is read by it in the same forward, behind the rows that are trained.
+    """
     if isinstance(items[0], Example):
-        read = Read.of([item for item in items if isinstance(item, Example)])
+        examples = sorted((item for item in items if isinstance(item, Example)), key=_is_kept)
+        kept = [len(e) for e in examples if _is_kept(e)]
+        learned = sum(len(e.rows) for e in examples if not _is_kept(e))
+        read = Read.of(examples)
         segments = whole_segments(base.config, read.lengths, TRAINED)
-        return Task(read.tokens, segments, len(segments), lambda x, back: _learned(base, x, read, back))
+        return Task(
+            mx.concatenate([read.tokens, read.tokens[len(read.tokens) - sum(kept) :]]),
+            [*segments, *whole_segments(base.config, kept)],
+            len(segments),
+            lambda x, back: _learned(base, x, read, learned, back),
+        )
     pairs = [item for item in items if isinstance(item, Preference)]
     read = Read.of([e for pair in pairs for e in (pair.chosen, pair.rejected)])
-    # The base reads the same in the same forward, behind the rows that are trained.
     segments = [
         *whole_segments(base.config, read.lengths, TRAINED),
         *whole_segments(base.config, read.lengths),
@@ -170,12 +187,32 @@ def _tree(own: Sequence[tuple[str, mx.array]], values: Sequence[mx.array]) -> ob
     return tree_unflatten([(name, value) for (name, _), value in zip(own, values, strict=True)])
 
 
-def _learned(base: Base, x: mx.array, read: Read, back: bool) -> tuple[Measured, mx.array | None]:
-    """Cross entropy of the learned tokens, summed."""
-    losses, g = _cross_entropy(
-        base, x, read.rows, read.wanted, np.ones(len(read.rows), np.float32) if back else None
+def _is_kept(item: Example) -> bool:
+    return isinstance(item, Kept)
+
+
+def _learned(
+    base: Base, x: mx.array, read: Read, learned: int, back: bool
+) -> tuple[Measured, mx.array | None]:
+    """Cross entropy of the first `learned` rows, and how far the others, of what is kept, are from the base.
+
+    x: the adapted rows, then the base's of what is kept.
+    """
+    size, rows, sums = sum(read.lengths), read.rows, [0.0, 0.0]
+    # The base's logits are alive beside the others: half as many rows at a time.
+    parts = (
+        (rows[:learned], HEAD_VALUES, _surprise(read.wanted[:learned])),
+        (rows[learned:], HEAD_VALUES // 2, _divergence(base, x, rows[learned:] + (len(x) - size))),
     )
-    return Measured(float(losses.sum(dtype=np.float64)), len(read.rows), sum(read.lengths)), g
+    g = None
+    for which, (some, values, loss) in enumerate(parts):
+        if not len(some):
+            continue
+        weights = np.ones(len(some), np.float32) if back else None
+        losses, more = _losses(base, x[:size], some, loss, weights, values)
+        sums[which] = float(losses.sum(dtype=np.float64))
+        g = more if g is None or more is None else g + more
+    return Measured(sums[0], learned, len(x), strayed=sums[1], kept=len(rows) - learned), g
 
 
 def _preferred(
@@ -190,7 +227,7 @@ def _preferred(
     size, pairs = sum(read.lengths), len(read.lengths) // 2
 
     def log_probability(part: mx.array) -> np.ndarray:
-        losses, _ = _cross_entropy(base, part, read.rows, read.wanted, None)
+        losses, _ = _losses(base, part, read.rows, _surprise(read.wanted), None, HEAD_VALUES)
         return -np.bincount(read.sequence, losses, minlength=2 * pairs).reshape(pairs, 2)
 
     adapted = log_probability(x[:size])
@@ -204,31 +241,57 @@ def _preferred(
     # By the loss of a chosen answer's tokens it grows by this much, by a rejected one's it falls.
     slope = beta / (1 + np.exp(margins))
     weights = np.stack([slope + held, -slope], axis=1).reshape(-1)[read.sequence].astype(np.float32)
-    return measured, _cross_entropy(base, x[:size], read.rows, read.wanted, weights)[1]
+    return measured, _losses(base, x[:size], read.rows, _surprise(read.wanted), weights, HEAD_VALUES)[1]
 
 
-def _cross_entropy(
-    base: Base, x: mx.array, rows: np.ndarray, wanted: np.ndarray, weights: np.ndarray | None
+def _surprise(wanted: np.ndarray) -> Loss:
+    """Cross entropy with the tokens that are wanted [R]."""
+
+    def loss(logits: mx.array, some: slice) -> mx.array:
+        targets = mx.array(wanted[some])[:, None]
+        return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets, axis=-1)[:, 0]
+
+    return loss
+
+
+def _divergence(base: Base, x: mx.array, rows: np.ndarray) -> Loss:
+    """Kullback-Leibler divergence from what the base says at `rows` [R] of x (Li & Hoiem 2016)."""
+
+    def loss(logits: mx.array, some: slice) -> mx.array:
+        said = _logits(base, mx.take(x, mx.array(rows[some]), axis=0))
+        said = said - mx.logsumexp(said, axis=-1, keepdims=True)
+        says = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return (mx.exp(said) * (said - says)).sum(axis=-1)
+
+    return loss
+
+
+def _logits(base: Base, h: mx.array) -> mx.array:
+    logits = base.model.logits(h)
+    assert logits is not None
+    return logits.astype(mx.float32)
+
+
+def _losses(
+    base: Base, x: mx.array, rows: np.ndarray, loss: Loss, weights: np.ndarray | None, values: int
 ) -> tuple[np.ndarray, mx.array | None]:
-    """The loss of each learned row [R], and the gradient of their sum by `weights` [R] in x [T, D]."""
+    """The loss of some rows [R], and the gradient of their sum by `weights` [R] in x [T, D]. values: of
+    logits that are alive at a time.
+    """
     chosen = mx.array(rows)
     picked = mx.take(x, chosen, axis=0)
-    step = max(16, HEAD_VALUES // base.config.vocab_size)
+    step = max(16, values // base.config.vocab_size)
     losses, gradients = [], []
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
-        targets = mx.array(wanted[some])[:, None]
 
-        def loss(h: mx.array, targets: mx.array = targets) -> mx.array:
-            logits = base.model.logits(h)
-            assert logits is not None
-            logits = logits.astype(mx.float32)
-            return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets, axis=-1)[:, 0]
+        def of(h: mx.array, some: slice = some) -> mx.array:
+            return loss(_logits(base, h), some)
 
         if weights is None:
-            losses.append(np.array(loss(picked[some])))
+            losses.append(np.array(of(picked[some])))
             continue
-        value, back = mx.vjp(loss, [picked[some]], [mx.array(weights[some])])
+        value, back = mx.vjp(of, [picked[some]], [mx.array(weights[some])])
         mx.eval(value, back)
         losses.append(np.array(value[0]))
         gradients.append(back[0])

@@ -23,7 +23,9 @@ def write_report(folder: Path, name: str, about: Mapping[str, Any], progress: Pr
 
 
 def curves(progress: Progress) -> dict[str, list[tuple[float, float]]]:
-    """Loss by step: of training (smoothed over a tenth of the steps), of validation, of what is kept."""
+    """By step: the loss of training (smoothed over a tenth of the steps) and of validation, and how far what
+    is kept strayed.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     span = max(1, len(progress.losses) // 10)
     means = [
@@ -90,7 +92,11 @@ def report_text(name: str, about: Mapping[str, Any], progress: Progress) -> str:
     lines += ["| setting | value |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in about.items()), ""]
     if progress.checks:
         keys = [k for k in ("valid", "keep", "won") if any(c.get(k) is not None for c in progress.checks)]
-        titles = {"valid": "validation loss", "keep": "loss of what is kept", "won": "preferred rightly"}
+        titles = {
+            "valid": "validation loss",
+            "keep": "nats a token from what is kept",
+            "won": "preferred rightly",
+        }
         lines += [f"| step | {' | '.join(titles[k] for k in keys)} | |", "|---:" * (len(keys) + 1) + "|---|"]
         for check in progress.checks:
             cells = [f"{check[k]:.1%}" if k == "won" else f"{check[k]:.4f}" for k in keys]

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from mlx_gptoss.tune.report import write_report
 from mlx_gptoss.tune.sample import answer
 from mlx_gptoss.tune.state import STATE_FILE, Progress, load_state, save_state
 
-# The loss of what is kept may be so much above its start, relative and absolute, before a step counts as
-# harm.
-KEEP_SLACK, KEEP_MARGIN = 0.02, 0.01
+# How far the model may go from what it said of what is kept, nats a token, before a step counts as harm.
+KEEP_LIMIT = 0.02
 # Of the tokens of an epoch, the share that repeats what must not be forgotten.
-REPLAY_SHARE = 0.3
+REPLAY_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Check:
-    """A validation. Losses are means; None for what there is nothing of. best: the adapter was written."""
+    """A validation. Losses are means, keep the mean divergence from the base, in nats a token; None for what
+    there is nothing of. best: the adapter was written.
+    """
 
     step: int
     valid: float | None
@@ -237,7 +238,7 @@ class _Run:
                 f"the loss is {total.loss} at step {progress.step + 1}: lower --lr (it is {options.lr:g}); "
                 f"{self.folder} keeps the best adapter so far, of step {progress.best_step}"
             )
-        grads = tree_map(lambda g: g / max(1, total.count), summed)
+        grads = tree_map(lambda g: g / max(1, total.count + total.kept), summed)
         grads, _ = opt.clip_grad_norm(grads, options.clip)
         # In one order of axes: another, after a state is read, would round products otherwise.
         self.tree = tree_map(mx.contiguous, self.optimizer.apply_gradients(grads, self.tree))
@@ -256,9 +257,8 @@ class _Run:
             if grads is None:  # this one's share of the last packs was empty
                 grads = tree_map(mx.zeros_like, self.tree)
             grads = tree_map(mx.distributed.all_sum, grads)
-            counts = mx.distributed.all_sum(mx.array([total.loss, total.count, total.tokens, total.won]))
-            loss, *rest = np.array(counts).tolist()
-            total = Measured(loss, *map(round, rest))
+            sums = np.array(mx.distributed.all_sum(mx.array(astuple(total)))).tolist()
+            total = Measured(*(type(was)(now) for was, now in zip(astuple(total), sums, strict=True)))
         assert grads is not None
         return total, grads
 
@@ -311,16 +311,9 @@ class _Run:
     def _check(self) -> None:
         progress = self.progress
         valid, keep = self._mean(self.data.valid), self._mean(self.data.keep)
-        kept = None if keep is None else keep.mean
-        if progress.keep_at_start is None:
-            progress.keep_at_start = kept
-        harmless = (
-            kept is None
-            or progress.keep_at_start is None
-            or kept <= progress.keep_at_start * (1 + KEEP_SLACK) + KEEP_MARGIN
-        )
+        kept = None if keep is None else keep.mean_strayed
         reached = None if valid is None else valid.mean
-        better = progress.step > 0 and harmless
+        better = progress.step > 0 and (kept is None or kept <= KEEP_LIMIT)
         if better and reached is not None and progress.best is not None:
             better = reached < progress.best
         if better:
@@ -359,8 +352,8 @@ class _Run:
         progress = self.progress
         if not progress.best_step:
             raise TuneError(
-                f"{self.folder}: no adapter: at every validation the loss of --keep was above its start "
-                f"({progress.keep_at_start:.4f}); lower --lr, or give more examples to keep"
+                f"{self.folder}: no adapter: at every validation the model was further than {KEEP_LIMIT} "
+                "nats a token from what it says of --keep without it; lower --lr, or give more to keep"
             )
         if self.group.rank() == 0:
             settings = {**self.about, **asdict(self.options)}

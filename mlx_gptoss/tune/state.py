@@ -29,7 +29,6 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     stale: int = 0  # validations since the best
-    keep_at_start: float | None = None
     finished: str = ""
 
 

@@ -18,7 +18,7 @@ from mlx_gptoss.model.low_rank import PARTS
 from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.tune import gradient as module
 from mlx_gptoss.tune.base import TRAINED, Base, Tree, flat, pairs_of, parts_of
-from mlx_gptoss.tune.examples import Example, Preference, examples_of
+from mlx_gptoss.tune.examples import Example, Kept, Preference, examples_of
 from mlx_gptoss.tune.gradient import Task, gradient, measure, task_of
 from tests.support.checkpoints import write_checkpoint
 from tests.support.random_weights import Shape
@@ -194,3 +194,38 @@ def test_preferences_weigh_the_gain_over_the_base(tmp_path: Path) -> None:
             return measure(base, tree_map(lambda v, g: v + at * g / norm, tree, grads), SCALE, one).loss
 
         assert abs((loss(1e-3) - loss(-1e-3)) / 2e-3 / norm - 1) < 0.01
+
+
+def test_what_is_kept_is_held_to_what_the_base_says(tmp_path: Path) -> None:
+    """Among examples: the divergence from the logits of both models, and the gradient against differences."""
+    base = Base(Checkpoint(write_checkpoint(tmp_path, Shape(vocab=96)), "float32"))
+    first, new, second = drawn(96, (20, 24, 15), 5)
+    kept = [Kept(e.ids, e.rows, e.wanted) for e in (first, second)]
+    tree = noisy(base.new_parameters([0, 1], PARTS[:4], 4, 0), 3)
+    zero = base.new_parameters([0, 1], PARTS[:4], 4, 0)
+    task = task_of([kept[0], new, kept[1]], base, 0.1)
+
+    def said(tree: Tree, e: Example) -> np.ndarray:
+        model = base.with_adapter(Adapter(parts_of(tree), SCALE))
+        z = model(mx.array(e.ids), [Segment(len(e), model.make_cache(), adapter=TRAINED)])
+        own: np.ndarray = np.array(z)[e.rows].astype(np.float64)
+        said: np.ndarray = own - np.log(np.exp(own).sum(axis=-1, keepdims=True))
+        return said
+
+    expected = sum((np.exp(said(zero, e)) * (said(zero, e) - said(tree, e))).sum() for e in kept)
+    measured, grads = gradient(base, tree, SCALE, task)
+    assert measured.strayed == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    assert measured.loss == pytest.approx(
+        measure(base, tree, SCALE, task_of([new], base, 0.1)).loss, rel=1e-5
+    )
+    assert (measured.count, measured.kept) == (len(new.rows), len(first.rows) + len(second.rows))
+    norm = norm_of(dict_of(grads).values())
+
+    def loss(at: float) -> float:
+        found = measure(base, tree_map(lambda v, g: v + at * g / norm, tree, grads), SCALE, task)
+        return found.loss + found.strayed
+
+    assert abs((loss(1e-3) - loss(-1e-3)) / 2e-3 / norm - 1) < 0.01
+    # Where nothing has changed there is nothing to go back to.
+    still, none = gradient(base, zero, SCALE, task_of(kept, base, 0.1))
+    assert abs(still.strayed) < 1e-4 and norm_of(dict_of(none).values()) < 1e-4
