@@ -209,8 +209,8 @@ def test_what_is_kept_is_held_to_what_the_base_says(tmp_path: Path) -> None:
         model = base.with_adapter(Adapter(parts_of(tree), SCALE))
         z = model(mx.array(e.ids), [Segment(len(e), model.make_cache(), adapter=TRAINED)])
         own: np.ndarray = np.array(z)[e.rows].astype(np.float64)
-        said: np.ndarray = own - np.log(np.exp(own).sum(axis=-1, keepdims=True))
-        return said
+        logs: np.ndarray = own - np.log(np.exp(own).sum(axis=-1, keepdims=True))
+        return logs
 
     expected = sum((np.exp(said(zero, e)) * (said(zero, e) - said(tree, e))).sum() for e in kept)
     measured, grads = gradient(base, tree, SCALE, task)
