@@ -167,6 +167,19 @@ def test_chats_are_exported_and_imported(two: Page, tmp_path: Path) -> None:
     page.wait(lambda: sorted(page.chats()) == ["first", "second"])
 
 
+@pytest.mark.parametrize("name", ["Actions for second", "second"])
+def test_the_list_drawn_anew_leaves_the_focus_where_it_was(two: Page, name: str) -> None:
+    page = two
+    page.press(CONTROL, "k")
+    page.wait(lambda: focused(page) == "search")
+    tab_to(page, name)
+    page.js("window.was = document.activeElement")
+    source = page.js("return document.querySelector('script[type=module][src]').src")
+    page.js("import(new URL('sidebar.js', arguments[0])).then((sidebar) => sidebar.drawSoon())", source)
+    page.wait(lambda: page.js("return !window.was.isConnected"))
+    page.wait(lambda: focused(page) == name)
+
+
 def test_settings_sheet_and_sidebar_open_and_close(two: Page) -> None:
     page = two
     page.press(CONTROL, ",")

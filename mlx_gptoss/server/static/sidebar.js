@@ -51,13 +51,15 @@ async function draw() {
   }
   const rows = [...list.querySelectorAll("li")];
   const at = rows.findIndex((item) => item.contains(document.activeElement));
+  const control = document.activeElement?.localName === "button" ? "button" : "a";
   const sections = [...groups].map(([day, rows]) => el("section", {}, el("h3", {}, day), el("ul", {}, ...rows)));
   const empty = text ? "Nothing found." : "Your chats will be listed here.";
   list.replaceChildren(...(sections.length ? sections : [el("p", { class: "hint" }, empty)]));
   if (at < 0) return;
   const now = [...list.querySelectorAll("li")];
   const same = now.find((item) => item.dataset.id === rows[at]?.dataset.id);
-  ((same ?? now[Math.min(at, now.length - 1)])?.querySelector("a") ?? field).focus({ preventScroll: true });
+  const next = same?.querySelector(control) ?? now[Math.min(at, now.length - 1)]?.querySelector("a") ?? field;
+  next.focus({ preventScroll: true });
 }
 
 /** @param {string} id */
